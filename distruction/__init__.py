@@ -1,0 +1,1 @@
+"""Fast, honest machine unlearning for PyTorch."""

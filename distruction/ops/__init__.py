@@ -1,0 +1,297 @@
+"""The ops of the library, registered with PyTorch as ``torch.ops.distruction.*``.
+
+Each op takes lists of tensors, a whole model per call, mutates what its schema marks, and is served by the
+backend that `distruction.ops.backends` names for the device, or by the one passed as ``backend``.
+
+Arguments that several ops share:
+
+- ``mean``, ``std``: float32 state (float64 with the reference backend), one tensor per parameter.
+- ``param``, ``out``, ``grad``: the parameters and gradients, float32, bfloat16 or float16, shaped as the state.
+- ``offsets``: flat index, in the whole parameter, of the first element of each tensor; 0 but for shards.
+- ``streams``: one generator stream per parameter, in [0, 2**32). ``seed``: 64-bit generator key.
+- ``counters``: int64 tensor of three: the draw number of the sample that the parameters hold, the Monte
+  Carlo samples accumulated since the last update, and 1 once a non-finite update was refused.
+- ``antithetic``: draws 2i and 2i + 1 are eps and -eps. ``stochastic_rounding``: of bfloat16 parameters.
+- ``grad_scale``, ``found_inf``: as `torch.amp.GradScaler` hands them to fused optimizers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import AUTO, ENVIRONMENT, MODULES, BackendUnavailable, resolve, unavailable
+
+__all__ = [
+    "AUTO",
+    "ENVIRONMENT",
+    "MODULES",
+    "BackendUnavailable",
+    "accumulate",
+    "gaussian_kl",
+    "resolve",
+    "sample",
+    "step",
+    "unavailable",
+]
+
+_GENERATOR = (
+    "int[] offsets, int[] streams, int seed, Tensor{counters} counters, bool antithetic, bool stochastic_rounding"
+)
+_SCHEMAS = {
+    "sample": (
+        "(Tensor(a!)[] out, Tensor[] mean, Tensor[] std, "
+        + _GENERATOR.format(counters="")
+        + ', str backend="auto") -> ()'
+    ),
+    "accumulate": (
+        "(Tensor(a!)[] param, Tensor(b!)[] m1, Tensor(c!)[] m2, Tensor[] grad, Tensor[] mean, Tensor[] std, "
+        + _GENERATOR.format(counters="(d!)")
+        + ', Tensor? grad_scale=None, Tensor? found_inf=None, str backend="auto") -> ()'
+    ),
+    "step": (
+        "(Tensor(a!)[] param, Tensor(b!)[] mean, Tensor(c!)[] std, Tensor[] grad, Tensor(d!)[] m1, Tensor(e!)[] m2, "
+        "Tensor[] prior_mean, Tensor[] prior_std, Tensor lr, Tensor kl_weight, float loss_scale, "
+        + _GENERATOR.format(counters="(f!)")
+        + ", float max_mean_step, float max_log_std_step, float max_std, bool learn_mean, bool learn_std, "
+        'Tensor? grad_scale=None, Tensor? found_inf=None, str backend="auto") -> Tensor'
+    ),
+    "gaussian_kl": (
+        "(Tensor[] mean, Tensor[] std, Tensor[] prior_mean, Tensor[] prior_std, "
+        'str backend="auto") -> (Tensor, Tensor[], Tensor[])'
+    ),
+}
+_library = torch.library.Library("distruction", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _check_lists(reference: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    for name, tensors in lists.items():
+        torch._check(
+            len(tensors) == len(reference),
+            lambda name=name, tensors=tensors: f"{name} has {len(tensors)} tensors, mean has {len(reference)}",
+        )
+        for i, (t, r) in enumerate(zip(tensors, reference, strict=True)):
+            torch._check(
+                t.shape == r.shape and t.device == r.device,
+                lambda name=name, i=i, t=t, r=r: (
+                    f"{name}[{i}] is {tuple(t.shape)} on {t.device}, mean[{i}] is {tuple(r.shape)} on {r.device}"
+                ),
+            )
+
+
+def _check_state(mean: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    _check_lists(mean, **lists)
+    for name, tensors in {"mean": mean, **lists}.items():
+        for i, t in enumerate(tensors):
+            torch._check(
+                t.dtype == mean[0].dtype and t.dtype in (torch.float32, torch.float64),
+                lambda name=name, i=i, t=t: (
+                    f"{name}[{i}] is {t.dtype}; state is float32 (or float64 throughout, with backend='reference')"
+                ),
+            )
+
+
+def _check_generator(mean: Sequence[Tensor], offsets: Sequence[int], streams: Sequence[int], counters: Tensor) -> None:
+    torch._check(
+        len(offsets) == len(mean) == len(streams),
+        lambda: f"offsets ({len(offsets)}) and streams ({len(streams)}) need one entry per tensor ({len(mean)})",
+    )
+    torch._check(
+        counters.dtype == torch.int64 and counters.shape == (3,),
+        lambda: f"counters must be int64 of shape (3,), not {counters.dtype} of shape {tuple(counters.shape)}",
+    )
+
+
+def _sample_impl(out, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding, backend="auto"):
+    _check_state(mean, std=std)
+    _check_lists(mean, out=out)
+    _check_generator(mean, offsets, streams, counters)
+    if mean:
+        resolve(backend, counters.device.type).sample(
+            out, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding
+        )
+
+
+def _accumulate_impl(
+    param,
+    m1,
+    m2,
+    grad,
+    mean,
+    std,
+    offsets,
+    streams,
+    seed,
+    counters,
+    antithetic,
+    stochastic_rounding,
+    grad_scale=None,
+    found_inf=None,
+    backend="auto",
+):
+    _check_state(mean, std=std, m1=m1, m2=m2)
+    _check_lists(mean, param=param, grad=grad)
+    _check_generator(mean, offsets, streams, counters)
+    if mean:
+        resolve(backend, counters.device.type).accumulate(
+            param,
+            m1,
+            m2,
+            grad,
+            mean,
+            std,
+            offsets,
+            streams,
+            seed,
+            counters,
+            antithetic,
+            stochastic_rounding,
+            grad_scale,
+            found_inf,
+        )
+
+
+def _step_impl(
+    param,
+    mean,
+    std,
+    grad,
+    m1,
+    m2,
+    prior_mean,
+    prior_std,
+    lr,
+    kl_weight,
+    loss_scale,
+    offsets,
+    streams,
+    seed,
+    counters,
+    antithetic,
+    stochastic_rounding,
+    max_mean_step,
+    max_log_std_step,
+    max_std,
+    learn_mean,
+    learn_std,
+    grad_scale=None,
+    found_inf=None,
+    backend="auto",
+):
+    _check_state(mean, std=std)
+    _check_lists(mean, param=param, grad=grad)
+    if m1 or m2:
+        _check_state(mean, m1=m1, m2=m2)
+    if prior_mean or prior_std:
+        _check_state(mean, prior_mean=prior_mean, prior_std=prior_std)
+    _check_generator(mean, offsets, streams, counters)
+    if not mean:
+        return torch.zeros((), dtype=torch.float64, device=counters.device)
+    return resolve(backend, counters.device.type).step(
+        param,
+        mean,
+        std,
+        grad,
+        m1,
+        m2,
+        prior_mean,
+        prior_std,
+        lr,
+        kl_weight,
+        loss_scale,
+        offsets,
+        streams,
+        seed,
+        counters,
+        antithetic,
+        stochastic_rounding,
+        max_mean_step,
+        max_log_std_step,
+        max_std,
+        learn_mean,
+        learn_std,
+        grad_scale,
+        found_inf,
+    )
+
+
+def _gaussian_kl_impl(mean, std, prior_mean, prior_std, backend="auto"):
+    torch._check(len(mean) > 0, lambda: "gaussian_kl needs at least one tensor")
+    _check_state(mean, std=std, prior_mean=prior_mean, prior_std=prior_std)
+    return resolve(backend, mean[0].device.type).gaussian_kl(mean, std, prior_mean, prior_std)
+
+
+for _name, _impl in {
+    "sample": _sample_impl,
+    "accumulate": _accumulate_impl,
+    "step": _step_impl,
+    "gaussian_kl": _gaussian_kl_impl,
+}.items():
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("distruction::sample", lib=_library)
+def _sample_fake(out, mean, std, *args, **kwargs):
+    _check_lists(mean, out=out, std=std)
+
+
+@torch.library.register_fake("distruction::accumulate", lib=_library)
+def _accumulate_fake(param, m1, m2, grad, mean, std, *args, **kwargs):
+    _check_lists(mean, param=param, m1=m1, m2=m2, grad=grad, std=std)
+
+
+@torch.library.register_fake("distruction::step", lib=_library)
+def _step_fake(param, mean, std, grad, *args, **kwargs):
+    _check_lists(mean, param=param, std=std, grad=grad)
+    return torch.empty((), dtype=torch.float64, device=mean[0].device if mean else "cpu")
+
+
+@torch.library.register_fake("distruction::gaussian_kl", lib=_library)
+def _gaussian_kl_fake(mean, std, prior_mean, prior_std, *args, **kwargs):
+    _check_lists(mean, std=std, prior_mean=prior_mean, prior_std=prior_std)
+    total = torch.empty((), dtype=torch.float64, device=mean[0].device)
+    return total, [torch.empty_like(m) for m in mean], [torch.empty_like(s) for s in std]
+
+
+def _kl_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[1], *output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _kl_backward(ctx, grad_total, grad_of_grad_mean, grad_of_grad_std):
+    saved = ctx.saved_tensors
+    half = len(saved) // 2
+    if grad_total is None:
+        return [None] * half, [None] * half, [None] * half, [None] * half, None
+    # The scale stays on its device: no host sync when this loss is not the last op.
+    grads = [g * grad_total.to(g.dtype) for g in saved]
+    return grads[:half], grads[half:], [None] * half, [None] * half, None
+
+
+torch.library.register_autograd("distruction::gaussian_kl", _kl_backward, setup_context=_kl_setup_context, lib=_library)
+
+sample = torch.ops.distruction.sample
+"""``out <- mean + std * eps`` for the draw ``counters[0]``."""
+
+accumulate = torch.ops.distruction.accumulate
+"""Add ``grad`` and ``grad * eps`` to ``m1`` and ``m2``, advance the draw, and write the next sample into ``param``."""
+
+step = torch.ops.distruction.step
+"""The fused BGD step: update ``mean`` and ``std``, write the next sample into ``param``; returns KL(q || prior).
+
+The gradient of the last sample is in ``grad``; ``m1`` and ``m2`` hold the sums over the samples before it
+(``counters[1]`` of them) and are zeroed, or are empty lists when there is one sample. ``prior_mean`` and
+``prior_std`` are empty lists when there is no prior. ``lr`` and ``kl_weight`` are scalar tensors, so that a
+schedule needs no recompilation; ``loss_scale`` multiplies the gradient. An element whose statistics or
+update are not finite keeps its mean and std, and ``counters[2]`` becomes 1. The KL, of the updated
+posterior, is a float64 scalar tensor (zero without a prior). The formulas are in `distruction.ops.step`.
+"""
+
+gaussian_kl = torch.ops.distruction.gaussian_kl
+"""KL(N(mean, std**2) || N(prior_mean, prior_std**2)) summed over all elements, with both gradients.
+
+Returns the float64 sum and the lists of dKL/dmean and dKL/dstd; differentiable through the sum with respect to
+``mean`` and ``std`` (the prior is a constant).
+"""
