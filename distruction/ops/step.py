@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .kl import kl_terms
 from .philox import words_and_normals
-from .sample import round_to, sample
+from .sample import sample
 
 
 def shrink(std: Tensor, a: Tensor) -> Tensor:
