@@ -22,17 +22,17 @@ def create(name: str, *, num_classes: int, in_chans: int, img_size: int) -> nn.M
     """A freshly initialised model.
 
     Args:
-        name: ``vit-small-patches`` (a ViT of 0.2 M parameters for images of 8 to 32 pixels: 4x4 patches per side
-            at 8 pixels, dimension 64, 4 blocks), or any timm model.
+        name: ``vit-micro`` (a ViT of 0.2 M parameters for images of 8 to 32 pixels: dimension 64, 4 blocks,
+            patches of 4 pixels up to 16 and of a quarter of the side above), or any timm model.
         num_classes, in_chans, img_size: of the data.
 
     Raises:
         UsageError: timm has no model of that name.
     """
-    if name == "vit-small-patches":
+    if name == "vit-micro":
         return VisionTransformer(
             img_size=img_size,
-            patch_size=max(2, img_size // 4),
+            patch_size=max(4, img_size // 4),
             in_chans=in_chans,
             num_classes=num_classes,
             embed_dim=64,
@@ -40,7 +40,7 @@ def create(name: str, *, num_classes: int, in_chans: int, img_size: int) -> nn.M
             num_heads=4,
         )
     if not timm.is_model(name):
-        raise UsageError(f"model {name!r} is unknown; choose vit-small-patches or a timm model (timm.list_models())")
+        raise UsageError(f"model {name!r} is unknown; choose vit-micro or a timm model (timm.list_models())")
     return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
 
 
