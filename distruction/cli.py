@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -63,7 +63,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Model file to write.")],
     data: Data = "digits",
     model: Annotated[str, typer.Option(help="vit-micro or a timm model.")] = "vit-micro",
-    without_class: Annotated[str | None, typer.Option(help="Leave this class out: retraining, the gold standard.")] = None,
+    without_class: Annotated[
+        str | None, typer.Option(help="Leave this class out: retraining, the gold standard.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = demos.EPOCHS,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     batch_size: BatchSize = 64,
@@ -75,7 +77,7 @@ def train(
     """Train a classifier from scratch."""
     _output(out, overwrite)
     train_data, test_data = load(data)
-    config = {
+    config: dict[str, Any] = {
         "name": model,
         "num_classes": len(train_data.classes),
         "in_chans": train_data.images.shape[1],
@@ -98,7 +100,9 @@ def prepare(
     data: Data = "digits",
     steps: Annotated[int, typer.Option(help="BGD updates.")] = 1000,
     std_init: Annotated[float, typer.Option(help="Std to start from, and its cap.")] = 0.1,
-    evidence: Annotated[float | None, typer.Option(help="Data points gathered; default steps * size of the data.")] = None,
+    evidence: Annotated[
+        float | None, typer.Option(help="Data points gathered; default steps * size of the data.")
+    ] = None,
     mc_samples: Annotated[int, typer.Option(min=1, help="Forward passes per update; even is better.")] = 2,
     batch_size: BatchSize = 64,
     checkpoint: CheckpointFile = None,
@@ -139,11 +143,9 @@ def forget(
     objective: Annotated[
         str, typer.Option(help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
     ] = "uniform-others",
-    steps: Annotated[int, typer.Option(help="BGD updates.")] = demos.FORGET["steps"],
-    kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = demos.FORGET["kl_weight"],
-    data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = demos.FORGET[
-        "data_per_step"
-    ],
+    steps: Annotated[int, typer.Option(help="BGD updates.")] = 150,
+    kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
+    data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 30.0,
     batch_size: BatchSize = 64,
     checkpoint: CheckpointFile = None,
     seed: Seed = 0,

@@ -18,7 +18,6 @@ from .prepare import prepare
 from .train import train
 
 EPOCHS = 40
-FORGET = {"steps": 150, "kl_weight": 0.1, "data_per_step": 30.0}
 
 COLUMNS = {
     "retain_test": "D_r test %",

@@ -33,7 +33,7 @@ def gaussian_kl(
     >>> mean, std = torch.zeros(4, requires_grad=True), torch.full((4,), 0.1)
     >>> kl = gaussian_kl(mean, std, torch.full((4,), 0.1), std)
     >>> kl.backward()
-    >>> float(kl), mean.grad
+    >>> kl.item(), mean.grad
     (2.0, tensor([-10., -10., -10., -10.]))
     """
     lists = [[t] if isinstance(t, Tensor) else list(t) for t in (mean, std, prior_mean, prior_std)]
