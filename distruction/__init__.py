@@ -1,1 +1,22 @@
-"""Fast, honest machine unlearning for PyTorch."""
+"""Fast, honest machine unlearning for PyTorch: Bayesian Gradient Descent and DiStruction."""
+
+from .errors import DistructionError, NonFiniteError, PosteriorError, UsageError
+from .forget import ForgetReport, forget
+from .loss import GaussianKL, gaussian_kl
+from .optimizer import BGD
+from .posterior import Posterior
+from .prepare import prepare
+
+__all__ = [
+    "BGD",
+    "DistructionError",
+    "ForgetReport",
+    "GaussianKL",
+    "NonFiniteError",
+    "Posterior",
+    "PosteriorError",
+    "UsageError",
+    "forget",
+    "gaussian_kl",
+    "prepare",
+]

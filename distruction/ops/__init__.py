@@ -68,40 +68,35 @@ for _name, _schema in _SCHEMAS.items():
 
 def _check_lists(reference: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     for name, tensors in lists.items():
-        torch._check(
-            len(tensors) == len(reference),
-            lambda name=name, tensors=tensors: f"{name} has {len(tensors)} tensors, mean has {len(reference)}",
-        )
-        for i, (t, r) in enumerate(zip(tensors, reference, strict=True)):
-            torch._check(
-                t.shape == r.shape and t.device == r.device,
-                lambda name=name, i=i, t=t, r=r: (
-                    f"{name}[{i}] is {tuple(t.shape)} on {t.device}, mean[{i}] is {tuple(r.shape)} on {r.device}"
-                ),
+        if len(tensors) != len(reference):
+            raise ValueError(
+                f"{name} has {len(tensors)} tensors, mean has {len(reference)}; give one for each parameter"
             )
+        for i, (t, r) in enumerate(zip(tensors, reference, strict=True)):
+            if t.shape != r.shape or t.device != r.device:
+                raise ValueError(
+                    f"{name}[{i}] is {tuple(t.shape)} on {t.device}, mean[{i}] is {tuple(r.shape)} on {r.device}; "
+                    "they must agree"
+                )
 
 
 def _check_state(mean: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     _check_lists(mean, **lists)
     for name, tensors in {"mean": mean, **lists}.items():
         for i, t in enumerate(tensors):
-            torch._check(
-                t.dtype == mean[0].dtype and t.dtype in (torch.float32, torch.float64),
-                lambda name=name, i=i, t=t: (
+            if t.dtype != mean[0].dtype or t.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
                     f"{name}[{i}] is {t.dtype}; state is float32 (or float64 throughout, with backend='reference')"
-                ),
-            )
+                )
 
 
 def _check_generator(mean: Sequence[Tensor], offsets: Sequence[int], streams: Sequence[int], counters: Tensor) -> None:
-    torch._check(
-        len(offsets) == len(mean) == len(streams),
-        lambda: f"offsets ({len(offsets)}) and streams ({len(streams)}) need one entry per tensor ({len(mean)})",
-    )
-    torch._check(
-        counters.dtype == torch.int64 and counters.shape == (3,),
-        lambda: f"counters must be int64 of shape (3,), not {counters.dtype} of shape {tuple(counters.shape)}",
-    )
+    if not len(offsets) == len(mean) == len(streams):
+        raise ValueError(
+            f"offsets ({len(offsets)}) and streams ({len(streams)}) need one entry per tensor ({len(mean)})"
+        )
+    if counters.dtype != torch.int64 or counters.shape != (3,):
+        raise ValueError(f"counters must be int64 of shape (3,), not {counters.dtype} of shape {tuple(counters.shape)}")
 
 
 def _sample_impl(out, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding, backend="auto"):
@@ -218,7 +213,8 @@ def _step_impl(
 
 
 def _gaussian_kl_impl(mean, std, prior_mean, prior_std, backend="auto"):
-    torch._check(len(mean) > 0, lambda: "gaussian_kl needs at least one tensor")
+    if not mean:
+        raise ValueError("gaussian_kl needs at least one tensor")
     _check_state(mean, std=std, prior_mean=prior_mean, prior_std=prior_std)
     return resolve(backend, mean[0].device.type).gaussian_kl(mean, std, prior_mean, prior_std)
 
@@ -286,7 +282,7 @@ The gradient of the last sample is in ``grad``; ``m1`` and ``m2`` hold the sums 
 ``prior_std`` are empty lists when there is no prior. ``lr`` and ``kl_weight`` are scalar tensors, so that a
 schedule needs no recompilation; ``loss_scale`` multiplies the gradient. An element whose statistics or
 update are not finite keeps its mean and std, and ``counters[2]`` becomes 1. The KL, of the updated
-posterior, is a float64 scalar tensor (zero without a prior). The formulas are in `distruction.ops.step`.
+posterior, is a float64 scalar tensor (zero without a prior). The formulas are in `distruction.ops.reference.step`.
 """
 
 gaussian_kl = torch.ops.distruction.gaussian_kl

@@ -1,0 +1,40 @@
+# `make demo` runs the main job, `make test` passes the tests; both set everything up first.
+#   PYTHON=python3.12         interpreter for the virtual environment (3.10 or newer)
+#   TORCH="torch==2.13.0"     requirement for torch (default: the registry's newest)
+#   PIP_ARGS="--index-url .." passed to pip, e.g. for an index with smaller CPU builds
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+PIP_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint setup clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("distruction needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) "setuptools>=77" wheel "$(TORCH)"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-build-isolation -e ".[test]" "$(TORCH)"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/distruction demo --overwrite $(DEMO_ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,5 @@
+"""``python -m distruction``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,232 @@
+"""The command line: ``distruction train | prepare | forget | evaluate | demo``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from . import demo as demos
+from . import models, objectives, ops, report
+from .data import forget_split, load, loader
+from .errors import DistructionError, UsageError
+from .forget import forget as forget_
+from .posterior import Posterior
+from .prepare import prepare as prepare_
+from .train import train as train_
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="""Machine unlearning without the retained data.
+
+    While the training data is there: `train` (or bring your own model) and `prepare`. Later, with the forget set
+    alone: `forget`. `demo` shows the whole on real data in a few minutes.""",
+)
+
+Data = Annotated[str, typer.Option(help="Data set: digits.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
+Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(ops.MODULES)}.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace the output where it exists.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per forward pass.")]
+ModelFile = Annotated[Path, typer.Option("--model", help="Model file (safetensors) written by `train` or `forget`.")]
+ForgetClass = Annotated[str, typer.Option("--class", help="Name of the class to forget.")]
+CheckpointFile = Annotated[
+    Path | None, typer.Option(help="Resume from this file and write it now and then; removed at the end.")
+]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _output(path: Path, overwrite: bool) -> Path:
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; choose another file or pass --overwrite to replace it")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} does not exist; create it first")
+    return path
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Model file to write.")],
+    data: Data = "digits",
+    model: Annotated[str, typer.Option(help="vit-micro or a timm model.")] = "vit-micro",
+    without_class: Annotated[
+        str | None, typer.Option(help="Leave this class out: retraining, the gold standard.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = demos.EPOCHS,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: Progress = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a classifier from scratch."""
+    _output(out, overwrite)
+    train_data, test_data = load(data)
+    config: dict[str, Any] = {
+        "name": model,
+        "num_classes": len(train_data.classes),
+        "in_chans": train_data.images.shape[1],
+        "img_size": train_data.images.shape[-1],
+    }
+    if without_class is not None:
+        _, train_data = forget_split(train_data, without_class)
+    torch.manual_seed(seed)
+    network = models.create(**config).to(_device(device))
+    train_(network, train_data, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=progress)
+    models.save(network, out, {**config, "data": data})
+    accuracy = demos.accuracy(*demos.predict(network, loader(test_data, batch_size=512)))
+    Console().print(f"{out}: {accuracy:.1f} % on the test set")
+
+
+@app.command()
+def prepare(
+    model: ModelFile,
+    out: Annotated[Path, typer.Option(help="Posterior file to write.")],
+    data: Data = "digits",
+    steps: Annotated[int, typer.Option(help="BGD updates.")] = 1000,
+    std_init: Annotated[float, typer.Option(help="Std to start from, and its cap.")] = 0.1,
+    evidence: Annotated[
+        float | None, typer.Option(help="Data points gathered; default steps * size of the data.")
+    ] = None,
+    mc_samples: Annotated[int, typer.Option(min=1, help="Forward passes per update; even is better.")] = 2,
+    batch_size: BatchSize = 64,
+    checkpoint: CheckpointFile = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    progress: Progress = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Learn the posterior, while the training data is there."""
+    _output(out, overwrite)
+    network, _ = models.load(model, device=_device(device))
+    train_data, _ = load(data)
+    posterior = prepare_(
+        network,
+        loader(train_data, batch_size=batch_size, shuffle=True),
+        steps=steps,
+        std_init=std_init,
+        evidence=evidence,
+        mc_samples=mc_samples,
+        seed=seed,
+        backend=backend,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    posterior.save(out)
+    facts = posterior.metadata
+    Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy {facts['sampled_accuracy']:.1f} %")
+
+
+@app.command()
+def forget(
+    model: ModelFile,
+    posterior: Annotated[Path, typer.Option(help="Posterior file written by `prepare`.")],
+    out: Annotated[Path, typer.Option(help="Unlearned model file to write.")],
+    forget_class: ForgetClass,
+    data: Data = "digits",
+    objective: Annotated[
+        str, typer.Option(help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
+    ] = "uniform-others",
+    steps: Annotated[int, typer.Option(help="BGD updates.")] = 150,
+    kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
+    data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 30.0,
+    batch_size: BatchSize = 64,
+    checkpoint: CheckpointFile = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    progress: Progress = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Forget one class, reading the forget set and nothing else."""
+    _output(out, overwrite)
+    network, config = models.load(model, device=_device(device))
+    prior = Posterior.load(posterior, model=network)
+    forget_data, _ = forget_split(load(data)[0], forget_class)
+    result = forget_(
+        network,
+        prior,
+        loader(forget_data, batch_size=batch_size, shuffle=True),
+        objective=objective,
+        steps=steps,
+        kl_weight=kl_weight,
+        data_per_step=data_per_step,
+        seed=seed,
+        backend=backend,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    models.save(network, out, config)
+    last = result.history[-1]
+    Console().print(f"{out}: KL(q || p) {last.kl:.1f} nats after {last.steps} steps in {result.seconds:.1f} s")
+
+
+@app.command()
+def evaluate(
+    model: ModelFile,
+    forget_class: ForgetClass,
+    data: Data = "digits",
+    device: Device = "auto",
+) -> None:
+    """Accuracy on the retained and the forgotten class, and membership inference."""
+    network, _ = models.load(model, device=_device(device))
+    train_data, test_data = load(data)
+    row = demos.measure(network, train_data, test_data, forget_class)
+    columns = {k: v for k, v in demos.COLUMNS.items() if k in row}
+    Console().print(report.table(f"{data}, class {forget_class}", {str(model): row}, columns))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Report folder to write.")] = Path("runs/demo"),
+    forget_class: ForgetClass = "3",
+    ablations: Annotated[bool, typer.Option(help="Also with a constant std and with a diagonal Fisher std.")] = False,
+    seed: Seed = 0,
+    backend: Backend = "auto",
+    progress: Progress = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """The main job on scikit-learn's digits: train, prepare, forget one class, compare with retraining."""
+    rows = demos.run_demo(
+        out,
+        forget_class=forget_class,
+        seed=seed,
+        overwrite=overwrite,
+        ablations=ablations,
+        backend=backend,
+        progress=progress,
+    )
+    console = Console()
+    console.print(report.table(f"forgetting digit {forget_class}, seed {seed}", rows, demos.COLUMNS))
+    console.print(f"report: {out}")
+
+
+def main() -> None:
+    """Run the command line: user errors end with one line and status 2, Ctrl-C with status 130."""
+    try:
+        app(standalone_mode=True)
+    except (DistructionError, FileNotFoundError, ops.BackendUnavailable) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

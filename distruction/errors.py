@@ -1,0 +1,17 @@
+"""The errors that a user can cause, each with the value and the remedy in its message."""
+
+
+class DistructionError(Exception):
+    """Base of the library's own errors; the command line prints them without a traceback."""
+
+
+class UsageError(DistructionError, ValueError):
+    """An argument, a data set or a combination of them that cannot work."""
+
+
+class PosteriorError(DistructionError, ValueError):
+    """A posterior, or its file, that is damaged or belongs to another model."""
+
+
+class NonFiniteError(DistructionError, FloatingPointError):
+    """A loss or gradient became NaN or infinite; the weights are those of the last good mean."""

@@ -1,0 +1,135 @@
+"""Forgetting with the forget set alone (paper, section 3.2)."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import objectives
+from .errors import UsageError
+from .optimizer import BGD
+from .posterior import Posterior
+from .training import Batches, Callback, Checkpoint, Step, cosine, run
+
+
+@dataclass(frozen=True)
+class ForgetReport:
+    """What forgetting did.
+
+    Attributes:
+        posterior: q, the posterior of the unlearned model; its means are in the model.
+        history: one `distruction.training.Step` per step: loss, KL(q || p), forget accuracy of the samples.
+        seconds: wall time of the unlearning alone, of this process.
+    """
+
+    posterior: Posterior
+    history: list[Step]
+    seconds: float
+
+
+def forget(
+    model: nn.Module,
+    posterior: Posterior,
+    loader: Batches,
+    *,
+    objective: str | objectives.Objective = "uniform-others",
+    steps: int = 150,
+    kl_weight: float = 0.1,
+    data_per_step: float = 30.0,
+    lr: float = 1.0,
+    mc_samples: int = 2,
+    seed: int = 0,
+    backend: str = "auto",
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 60.0,
+    callback: Callback | None = None,
+    progress: bool = True,
+) -> ForgetReport:
+    """Make the model forget: from q = p minimise (1 - lambda) E_q[U] + lambda KL(q || p) by BGD.
+
+    Args:
+        model: the model that ``posterior`` was prepared for, holding its means. It runs in eval mode and ends
+            holding the means of q.
+        posterior: p, from `prepare`.
+        loader: (inputs, targets) batches of the forget set, repeated as often as needed. No other data is read.
+        objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss.
+        steps: BGD updates.
+        kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less.
+        data_per_step: weight of the mean of U, in data points (see `BGD`).
+        lr: step size of the mean at the start; decays to 0 along a cosine.
+        mc_samples: forward and backward passes per update; even numbers use antithetic pairs.
+        seed: of the draws and of the batches' order.
+        backend: see `distruction.ops`.
+        checkpoint, checkpoint_seconds, callback, progress: see `distruction.prepare`.
+
+    Raises:
+        UsageError: an argument is out of range, the forget set is empty or outside the model's labels.
+        PosteriorError: the posterior belongs to another model or to other weights.
+        NonFiniteError: the loss became NaN or infinite; the model holds the last good means.
+    """
+    if not 0 <= kl_weight <= 1:
+        raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}")
+    unlearn = objectives.resolve(objective, model)
+    dataset = getattr(loader, "dataset", None)
+    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise UsageError("the forget set is empty, so there is nothing to forget")
+    point = Checkpoint(
+        checkpoint,
+        {
+            "objective": objective if isinstance(objective, str) else getattr(objective, "__name__", repr(objective)),
+            "steps": steps,
+            "kl_weight": kl_weight,
+            "data_per_step": data_per_step,
+            "lr": lr,
+            "mc_samples": mc_samples,
+            "seed": seed,
+        },
+        checkpoint_seconds,
+    )
+    posterior.check(model, same_weights=point.load(model) is None)
+    prior = posterior.to(next(model.parameters()).device)
+
+    def make_optimizer(resumed: Posterior | None) -> BGD:
+        return BGD(
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad],
+            lr=lr,
+            std_init=prior if resumed is None else resumed,
+            data_per_step=data_per_step,
+            mc_samples=mc_samples,
+            prior=prior,
+            kl_weight=kl_weight,
+            max_std=max(s.max().item() for s in prior.stds.values()),
+            seed=seed,
+            backend=backend,
+        )
+
+    def schedule(optimizer: BGD, history: list[Step]) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine(len(history), steps)
+
+    def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
+        if getattr(unlearn, "needs_inputs", False):
+            return unlearn(logits, targets, inputs)
+        return unlearn(logits, targets)
+
+    start = time.perf_counter()
+    optimizer, history = run(
+        model,
+        loader,
+        loss_fn,
+        make_optimizer,
+        steps=steps,
+        seed=seed,
+        checkpoint=point,
+        schedule=schedule,
+        callback=callback,
+        progress=progress,
+        title="forget",
+    )
+    seconds = time.perf_counter() - start
+    result = optimizer.posterior()
+    result.metadata = {"method": "distruction", **point.settings, "kl": history[-1].kl}
+    point.remove()
+    return ForgetReport(result, history, seconds)

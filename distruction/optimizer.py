@@ -1,0 +1,493 @@
+"""Bayesian Gradient Descent as a ``torch.optim`` optimizer.
+
+Zeno, Golan, Hoffer, Soudry, "Task Agnostic Continual Learning Using Online Variational Bayes", arXiv
+1803.10123; with ``prior`` and ``kl_weight`` it minimises DiStruction's forgetting objective. The formulas are
+in `distruction.ops.reference.step`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import NonFiniteError, UsageError
+from .posterior import Posterior
+
+_POSITIVE = ("data_per_step", "max_mean_step", "max_log_std_step", "max_std")
+
+
+class BGD(torch.optim.Optimizer):
+    """Bayesian Gradient Descent: each parameter is a Gaussian; the model trains on its samples.
+
+    In ``train()`` mode the parameters hold a sample: ``loss.backward(); opt.step()`` does one fused step and
+    draws the next sample. ``eval()`` puts the means in. ``step(closure)`` works in either mode.
+
+    Args:
+        params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
+            ``prior``, for a posterior as ``std_init``, and for `posterior`).
+        lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step).
+        std_init: standard deviation that every parameter starts from, or a `Posterior` to start from.
+        data_per_step: how many data points one step's *mean* loss stands for. BGD wants the gradient of a sum,
+            so the gradient is multiplied by it; over a run, 1/std**2 gathers the curvature of
+            steps * data_per_step data points. The original takes the batch size.
+        mc_samples: Monte Carlo samples per update (K): so many calls of ``step()``, or one of
+            ``step(closure)``. More than one keeps two more buffers per parameter.
+        antithetic: draw eps and -eps in turn, which cancels noise in the statistics of an even K.
+        prior: the frozen posterior of preparation. With it the objective is
+            (1 - kl_weight) * data_per_step * loss + kl_weight * KL(q || prior).
+        kl_weight: lambda in [0, 1], float or scalar tensor; used with ``prior`` only.
+        max_mean_step: trust region, largest |change of mean| per step in units of std (infinity: off).
+        max_log_std_step: trust region, largest |change of log std| per step (infinity: off).
+        max_std: cap on std; ``None`` is the (largest) initial one, infinity is off. The published rule is
+            ``max_mean_step=max_log_std_step=max_std=math.inf``; alone it tends to diverge.
+        learn_mean, learn_std: whether to update them.
+        stochastic_rounding: round samples stochastically into bfloat16 parameters.
+        maximize: ascend the loss.
+        seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone.
+        backend: see `distruction.ops`.
+
+    Raises:
+        UsageError: an option is out of range, or names are needed and missing.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> opt = BGD(model.parameters(), std_init=0.05, data_per_step=8)
+    >>> opt.train()
+    >>> for _ in range(3):
+    ...     opt.zero_grad()
+    ...     loss = model(torch.ones(8, 2)).square().mean()
+    ...     loss.backward()
+    ...     _ = opt.step()
+    >>> opt.eval()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1.0,
+        *,
+        std_init: float | Posterior = 0.05,
+        data_per_step: float = 1.0,
+        mc_samples: int = 1,
+        antithetic: bool = True,
+        prior: Posterior | None = None,
+        kl_weight: float | Tensor = 0.0,
+        max_mean_step: float = 0.1,
+        max_log_std_step: float = 0.1,
+        max_std: float | None = None,
+        learn_mean: bool = True,
+        learn_std: bool = True,
+        stochastic_rounding: bool = False,
+        maximize: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(std_init, Posterior):
+            largest = max(s.max().item() for s in std_init.stds.values())
+        elif 0 < std_init < math.inf:
+            largest = float(std_init)
+        else:
+            raise UsageError(f"std_init must be > 0 and finite, not {std_init}; 0.05 suits weights of order 0.1")
+        self._initial = std_init
+        self._prior = prior
+        self._training = False
+        self._gradients_at_sample = False
+        self._counters: list[Tensor | None] = []
+        self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
+        self._streams = 0
+        self.kl: Tensor | None = None
+        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior."""
+        defaults = {
+            "lr": lr,
+            "data_per_step": data_per_step,
+            "mc_samples": mc_samples,
+            "antithetic": antithetic,
+            "kl_weight": kl_weight,
+            "max_mean_step": max_mean_step,
+            "max_log_std_step": max_log_std_step,
+            "max_std": largest if max_std is None else max_std,
+            "learn_mean": learn_mean,
+            "learn_std": learn_std,
+            "stochastic_rounding": stochastic_rounding,
+            "maximize": maximize,
+            "seed": seed,
+            "backend": backend,
+            "draw": 0,
+            "accumulated": 0,
+            "calls": 0,
+            "training": False,
+        }
+        super().__init__(params, defaults)
+        # GradScaler then leaves unscaling and skipping to the fused step, without a host sync.
+        self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters get the next generator streams."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except UsageError:
+            self.param_groups.pop()
+            raise
+        group.setdefault("first_stream", self._streams)
+        self._streams = group["first_stream"] + len(group["params"])
+        group["training"] = self._training
+        self._counters.append(None)
+        if self._training:
+            self._draw(group, group["params"])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in _POSITIVE:
+            if not group[name] > 0:
+                raise UsageError(f"{name} must be > 0, not {group[name]}")
+        if math.isinf(group["data_per_step"]):
+            raise UsageError("data_per_step must be finite; give the number of data points a step stands for")
+        if not isinstance(group["mc_samples"], int) or group["mc_samples"] < 1:
+            raise UsageError(f"mc_samples must be an integer >= 1, not {group['mc_samples']!r}")
+        if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:
+            raise UsageError(f"lr must be >= 0 and finite, not {group['lr']}")
+        if not isinstance(group["kl_weight"], Tensor) and not 0 <= group["kl_weight"] <= 1:
+            raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {group['kl_weight']}")
+        names = group.get("param_names")
+        for source, what in ((self._initial, "a posterior as std_init"), (self._prior, "prior")):
+            if isinstance(source, Posterior):
+                if names is None:
+                    raise UsageError(f"{what} goes by parameter names: pass model.named_parameters() to BGD")
+                for name, p in zip(names, group["params"], strict=True):
+                    if p.requires_grad and (name not in source or source.means[name].shape != p.shape):
+                        raise UsageError(
+                            f"{what} has no parameter {name} of shape {tuple(p.shape)}; is it of this model?"
+                        )
+        for i, p in enumerate(group["params"]):
+            if p.is_complex():
+                raise UsageError(f"parameter {names[i] if names else i} is complex; BGD is defined for real weights")
+
+    # --- modes -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Let the parameters hold the current sample."""
+        for group in self.param_groups:
+            group["training"] = True
+            self._draw(group, [p for p in group["params"] if p.requires_grad])
+        self._training = True
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Let the parameters hold the means.
+
+        Raises:
+            NonFiniteError: an update since the last check was not finite (the means are in place all the same).
+        """
+        for group in self.param_groups:
+            group["training"] = False
+            for p in group["params"]:
+                if p in self.state:
+                    p.copy_(self.state[p]["mean"])
+        self._training = False
+        self.raise_if_nonfinite()
+
+    @contextmanager
+    def sampled_params(self) -> Iterator[None]:
+        """The parameters hold the current sample inside, and what they held before outside, whatever happens inside.
+
+        Gradients taken inside may be given to `step` afterwards.
+        """
+        was_training = self._training
+        self.train()
+        try:
+            yield
+            self._gradients_at_sample = True
+        finally:
+            if not was_training:
+                self.eval()
+
+    # --- the step --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One Monte Carlo sample's worth of BGD; the update comes with the last of ``mc_samples``.
+
+        Args:
+            closure: clears the gradients, computes the loss at the current parameters, calls ``backward`` and
+                returns the loss. With it, all ``mc_samples`` samples are drawn and the update is made in this call.
+
+        Returns:
+            The closure's last loss, or ``None``.
+
+        Raises:
+            UsageError: the parameters hold the means, so that there is no gradient at a sample; or a gradient is
+                sparse.
+            NonFiniteError: on the CPU, an element's update was not finite (it kept its mean and std). On other
+                devices `eval`, `state_dict` and `raise_if_nonfinite` find out, so that a step never waits.
+        """
+        if closure is None:
+            if not (self._training or self._gradients_at_sample):
+                raise UsageError(
+                    "the parameters hold the means, so their gradients say nothing about std: call opt.train() before "
+                    "the forward pass (and opt.eval() before evaluation), or pass a closure to step"
+                )
+            self._consume()
+            if not self._training:
+                self.eval()
+            return None
+        loss = None
+        was_training = self._training
+        with torch.no_grad():
+            self.train()
+            try:
+                for _ in range(max(group["mc_samples"] - group["calls"] for group in self.param_groups)):
+                    with torch.enable_grad():
+                        loss = closure()
+                    self._consume()
+            finally:
+                if not was_training:
+                    self.eval()
+        return loss
+
+    def _consume(self) -> None:
+        """Take the gradients of the current sample: into the statistics or, with the last sample, into an update."""
+        self._check_gradients()
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        total: Tensor | None = None
+        for index, group in enumerate(self.param_groups):
+            group["calls"] += 1
+            last = group["calls"] >= group["mc_samples"]
+            if last:
+                group["calls"] = 0
+            several = group["mc_samples"] > 1
+            active = [p for p in group["params"] if p.grad is not None or (several and "m1" in self.state.get(p, {}))]
+            if not active:
+                continue
+            device = active[0].device
+            state = [self._state(index, p) for p in active]
+            grads = [_contiguous(p.grad) if p.grad is not None else torch.zeros_like(p) for p in active]
+            outs = [
+                p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in active
+            ]
+            if several:
+                for s in state:
+                    if "m1" not in s:
+                        s["m1"], s["m2"] = torch.zeros_like(s["mean"]), torch.zeros_like(s["mean"])
+            mean, std = [s["mean"] for s in state], [s["std"] for s in state]
+            m1, m2 = ([s["m1"] for s in state], [s["m2"] for s in state]) if several else ([], [])
+            counters = self._counters_of(index, device)
+            generator = (
+                [0] * len(active),
+                self._streams_of(group, active),
+                group["seed"],
+                counters,
+                group["antithetic"],
+                group["stochastic_rounding"],
+            )
+            amp = (
+                None if grad_scale is None else grad_scale.to(device),
+                None if found_inf is None else found_inf.to(device),
+                group["backend"],
+            )
+            if last:
+                prior = [self._prior[name] for name in self._names_of(group, active)] if self._prior else []
+                kl = ops.step(
+                    outs,
+                    mean,
+                    std,
+                    grads,
+                    m1,
+                    m2,
+                    [m.to(device) for m, _ in prior],
+                    [s.to(device) for _, s in prior],
+                    self._scalar(index, "lr", device),
+                    self._scalar(index, "kl_weight", device),
+                    -group["data_per_step"] if group["maximize"] else group["data_per_step"],
+                    *generator,
+                    group["max_mean_step"],
+                    group["max_log_std_step"],
+                    group["max_std"],
+                    group["learn_mean"],
+                    group["learn_std"],
+                    *amp,
+                )
+                if prior:
+                    total = kl if total is None else total + kl.to(total.device)
+            else:
+                ops.accumulate(outs, m1, m2, grads, mean, std, *generator, *amp)
+            for p, out in zip(active, outs, strict=True):
+                if out is not p:
+                    p.copy_(out)
+            # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
+            self._draw(group, [p for p in group["params"] if p in self.state and not any(p is a for a in active)])
+        self._gradients_at_sample = False
+        if total is not None:
+            self.kl = total
+        if all(c is None or c.device.type == "cpu" for c in self._counters):
+            self.raise_if_nonfinite()
+
+    def raise_if_nonfinite(self) -> None:
+        """Raise if an update since the last call was refused because it was not finite; waits for the device.
+
+        Raises:
+            NonFiniteError: names the parameters whose gradient is not finite now.
+        """
+        flagged = [i for i, c in enumerate(self._counters) if c is not None and c[2].item()]
+        for i in flagged:
+            self._counters[i][2] = 0  # type: ignore[index]
+        if flagged:
+            bad = [
+                name
+                for i in flagged
+                for name, p in zip(self._labels(self.param_groups[i]), self.param_groups[i]["params"], strict=True)
+                if p.grad is not None and not p.grad.isfinite().all()
+            ]
+            where = f"the gradient of {', '.join(bad[:5])}" if bad else "an update"
+            raise NonFiniteError(
+                f"{where} is NaN or infinite; the elements concerned kept their mean and std. Lower lr or std_init, "
+                "or look for the cause in the loss"
+            )
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def posterior(self) -> Posterior:
+        """A copy of the current means and stds by parameter name.
+
+        Raises:
+            UsageError: the optimizer was made without parameter names.
+        """
+        means, stds = {}, {}
+        for index, group in enumerate(self.param_groups):
+            if "param_names" not in group:
+                raise UsageError("a posterior goes by parameter names: pass model.named_parameters() to BGD")
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.requires_grad:
+                    state = self._state(index, p)
+                    means[name], stds[name] = state["mean"].clone(), state["std"].clone()
+        return Posterior(means, stds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume needs: means, stds, statistics, draw numbers and options.
+
+        The prior is not in it: pass the same one when the optimizer is made again.
+        """
+        self._sync_counters()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a `state_dict`; the parameters then hold what they held when it was made (sample or means)."""
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype; ours is float32 whatever the parameter is.
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for index, p in zip(indices, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                self.state[p][key] = value.to(p.device, copy=True)
+        self._counters = [None] * len(self.param_groups)
+        self._scalars = {}
+        if self.param_groups[0]["training"]:
+            self.train()
+        else:
+            self._training = False
+            for p in params:
+                if p in self.state:
+                    p.copy_(self.state[p]["mean"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._sync_counters()
+        keys = ("_initial", "_prior", "_training", "_gradients_at_sample", "_streams", "kl")
+        return {**super().__getstate__(), **{k: getattr(self, k) for k in keys}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._counters = [None] * len(self.param_groups)
+        self._scalars = {}
+        self._step_supports_amp_scaling = True
+
+    def _sync_counters(self) -> None:
+        self.raise_if_nonfinite()
+        for group, counters in zip(self.param_groups, self._counters, strict=True):
+            if counters is not None:
+                group["draw"], group["accumulated"], _ = counters.tolist()
+
+    def _counters_of(self, index: int, device: torch.device) -> Tensor:
+        counters = self._counters[index]
+        if counters is None:
+            group = self.param_groups[index]
+            counters = torch.tensor([group["draw"], group["accumulated"], 0], device=device)
+            self._counters[index] = counters
+        return counters
+
+    def _scalar(self, index: int, name: str, device: torch.device) -> Tensor:
+        """A group's option as a float32 scalar tensor on the device, written only when it changed."""
+        value = self.param_groups[index][name]
+        if isinstance(value, Tensor):
+            return value.to(device, torch.float32)
+        cached = self._scalars.get((index, name))
+        if cached is None or cached[0] != value:
+            tensor = cached[1] if cached is not None else torch.empty((), dtype=torch.float32, device=device)
+            tensor.fill_(value)
+            self._scalars[index, name] = cached = (value, tensor)
+        return cached[1]
+
+    def _state(self, index: int, p: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[p]
+        if not state:
+            group = self.param_groups[index]
+            if isinstance(self._initial, Posterior):
+                mean, std = self._initial[self._names_of(group, [p])[0]]
+                state["mean"] = mean.to(p.device, copy=True)
+                state["std"] = std.to(p.device, copy=True)
+            else:
+                state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
+                state["std"] = torch.full_like(state["mean"], self._initial)
+        return state
+
+    def _draw(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Write the group's current sample into ``params``."""
+        if not params:
+            return
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        state = [self._state(index, p) for p in params]
+        outs = [p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+        ops.sample(
+            outs,
+            [s["mean"] for s in state],
+            [s["std"] for s in state],
+            [0] * len(params),
+            self._streams_of(group, params),
+            group["seed"],
+            self._counters_of(index, params[0].device),
+            group["antithetic"],
+            group["stochastic_rounding"],
+            group["backend"],
+        )
+        for p, out in zip(params, outs, strict=True):
+            if out is not p:
+                p.copy_(out)
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for name, p in zip(self._labels(group), group["params"], strict=True):
+                if p.grad is not None and p.grad.is_sparse:
+                    raise UsageError(f"the gradient of {name} is sparse; BGD needs dense gradients (sparse=False)")
+
+    def _positions(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[int]:
+        position = {id(p): i for i, p in enumerate(group["params"])}
+        return [position[id(p)] for p in params]
+
+    def _streams_of(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[int]:
+        return [group["first_stream"] + i for i in self._positions(group, params)]
+
+    def _names_of(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[str]:
+        return [group["param_names"][i] for i in self._positions(group, params)]
+
+    @staticmethod
+    def _labels(group: dict[str, Any]) -> list[str]:
+        return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def _contiguous(grad: Tensor) -> Tensor:
+    return grad.detach().contiguous()

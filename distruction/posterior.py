@@ -1,0 +1,278 @@
+"""A factorised Gaussian over a model's parameters: the thing that is kept when the data goes."""
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import ops
+from .errors import PosteriorError
+
+FORMAT = "distruction-posterior-1"
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it over ``path``."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        os.close(handle)
+        write(name)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def learnable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of ``model`` that a posterior covers, by name: each with ``requires_grad``, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values in the order of the mapping."""
+    digest = hashlib.sha256()
+    for name, t in tensors.items():
+        digest.update(f"{name}:{tuple(t.shape)};".encode())
+        digest.update(t.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
+    """Independent Gaussians N(mean, std**2), one per parameter element, by parameter name.
+
+    A mapping from parameter name to ``(mean, std)``, both float32 in the parameter's shape.
+
+    Args:
+        means: parameter name to mean.
+        stds: parameter name to standard deviation, finite and > 0; same names and shapes.
+        metadata: JSON-able facts about how it was made; kept in the file.
+
+    Raises:
+        PosteriorError: names or shapes differ, a value is not finite, or a std is not positive.
+
+    >>> p = Posterior({"w": torch.zeros(3)}, {"w": torch.full((3,), 0.5)})
+    >>> q = Posterior({"w": torch.ones(3)}, {"w": torch.full((3,), 0.5)})
+    >>> float(q.kl(p))
+    6.0
+    """
+
+    def __init__(
+        self, means: Mapping[str, Tensor], stds: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        if not means:
+            raise PosteriorError(
+                "a posterior needs at least one parameter; does the model have any that requires_grad?"
+            )
+        if list(means) != list(stds):
+            raise PosteriorError(
+                f"means and stds name different parameters: {_difference(means, stds)}; give both for each name"
+            )
+        for name, mean in means.items():
+            std = stds[name]
+            if mean.shape != std.shape:
+                raise PosteriorError(f"{name}: mean is {tuple(mean.shape)} but std is {tuple(std.shape)}")
+            for what, t in (("mean", mean), ("std", std)):
+                if t.dtype != torch.float32:
+                    raise PosteriorError(f"{name}: {what} is {t.dtype}; convert it to torch.float32")
+                if not t.isfinite().all():
+                    raise PosteriorError(f"{name}: {what} holds NaN or infinity; prepare the posterior again")
+            if not (std > 0).all():
+                raise PosteriorError(f"{name}: std must be > 0, its smallest value is {std.min().item():g}")
+        self._means, self._stds = dict(means), dict(stds)
+        self.metadata: dict[str, Any] = dict(metadata or {})
+
+    @classmethod
+    def around(cls, model: nn.Module, std: float | Mapping[str, Tensor]) -> "Posterior":
+        """A posterior whose means are copies of the model's parameters, with a given or constant std."""
+        means = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in learnable(model).items()}
+        stds = {n: torch.full_like(m, std) if isinstance(std, float) else std[n] for n, m in means.items()}
+        return cls(means, stds)
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._means[name], self._stds[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._means)
+
+    def __len__(self) -> int:
+        return len(self._means)
+
+    def __repr__(self) -> str:
+        return f"Posterior({len(self)} parameters, {self.numel():,} elements, metadata={self.metadata})"
+
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """Means by parameter name."""
+        return self._means
+
+    @property
+    def stds(self) -> Mapping[str, Tensor]:
+        """Standard deviations by parameter name."""
+        return self._stds
+
+    def numel(self) -> int:
+        """Number of Gaussians."""
+        return sum(m.numel() for m in self._means.values())
+
+    def to(self, device: str | torch.device) -> "Posterior":
+        """This posterior with its tensors on ``device``; tensors already there are shared."""
+        moved = copy.copy(self)
+        moved._means = {n: t.to(device) for n, t in self._means.items()}
+        moved._stds = {n: t.to(device) for n, t in self._stds.items()}
+        return moved
+
+    def kl(self, prior: "Posterior", *, backend: str = "auto") -> Tensor:
+        """KL(self || prior) in nats, a float64 scalar (paper, section 3.2).
+
+        Raises:
+            PosteriorError: the two are over different parameters.
+        """
+        _check_same(self._means, prior._means, "the prior")
+        names = list(self)
+        return ops.gaussian_kl(
+            [self._means[n] for n in names],
+            [self._stds[n] for n in names],
+            [prior._means[n] for n in names],
+            [prior._stds[n] for n in names],
+            backend,
+        )[0]
+
+    def check(self, model: nn.Module, *, same_weights: bool = False) -> None:
+        """Raise unless this posterior belongs to ``model``.
+
+        Args:
+            model: its learnable parameters must have this posterior's names and shapes.
+            same_weights: require also that the model's weights are the means (to the parameter's precision).
+
+        Raises:
+            PosteriorError: with the first few names, shapes or the parameter that differ.
+        """
+        params = learnable(model)
+        _check_same(params, self._means, "the posterior")
+        if same_weights:
+            for name, p in params.items():
+                if not torch.equal(p.detach(), self._means[name].to(p.device, p.dtype)):
+                    raise PosteriorError(
+                        f"the posterior was prepared for other weights: {name} differs from its mean; load the "
+                        "model that it was prepared for, or call posterior.mean_(model) to put its means in"
+                    )
+
+    @torch.no_grad()
+    def mean_(self, model: nn.Module) -> None:
+        """Write the means into the model's parameters."""
+        self.check(model)
+        for name, p in learnable(model).items():
+            p.copy_(self._means[name])
+
+    @torch.no_grad()
+    def sample_(self, model: nn.Module, *, seed: int, draw: int = 0, backend: str = "auto") -> None:
+        """Write a sample mean + std * eps into the model's parameters; the same (seed, draw) gives the same sample.
+
+        Args:
+            model: the model that this posterior belongs to.
+            seed: 64-bit key of the generator.
+            draw: number of the sample, in [0, 2**32).
+            backend: see `distruction.ops`.
+        """
+        self.check(model)
+        params = learnable(model)
+        device = next(iter(params.values())).device
+        here = self.to(device)
+        ops.sample(
+            list(params.values()),
+            [here._means[n] for n in params],
+            [here._stds[n] for n in params],
+            [0] * len(params),
+            list(range(len(params))),
+            seed,
+            torch.tensor([draw, 0, 0], device=device),
+            False,
+            False,
+            backend,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file atomically: ``mean.NAME`` and ``std.NAME`` in float32, metadata as JSON."""
+        tensors = {f"mean.{n}": t.detach().cpu().contiguous() for n, t in self._means.items()}
+        tensors |= {f"std.{n}": t.detach().cpu().contiguous() for n, t in self._stds.items()}
+        header = {"format": FORMAT, "names": json.dumps(list(self)), "metadata": json.dumps(self.metadata)}
+        write_atomically(path, lambda name: save_file(tensors, name, header))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        map_location: str | torch.device = "cpu",
+        model: nn.Module | None = None,
+    ) -> "Posterior":
+        """Read a file written by `save`, checked wholly before anything is returned.
+
+        Args:
+            path: the file.
+            map_location: device of the tensors.
+            model: when given, the posterior must belong to it (see `check`).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            PosteriorError: truncated, of another format, inconsistent, or of another model.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"no posterior file at {path}; write one with `distruction prepare` or Posterior.save"
+            )
+        try:
+            with safe_open(path, framework="pt", device=str(map_location)) as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise PosteriorError(
+                        f"{path} is no posterior of this version: format {header.get('format')!r}, expected {FORMAT!r}"
+                    )
+                names = json.loads(header["names"])
+                if sorted(file.keys()) != sorted(f"{kind}.{n}" for kind in ("mean", "std") for n in names):
+                    raise PosteriorError(f"{path}: its tensors are not those that its header names; prepare it again")
+                means = {n: file.get_tensor(f"mean.{n}") for n in names}
+                stds = {n: file.get_tensor(f"std.{n}") for n in names}
+                metadata = json.loads(header["metadata"])
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, PosteriorError):
+                raise
+            raise PosteriorError(f"{path} is damaged or no posterior file: {error}; prepare it again") from error
+        posterior = cls(means, stds, metadata)
+        if model is not None:
+            posterior.check(model)
+        return posterior
+
+
+def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    only_a, only_b = sorted(set(a) - set(b)), sorted(set(b) - set(a))
+    return f"only in the first {only_a[:3]}, only in the second {only_b[:3]}"
+
+
+def _check_same(params: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
+    if set(params) != set(other):
+        raise PosteriorError(f"{what} belongs to another model: {_difference(params, other)}")
+    for name, p in params.items():
+        if p.shape != other[name].shape:
+            raise PosteriorError(
+                f"{what} belongs to another model: {name} is {tuple(p.shape)} here, {tuple(other[name].shape)} there"
+            )
