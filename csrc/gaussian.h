@@ -1,5 +1,5 @@
 // The maths of the library: Box-Muller, the BGD update, the KL divergence. Formulas and sources are in
-// distruction/ops/{philox,step,kl}.py, which these functions follow line by line.
+// distruction/ops/reference/{philox,step,kl}.py, which these functions follow line by line.
 //
 // Templates over F = float or a vector of floats; comparisons give masks for `?:` in both cases.
 #pragma once

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distruction.ops import backends, reference
-from distruction.ops.philox import philox
+from distruction.ops.reference.philox import philox
 
 if backends.unavailable("cpp", "cpu") is not None:
     pytest.skip(backends.unavailable("cpp", "cpu"), allow_module_level=True)
