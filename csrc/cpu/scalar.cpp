@@ -1,0 +1,63 @@
+// One element at a time, by the functions that the threads of the CUDA kernels run: the check of their arithmetic.
+#include "../block.h"
+#include "kernels.h"
+
+namespace distruction {
+namespace {
+
+// Calls f(entry, group) over a range.
+template <class F>
+void for_each_group(const Model& m, Range r, F f) {
+  const Entry t = entry_of(m, r.tensor);
+  for (int64_t block = r.begin / 4; 4 * block < r.end; ++block)
+    distruction::for_each_group(t, block, [&](auto group) { f(t, group); });
+}
+
+void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out) {
+  for (int64_t i = 0; i < blocks; ++i) {
+    uint32_t w[4];
+    block_words({seed, number, 1.0f}, stream, static_cast<int64_t>(block + static_cast<uint64_t>(i)), w);
+    memcpy(out + 4 * i, w, sizeof w);
+  }
+}
+
+void sample(const Model& m, Range r, Draw draw) {
+  for_each_group(m, r, [&](const Entry& t, auto group) { sample_group(t, group, draw, m.stochastic_rounding); });
+}
+
+void accumulate(const Model& m, Range r, Draw draw, Draw next, float grad_scale) {
+  for_each_group(m, r, [&](const Entry& t, auto group) {
+    accumulate_group(t, group, draw, next, m.stochastic_rounding, grad_scale);
+  });
+}
+
+template <bool with_prior, bool with_statistics>
+double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  double kl = 0;
+  for_each_group(m, r, [&](const Entry& t, auto group) {
+    step_group<with_prior, with_statistics>(t, group, draw, next, m.stochastic_rounding, u, kl, finite);
+  });
+  return kl;
+}
+
+double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  if (m.prior_mean)
+    return m.m1 ? step_range<true, true>(m, r, draw, next, u, finite)
+                : step_range<true, false>(m, r, draw, next, u, finite);
+  return m.m1 ? step_range<false, true>(m, r, draw, next, u, finite)
+              : step_range<false, false>(m, r, draw, next, u, finite);
+}
+
+double gaussian_kl(const Model& m, Range r) {
+  double kl = 0;
+  for_each_group(m, r, [&](const Entry& t, auto group) {
+    m.grad_mean ? kl_group<true>(t, group, kl) : kl_group<false>(t, group, kl);
+  });
+  return kl;
+}
+
+}  // namespace
+
+extern const Kernels kScalar = {"scalar", words, sample, accumulate, step, gaussian_kl};
+
+}  // namespace distruction

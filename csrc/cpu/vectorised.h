@@ -1,0 +1,333 @@
+// The CPU kernels in vectors. Each instruction set's file defines DISTRUCTION_SET and includes this one.
+//
+// A range is worked off in pieces that stay in the level-1 cache: the normals of a piece first, by whole groups of
+// generator blocks and so independent of where a tensor or a shard begins, then one pass over the arrays.
+#include "vector.h"  // first: the templates of the next find its overloads
+
+#include "kernels.h"
+
+#define DISTRUCTION_NOINLINE static __attribute__((noinline))
+
+namespace distruction {
+namespace {
+
+// Normals that one round of the generator's loop makes: four vectors of counters in flight.
+constexpr int kUnit = 8 * kLanes;
+static_assert(kPiece % kUnit == 0, "a piece is a whole number of units");
+
+// The block whose counter stands in 32-bit lane `lane`, such that transposing four by four within 128 bits, the only
+// cheap direction, gives the normals in the order of the elements.
+constexpr uint64_t block_of_lane(int lane) { return static_cast<uint64_t>(kLanes / 4 * (lane % 4) + lane / 4); }
+
+struct LaneBlocks {
+  uint64_t of[2][kLanes / 2];
+  constexpr LaneBlocks() : of() {
+    for (int i = 0; i < kLanes; ++i) of[i % 2][i / 2] = block_of_lane(i);
+  }
+};
+constexpr LaneBlocks kLaneBlocks;
+
+// The low words of two vectors of 64-bit lanes, as the even and the odd lanes of one vector of words.
+DISTRUCTION_FN Word pack(Wide even, Wide odd) {
+#if defined(__AVX512F__)
+  return (Word)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, (_MM_PERM_ENUM)0xA0);
+#elif defined(__AVX2__)
+  return (Word)_mm256_blend_epi32((__m256i)even, _mm256_shuffle_epi32((__m256i)odd, 0xA0), 0xAA);
+#else
+  return (Word)((even & 0xFFFFFFFFu) | (odd << 32));
+#endif
+}
+
+DISTRUCTION_FN void store_transposed(uint32_t* out, const Word (&x)[4]) {
+  const Word a = interleave<false>(x[0], x[1]), b = interleave<false>(x[2], x[3]);
+  const Word c = interleave<true>(x[0], x[1]), d = interleave<true>(x[2], x[3]);
+  store(out, interleave_pairs<false>(a, b));
+  store(out + kLanes, interleave_pairs<true>(a, b));
+  store(out + 2 * kLanes, interleave_pairs<false>(c, d));
+  store(out + 3 * kLanes, interleave_pairs<true>(c, d));
+}
+
+// The words, the normals or both of `count` elements from generator block `block` on, rounded up to whole units.
+template <bool with_words, bool with_normals>
+DISTRUCTION_NOINLINE void generate(
+    uint64_t block, int count, Draw draw, uint32_t stream, uint32_t* __restrict words, float* __restrict eps) {
+  for (int done = 0; done < count; done += kUnit) {
+    Wide c[4][4];
+    for (int g = 0; g < 4; ++g) {
+      c[g][0] = load<Wide>(kLaneBlocks.of[g % 2]) + (block + static_cast<uint64_t>(done / 4 + g / 2 * kLanes));
+      c[g][1] = c[g][0] >> 32;
+      c[g][2] = Wide{} + draw.number;
+      c[g][3] = Wide{} + stream;
+    }
+    philox<4>(c, draw.seed);
+    for (int p = 0; p < 2; ++p) {
+      Word w[4];
+      for (int j = 0; j < 4; ++j) w[j] = pack(c[2 * p][j], c[2 * p + 1][j]);
+      if (with_words) store_transposed(words + done + p * 4 * kLanes, w);
+      if (with_normals) {
+        Float n[4];
+        box_muller(w[0], w[1], draw.sign, n[0], n[1]);
+        box_muller(w[2], w[3], draw.sign, n[2], n[3]);
+        const Word bits[4] = {as_word(n[0]), as_word(n[1]), as_word(n[2]), as_word(n[3])};
+        store_transposed(reinterpret_cast<uint32_t*>(eps) + done + p * 4 * kLanes, bits);
+      }
+    }
+  }
+}
+
+// Access to a whole vector, and to the first `count` lanes of one at an array's end.
+struct Full {
+  template <class V, class T>
+  inline __attribute__((always_inline)) V load(const T* p, V) const {
+    return distruction::load<V>(p);
+  }
+  template <class T, class V>
+  inline __attribute__((always_inline)) void store(T* p, V x) const {
+    distruction::store(p, x);
+  }
+  template <class V>
+  inline __attribute__((always_inline)) V used(V x) const {
+    return x;
+  }
+};
+
+struct Partial {
+  int count;
+  template <class V, class T>
+  inline __attribute__((always_inline)) V load(const T* p, V fill) const {
+    memcpy(&fill, p, static_cast<size_t>(count) * sizeof(T));
+    return fill;
+  }
+  template <class T, class V>
+  inline __attribute__((always_inline)) void store(T* p, V x) const {
+    memcpy(p, &x, static_cast<size_t>(count) * sizeof(T));
+  }
+  template <class V>
+  inline __attribute__((always_inline)) V used(V x) const {
+    for (int i = count; i < kLanes; ++i) x[i] = 0;
+    return x;
+  }
+};
+
+// Calls f(access, index) over [0, n) in vectors.
+template <class F>
+DISTRUCTION_FN void for_each_vector(int n, F f) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(Full{}, i);
+  if (i < n) f(Partial{n - i}, i);
+}
+
+DISTRUCTION_NOINLINE void read_grad(
+    const void* grad, int64_t type, int64_t index, int n, float scale, float* __restrict out) {
+  if (type == kFloat32) {
+    const float* p = static_cast<const float*>(grad) + index;
+    for_each_vector(n, [=](auto access, int i) { access.store(out + i, access.load(p + i, Float{}) * scale); });
+  } else if (type == kBFloat16) {
+    const uint16_t* p = static_cast<const uint16_t*>(grad) + index;
+    for_each_vector(n, [=](auto access, int i) {
+      access.store(out + i, bfloat16_to_float(access.load(p + i, Short{})) * scale);
+    });
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(grad) + index;
+    for_each_vector(n, [=](auto access, int i) {
+      access.store(out + i, float16_to_float(access.load(p + i, Short{})) * scale);
+    });
+  }
+}
+
+DISTRUCTION_NOINLINE void write_sample(
+    void* param, int64_t type, int64_t index, int n, const float* mean, const float* std, const float* __restrict eps,
+    const uint32_t* __restrict words) {
+  const auto theta = [=](auto access, int i) {
+    return access.load(mean + i, Float{}) + access.load(std + i, Float{}) * access.load(eps + i, Float{});
+  };
+  if (type == kFloat32) {
+    float* p = static_cast<float*>(param) + index;
+    for_each_vector(n, [=](auto access, int i) { access.store(p + i, theta(access, i)); });
+  } else if (type == kFloat16) {
+    uint16_t* p = static_cast<uint16_t*>(param) + index;
+    for_each_vector(n, [=](auto access, int i) { access.store(p + i, float_to_float16(theta(access, i))); });
+  } else if (words) {
+    uint16_t* p = static_cast<uint16_t*>(param) + index;
+    for_each_vector(n, [=](auto access, int i) {
+      access.store(p + i, float_to_bfloat16_stochastic(theta(access, i), access.load(words + i, Word{})));
+    });
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(param) + index;
+    for_each_vector(n, [=](auto access, int i) { access.store(p + i, float_to_bfloat16(theta(access, i))); });
+  }
+}
+
+// One piece of a tensor and the normals of its elements.
+struct Piece {
+  int64_t index;  // of the first element, in the tensor
+  int n, lead;    // elements; position of the first one in its generator block
+  uint64_t block;
+};
+
+template <class F>
+DISTRUCTION_FN void for_each_piece(const Model& m, Range r, F f) {
+  for (int64_t begin = r.begin; begin < r.end;) {
+    const int64_t boundary = begin / kPiece * kPiece + kPiece;
+    const int64_t end = boundary < r.end ? boundary : r.end;
+    f(Piece{begin - m.offset[r.tensor], static_cast<int>(end - begin), static_cast<int>(begin % 4),
+            static_cast<uint64_t>(begin / 4)});
+    begin = end;
+  }
+}
+
+// The buffers of a piece; the lead is less than a block, and a piece with a lead is shorter than kPiece by it.
+struct alignas(64) Buffers {
+  float eps[kPiece], next[kPiece], grad[kPiece];
+  uint32_t words[kPiece];
+};
+
+DISTRUCTION_FN const uint32_t* generate_next(const Model& m, int64_t tensor, const Piece& p, Draw draw, Buffers& b) {
+  const uint32_t stream = static_cast<uint32_t>(m.stream[tensor]);
+  if (m.stochastic_rounding && m.param_type[tensor] == kBFloat16) {
+    generate<true, true>(p.block, p.lead + p.n, draw, stream, b.words, b.next);
+    return b.words + p.lead;
+  }
+  generate<false, true>(p.block, p.lead + p.n, draw, stream, nullptr, b.next);
+  return nullptr;
+}
+
+void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out) {
+  uint32_t buffer[kPiece];
+  for (int64_t done = 0; done < blocks; done += kPiece / 4) {
+    const int64_t n = blocks - done < kPiece / 4 ? blocks - done : kPiece / 4;
+    generate<true, false>(
+        block + static_cast<uint64_t>(done), static_cast<int>(4 * n), {seed, number, 1.0f}, stream, buffer, nullptr);
+    memcpy(out + 4 * done, buffer, static_cast<size_t>(n) * 16);
+  }
+}
+
+void sample(const Model& m, Range r, Draw draw) {
+  const int64_t t = r.tensor;
+  for_each_piece(m, r, [&](Piece p) {
+    Buffers b;
+    const uint32_t* words = generate_next(m, t, p, draw, b);
+    write_sample(m.param[t], m.param_type[t], p.index, p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead,
+                 words);
+  });
+}
+
+DISTRUCTION_NOINLINE void accumulate_piece(
+    int n, float* __restrict m1, float* __restrict m2, const float* __restrict grad, const float* __restrict eps) {
+  for_each_vector(n, [=](auto access, int i) {
+    const Float g = access.load(grad + i, Float{});
+    access.store(m1 + i, access.load(m1 + i, Float{}) + g);
+    access.store(m2 + i, access.load(m2 + i, Float{}) + g * access.load(eps + i, Float{}));
+  });
+}
+
+void accumulate(const Model& m, Range r, Draw draw, Draw next, float grad_scale) {
+  const int64_t t = r.tensor;
+  for_each_piece(m, r, [&](Piece p) {
+    Buffers b;
+    generate<false, true>(p.block, p.lead + p.n, draw, static_cast<uint32_t>(m.stream[t]), nullptr, b.eps);
+    read_grad(m.grad[t], m.grad_type[t], p.index, p.n, grad_scale, b.grad);
+    accumulate_piece(p.n, m.m1[t] + p.index, m.m2[t] + p.index, b.grad, b.eps + p.lead);
+    const uint32_t* words = generate_next(m, t, p, next, b);
+    write_sample(m.param[t], m.param_type[t], p.index, p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead,
+                 words);
+  });
+}
+
+template <bool with_prior, bool with_statistics>
+DISTRUCTION_NOINLINE double update_piece(
+    int n, Update u, const float* __restrict grad, const float* __restrict eps, float* __restrict mean,
+    float* __restrict std, float* __restrict m1, float* __restrict m2, const float* __restrict prior_mean,
+    const float* __restrict prior_std, bool& finite) {
+  Double total = {};
+  Int kept = {};
+  for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
+    Float s1 = access.load(grad + i, Float{});
+    Float s2 = s1 * access.load(eps + i, Float{});
+    if (with_statistics) {
+      s1 += access.load(m1 + i, Float{});
+      s2 += access.load(m2 + i, Float{});
+      access.store(m1 + i, Float{});
+      access.store(m2 + i, Float{});
+    }
+    Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, splat<Float>(1.0f)), kl = {};
+    const Float prior_mu = with_prior ? access.load(prior_mean + i, Float{}) : mu;
+    const Float prior_sigma = with_prior ? access.load(prior_std + i, splat<Float>(1.0f)) : sigma;
+    Int is_finite;
+    update<with_prior>(u, s1, s2, prior_mu, prior_sigma, mu, sigma, kl, is_finite);
+    kept |= access.used(~is_finite);
+    if (with_prior) total += to_double(access.used(kl));
+    if (u.learn_mean) access.store(mean + i, mu);
+    if (u.learn_std) access.store(std + i, sigma);
+  });
+  double kl = 0;
+  for (int i = 0; i < kLanes / 2; ++i) kl += total[i];
+  for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
+  return kl;
+}
+
+template <bool with_prior, bool with_statistics>
+double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  const int64_t t = r.tensor;
+  double kl = 0;
+  for_each_piece(m, r, [&](Piece p) {
+    Buffers b;
+    float *mean = m.mean[t] + p.index, *std = m.std[t] + p.index;
+    generate<false, true>(p.block, p.lead + p.n, draw, static_cast<uint32_t>(m.stream[t]), nullptr, b.eps);
+    const uint32_t* words = generate_next(m, t, p, next, b);
+    read_grad(m.grad[t], m.grad_type[t], p.index, p.n, u.grad_scale, b.grad);
+    kl += update_piece<with_prior, with_statistics>(
+        p.n, u, b.grad, b.eps + p.lead, mean, std, with_statistics ? m.m1[t] + p.index : nullptr,
+        with_statistics ? m.m2[t] + p.index : nullptr, with_prior ? m.prior_mean[t] + p.index : nullptr,
+        with_prior ? m.prior_std[t] + p.index : nullptr, finite);
+    write_sample(m.param[t], m.param_type[t], p.index, p.n, mean, std, b.next + p.lead, words);
+  });
+  return kl;
+}
+
+double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  if (m.prior_mean)
+    return m.m1 ? step_range<true, true>(m, r, draw, next, u, finite)
+                : step_range<true, false>(m, r, draw, next, u, finite);
+  return m.m1 ? step_range<false, true>(m, r, draw, next, u, finite)
+              : step_range<false, false>(m, r, draw, next, u, finite);
+}
+
+template <bool with_gradients>
+DISTRUCTION_NOINLINE double kl_piece(
+    int n, const float* __restrict mean, const float* __restrict std, const float* __restrict prior_mean,
+    const float* __restrict prior_std, float* __restrict grad_mean, float* __restrict grad_std) {
+  Double total = {};
+  for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
+    Float kl, g_mean, g_std;
+    kl_with_gradients(
+        access.load(mean + i, Float{}), access.load(std + i, splat<Float>(1.0f)), access.load(prior_mean + i, Float{}),
+        access.load(prior_std + i, splat<Float>(1.0f)), kl, g_mean, g_std);
+    total += to_double(access.used(kl));
+    if (with_gradients) {
+      access.store(grad_mean + i, g_mean);
+      access.store(grad_std + i, g_std);
+    }
+  });
+  double kl = 0;
+  for (int i = 0; i < kLanes / 2; ++i) kl += total[i];
+  return kl;
+}
+
+double gaussian_kl(const Model& m, Range r) {
+  const int64_t t = r.tensor;
+  double kl = 0;
+  for_each_piece(m, r, [&](Piece p) {
+    const int64_t i = p.index;
+    const float *mean = m.mean[t] + i, *std = m.std[t] + i, *pm = m.prior_mean[t] + i, *ps = m.prior_std[t] + i;
+    kl += m.grad_mean ? kl_piece<true>(p.n, mean, std, pm, ps, m.grad_mean[t] + i, m.grad_std[t] + i)
+                      : kl_piece<false>(p.n, mean, std, pm, ps, nullptr, nullptr);
+  });
+  return kl;
+}
+
+}  // namespace
+
+extern const Kernels DISTRUCTION_SET = {DISTRUCTION_SET_NAME, words, sample, accumulate, step, gaussian_kl};
+
+}  // namespace distruction

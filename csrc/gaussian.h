@@ -1,0 +1,155 @@
+// The maths of the library: Box-Muller, the BGD update, the KL divergence. Formulas and sources are in
+// distruction/ops/reference/{philox,step,kl}.py, which these functions follow line by line.
+//
+// Templates over F = float or a vector of floats; comparisons give masks for `?:` in both cases.
+#pragma once
+
+#include "scalar.h"
+
+namespace distruction {
+
+template <class F>
+DISTRUCTION_FN F absolute(F x) {
+  return as_float(as_word(x) & 0x7FFFFFFFu);
+}
+
+template <class F>
+DISTRUCTION_FN F splat(float value) {
+  return F{} + value;
+}
+
+// min and max that keep a NaN in x, as torch.clamp does.
+template <class F>
+DISTRUCTION_FN F at_most(F x, F bound) {
+  return bound < x ? bound : x;
+}
+
+template <class F>
+DISTRUCTION_FN F at_least(F x, F bound) {
+  return bound > x ? bound : x;
+}
+
+// x = 2**exponent * (1 + f) with f in [-1/3, 1/3).
+template <class F, class I>
+DISTRUCTION_FN void split(F x, I& exponent, F& f) {
+  exponent = as_int(as_word(x) - 0x3F2AAAABu) >> 23;
+  f = as_float(as_word(x) - (as_word(exponent) << 23)) - 1.0f;
+}
+
+// f - log(1 + f) for f in [-1/3, 1/3], relative error 3e-7: a minimax polynomial times f**2, so that nothing cancels.
+template <class F>
+DISTRUCTION_FN F f_minus_log1p(F f) {
+  F p = 0.15076413750648499f - 0.13633877038955688f * f;
+  p = p * f - 0.14079158008098602f;
+  p = p * f + 0.16477879881858826f;
+  p = p * f - 0.20005875825881958f;
+  p = p * f + 0.25004327297210693f;
+  p = p * f - 0.33333292603492737f;
+  p = p * f + 0.49999985098838806f;
+  return f * f * p;
+}
+
+static constexpr float kLog2 = 0.6931471805599453f;
+
+// log(x) for normal positive x; its relative error stays small as x tends to 1.
+template <class F>
+DISTRUCTION_FN F log_positive(F x) {
+  decltype(as_int(as_word(x))) exponent;
+  F f;
+  split(x, exponent, f);
+  return to_float(exponent) * kLog2 + (f - f_minus_log1p(f));
+}
+
+// sin(pi x) for x in [-1/2, 1/2], relative error 6e-9 before rounding.
+template <class F>
+DISTRUCTION_FN F sin_pi(F x) {
+  const F x2 = x * x;
+  F p = 0.0775604099035263f * x2 - 0.5982421636581421f;
+  p = p * x2 + 2.550069808959961f;
+  p = p * x2 - 5.167709827423096f;
+  p = p * x2 + 3.1415927410125732f;
+  return x * p;
+}
+
+// float32((word + 1/2) * 2**-32), rounded once: both halves are exact until they meet.
+template <class W>
+DISTRUCTION_FN auto uniform(W word) -> decltype(as_float(word)) {
+  return to_float(as_int(word >> 16)) * 0x1p-16f + (to_float(as_int(word & 0xFFFFu)) * 0x1p-32f + 0x1p-33f);
+}
+
+// Two independent standard normals, times sign. The angle covers the half turn where the cosine is positive; the
+// angle word's lowest bit mirrors it.
+template <class W, class F>
+DISTRUCTION_FN void box_muller(W radius_word, W angle_word, float sign, F& cosine, F& sine) {
+  const F radius = square_root(-2.0f * log_positive(uniform(radius_word))) * sign;
+  const F turn = to_float(as_int(angle_word)) * 0x1p-32f;
+  cosine = as_float(as_word(radius * sin_pi(0.5f - absolute(turn))) ^ (angle_word << 31));
+  sine = radius * sin_pi(turn);
+}
+
+// KL(N(mean, std**2) || N(prior_mean, prior_std**2)) in terms of the differences dm = (mean - prior_mean) / prior_std,
+// d = (std - prior_std) / prior_std and ratio = std / prior_std.
+template <class F>
+DISTRUCTION_FN F kl_value(F dm, F d, F ratio) {
+  decltype(as_int(as_word(d))) exponent;
+  F f;
+  split(ratio, exponent, f);
+  // Near the prior d keeps the digits that ratio - 1 has lost, and the first two terms are zero.
+  f = exponent == 0 ? d : f;
+  const F d_minus_log = d - f - to_float(exponent) * kLog2 + f_minus_log1p(f);
+  return 0.5f * dm * dm + (0.5f * d * d + (ratio == 0.0f ? splat<F>(INFINITY) : d_minus_log));
+}
+
+// The KL of one element, dKL/dmean and dKL/dstd.
+template <class F>
+DISTRUCTION_FN void kl_with_gradients(F mean, F std, F prior_mean, F prior_std, F& kl, F& grad_mean, F& grad_std) {
+  const F inverse_prior = reciprocal(prior_std);
+  const F dm = (mean - prior_mean) * inverse_prior, d = (std - prior_std) * inverse_prior;
+  kl = kl_value(dm, d, std * inverse_prior);
+  grad_mean = dm * inverse_prior;
+  grad_std = d * (2.0f + d) * reciprocal(std);
+}
+
+struct Update {
+  float lr, kl_weight;
+  float grad_scale;       // multiplies the gradient: the inverse of GradScaler's scale
+  float statistic_scale;  // multiplies both statistics: loss_scale / samples, and (1 - kl_weight) with a prior
+  float max_mean_step, max_a, max_std;
+  bool learn_mean, learn_std;
+};
+
+// The BGD update of one element from its statistics s1 = sum(g) and s2 = sum(g * eps), and with a prior the KL of the
+// updated posterior. `finite` is false where mean and std were kept because the update was not finite.
+template <bool with_prior, class F, class M>
+DISTRUCTION_FN void update(
+    const Update& u, F s1, F s2, F prior_mean, F prior_std, F& mean, F& std, F& kl, M& finite) {
+  s1 *= u.statistic_scale;
+  s2 *= u.statistic_scale;
+  F a = 0.5f * std * s2;
+  F inverse_prior = prior_std, ratio = std;
+  if (with_prior) {
+    inverse_prior = reciprocal(prior_std);
+    ratio = std * inverse_prior;
+    const F d = (std - prior_std) * inverse_prior;
+    a = a + 0.5f * u.kl_weight * d * (2.0f + d);
+  }
+  const F bound = u.max_mean_step * std;
+  F new_mean = mean - at_least(at_most(u.lr * std * std * s1, bound), -bound);
+  if (with_prior) {
+    const F v = u.lr * u.kl_weight * ratio * ratio;
+    new_mean = new_mean + v * reciprocal(1.0f + v) * (prior_mean - new_mean);
+  }
+  a = at_least(at_most(a, splat<F>(u.max_a)), splat<F>(-u.max_a));
+  // The larger root never cancels, so std stays positive for every a.
+  const F w = square_root(1.0f + a * a) + absolute(a);
+  const F new_std = at_most(std * (a > 0.0f ? reciprocal(w) : w), splat<F>(u.max_std));
+  // Zero times a number is zero unless the number is infinite or NaN.
+  finite = (0.0f * s1 + 0.0f * s2 + 0.0f * new_mean + 0.0f * new_std == 0.0f) & (new_std > 0.0f);
+  if (u.learn_mean) mean = finite ? new_mean : mean;
+  if (u.learn_std) std = finite ? new_std : std;
+  if (with_prior) {
+    kl = kl_value((mean - prior_mean) * inverse_prior, (std - prior_std) * inverse_prior, std * inverse_prior);
+  }
+}
+
+}  // namespace distruction

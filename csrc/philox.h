@@ -1,0 +1,48 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+// Include the primitives of the type to instantiate it with first: scalar.h or cpu/vector.h.
+#pragma once
+
+#include "scalar.h"
+
+namespace distruction {
+
+// Ten rounds on `groups` independent counters at once, in place; more than one hides the multiplications' latency.
+// Word is uint32_t, or a vector of 64-bit lanes whose low halves are the words and whose high halves are ignored.
+template <int groups, class Word>
+DISTRUCTION_FN void philox(Word (&counter)[groups][4], uint64_t seed) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+DISTRUCTION_UNROLL(10)
+  for (int round = 0; round < 10; ++round) {
+DISTRUCTION_UNROLL(8)
+    for (int g = 0; g < groups; ++g) {
+      Word(&c)[4] = counter[g];
+      Word high0, low0, high1, low1;
+      multiply_wide(c[0], 0xD2511F53u, high0, low0);
+      multiply_wide(c[2], 0xCD9E8D57u, high1, low1);
+      c[0] = high1 ^ c[1] ^ key0;
+      c[1] = low1;
+      c[2] = high0 ^ c[3] ^ key1;
+      c[3] = low0;
+    }
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// What one call of the generator needs beside the block number (element index / 4).
+struct Draw {
+  uint64_t seed;
+  uint32_t number;  // third word of the counter
+  float sign;       // -1 for the second draw of an antithetic pair
+};
+
+// With antithetic draws, draws 2i and 2i + 1 are eps and -eps.
+DISTRUCTION_FN Draw draw_of(uint64_t seed, int64_t number, bool antithetic) {
+  Draw draw;
+  draw.seed = seed;
+  draw.number = static_cast<uint32_t>(antithetic ? number >> 1 : number);
+  draw.sign = antithetic && (number & 1) ? -1.0f : 1.0f;
+  return draw;
+}
+
+}  // namespace distruction

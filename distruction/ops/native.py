@@ -1,0 +1,161 @@
+"""What the ``cpp`` and ``cuda`` backends share: finding their libraries, and handing tensors to plain C.
+
+The libraries are built from ``csrc/`` without PyTorch's or Python's headers: they take pointers, so that one build
+serves every version of both. This module mirrors the structures of ``csrc/model.h`` and checks every tensor
+before its pointer leaves Python.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1
+"""The interface that this version of the package speaks; ``distruction_abi()`` of a library must be the same."""
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ARRAYS = (
+    "numel",
+    "offset",
+    "stream",
+    "param",
+    "param_type",
+    "grad",
+    "grad_type",
+    "mean",
+    "std",
+    "m1",
+    "m2",
+    "prior_mean",
+    "prior_std",
+    "grad_mean",
+    "grad_std",
+)
+
+
+class Model(ctypes.Structure):
+    """``distruction::Model``: one pointer to an array per kind of tensor."""
+
+    _fields_ = (
+        ("tensors", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
+        ("counters", ctypes.c_void_p),
+        ("seed", ctypes.c_int64),
+        ("antithetic", ctypes.c_int32),
+        ("stochastic_rounding", ctypes.c_int32),
+    )
+
+
+class Options(ctypes.Structure):
+    """``distruction::Options``: the scalars of a step, or pointers to those that live on a GPU."""
+
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("lr", "kl_weight", "loss_scale", "grad_scale")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("lr_pointer", "kl_weight_pointer", "grad_scale_pointer", "found_inf_pointer")
+        ),
+        *((name, ctypes.c_float) for name in ("max_mean_step", "max_a", "max_std")),
+        ("learn_mean", ctypes.c_int32),
+        ("learn_std", ctypes.c_int32),
+    )
+
+
+def load(name: str, remedy: str) -> ctypes.CDLL:
+    """The library ``name``.
+
+    Raises:
+        ImportError: it was not built, is of another version or cannot be loaded; the message says what to do.
+    """
+    path = Path(__file__).with_name(f"libdistruction_{name}.so")
+    if not path.exists():
+        raise ImportError(f"{path.name} was not built when the package was installed; {remedy}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"{path} cannot be loaded ({error}); {remedy}") from error
+    if library.distruction_abi() != ABI:
+        raise ImportError(f"{path} belongs to another version of the package; {remedy}")
+    return library
+
+
+def _int64s(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _check(
+    backend: str, name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    for i, t in enumerate(tensors):
+        if not t.is_contiguous():
+            raise ValueError(
+                f"backend {backend!r}: {name}[{i}] of shape {tuple(t.shape)} and strides {t.stride()} "
+                "is not contiguous; pass it .contiguous(), or choose backend='reference'"
+            )
+        if t.dtype not in dtypes:
+            raise ValueError(
+                f"backend {backend!r}: {name}[{i}] is {t.dtype}, not {' or '.join(map(str, dtypes))}; "
+                "backend='reference' takes other types"
+            )
+        if t.device != device:
+            raise ValueError(f"backend {backend!r}: {name}[{i}] is on {t.device}, the first tensor on {device}")
+
+
+def model(
+    backend: str,
+    state: dict[str, Sequence[Tensor]],
+    *,
+    param: Sequence[Tensor] = (),
+    grad: Sequence[Tensor] = (),
+    offsets: Sequence[int] = (),
+    streams: Sequence[int] = (),
+    seed: int = 0,
+    counters: Tensor | None = None,
+    antithetic: bool = False,
+    stochastic_rounding: bool = False,
+) -> tuple[Model, list[object]]:
+    """Check the tensors and fill a `Model`; the second value keeps its arrays alive.
+
+    Args:
+        state: lists of float32 tensors by their name in the structure; empty lists become null.
+    """
+    mean = state["mean"]
+    device = mean[0].device
+    arrays = {
+        "numel": _int64s([m.numel() for m in mean]),
+        "offset": _int64s(offsets or [0] * len(mean)),
+        "stream": _int64s(streams or [0] * len(mean)),
+    }
+    for name, tensors in {**state, "param": param, "grad": grad}.items():
+        if tensors:
+            _check(backend, name, tensors, tuple(_TYPES) if name in ("param", "grad") else (torch.float32,), device)
+            arrays[name] = _int64s([t.data_ptr() for t in tensors])
+    for name, tensors in (("param", param), ("grad", grad)):
+        if tensors:
+            arrays[name + "_type"] = _int64s([_TYPES[t.dtype] for t in tensors])
+    if counters is not None:
+        _check(backend, "counters", [counters], (torch.int64,), device)
+    filled = Model(
+        tensors=len(mean),
+        **{name: ctypes.addressof(array) for name, array in arrays.items()},
+        counters=counters.data_ptr() if counters is not None else None,
+        # ctypes keeps the low 64 bits, so that a negative seed is its two's complement.
+        seed=seed,
+        antithetic=antithetic,
+        stochastic_rounding=stochastic_rounding,
+    )
+    return filled, [arrays, counters]
+
+
+def max_a(max_log_std_step: float) -> float:
+    """The bound of the update's ``a`` that bounds |delta log std|: asinh(a) <= max_log_std_step."""
+    return math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf
+
+
+def mutated(*lists: Sequence[Tensor]) -> None:
+    """Tell autograd of writes that it cannot see, as an in-place operator does."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)
