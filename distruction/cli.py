@@ -145,7 +145,7 @@ def forget(
     ] = "uniform-others",
     steps: Annotated[int, typer.Option(help="BGD updates.")] = 150,
     kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
-    data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 30.0,
+    data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 100.0,
     batch_size: BatchSize = 64,
     checkpoint: CheckpointFile = None,
     seed: Seed = 0,

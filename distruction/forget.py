@@ -37,7 +37,7 @@ def forget(
     objective: str | objectives.Objective = "uniform-others",
     steps: int = 150,
     kl_weight: float = 0.1,
-    data_per_step: float = 30.0,
+    data_per_step: float = 100.0,
     lr: float = 1.0,
     mc_samples: int = 2,
     seed: int = 0,
