@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import models, report
 from .data import Images, forget_split, load, loader
@@ -68,15 +69,17 @@ def fisher_std(model: nn.Module, data: Images, posterior: Posterior) -> Posterio
     fisher = {n: torch.zeros_like(p) for n, p in params.items()}
     buffers = dict(model.named_buffers())
 
-    def log_likelihood(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def negative_log_likelihood(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         logits = torch.func.functional_call(model, {**values, **buffers}, (x[None],))
-        return F.log_softmax(logits, dim=-1)[0, y]
+        return F.cross_entropy(logits, y[None])
 
-    per_example = torch.func.vmap(torch.func.grad(log_likelihood), in_dims=(None, 0, 0))
+    per_example = torch.func.vmap(torch.func.grad(negative_log_likelihood), in_dims=(None, 0, 0))
     values = {n: p.detach() for n, p in params.items()}
-    for x, y in loader(data, batch_size=64):
-        for n, g in per_example(values, x, y).items():
-            fisher[n] += g.square().sum(dim=0)
+    # The fused attention kernels have no batching rule.
+    with sdpa_kernel(SDPBackend.MATH):
+        for x, y in loader(data, batch_size=64):
+            for n, g in per_example(values, x, y).items():
+                fisher[n] += g.square().sum(dim=0)
     initial = posterior.metadata["std_init"] ** -2
     evidence = posterior.metadata["evidence"] / len(data)
     return Posterior(

@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any) -> None:
 def table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> Table:
     """One row per method, one column per metric; ``columns`` maps a metric's key to its heading."""
     out = Table(title=title)
-    out.add_column("method")
+    out.add_column("method", no_wrap=True)
     for heading in columns.values():
         out.add_column(heading, justify="right")
     for name, metrics in rows.items():
