@@ -153,7 +153,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             [self._stds[n] for n in names],
             [prior._means[n] for n in names],
             [prior._stds[n] for n in names],
-            backend,
+            backend=backend,
         )[0]
 
     def check(self, model: nn.Module, *, same_weights: bool = False) -> None:
