@@ -107,12 +107,11 @@ class BGD(torch.optim.Optimizer):
         self._initial = std_init
         self._prior = prior
         self._training = False
-        self._gradients_at_sample = False
+        # What a step changes besides tensors; a dict because torch.compile (2.8) cannot set an optimizer's attribute.
+        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": None}
         self._counters: list[Tensor | None] = []
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._streams = 0
-        self.kl: Tensor | None = None
-        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior."""
         defaults = {
             "lr": lr,
             "data_per_step": data_per_step,
@@ -220,7 +219,7 @@ class BGD(torch.optim.Optimizer):
         self.train()
         try:
             yield
-            self._gradients_at_sample = True
+            self._now["gradients_at_sample"] = True
         finally:
             if not was_training:
                 self.eval()
@@ -246,7 +245,7 @@ class BGD(torch.optim.Optimizer):
                 a step never waits.
         """
         if closure is None:
-            if not (self._training or self._gradients_at_sample):
+            if not (self._training or self._now["gradients_at_sample"]):
                 raise UsageError(
                     "the parameters hold the means, so their gradients say nothing about std: call opt.train() before "
                     "the forward pass (and opt.eval() before evaluation), or pass a closure to step"
@@ -342,12 +341,18 @@ class BGD(torch.optim.Optimizer):
             # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
             taken = {id(p) for p in active}
             self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in taken])
-        self._gradients_at_sample = False
+        self._now["gradients_at_sample"] = False
         if total is not None:
-            self.kl = total
+            self._now["kl"] = total
         on_cpu = all(c is None or c.device.type == "cpu" for c in self._counters)
         if on_cpu and not torch.compiler.is_compiling():
             self.raise_if_nonfinite()
+
+    @property
+    def kl(self) -> Tensor | None:
+        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior."""
+        kl: Tensor | None = self._now["kl"]
+        return kl
 
     def raise_if_nonfinite(self) -> None:
         """Raise if an update since the last call was refused because it was not finite; waits for the device.
@@ -419,7 +424,7 @@ class BGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._sync_counters()
-        keys = ("_initial", "_prior", "_training", "_gradients_at_sample", "_streams", "kl")
+        keys = ("_initial", "_prior", "_training", "_now", "_streams")
         return {**super().__getstate__(), **{k: getattr(self, k) for k in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
