@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import models, report
 from .data import Images, forget_split, load, loader
+from .fisher import per_sample
 from .forget import ForgetReport, forget
 from .metrics import accuracy, entropy_mia, predict
-from .posterior import Posterior, learnable
+from .posterior import Posterior
 from .prepare import prepare
 from .train import train
 
@@ -65,23 +64,9 @@ def fisher_std(model: nn.Module, data: Images, posterior: Posterior) -> Posterio
 
     The Fisher is the mean of squared per-example gradients of the log-likelihood (Laplace's usual diagonal).
     """
-    params = learnable(model)
-    fisher = {n: torch.zeros_like(p) for n, p in params.items()}
-    buffers = dict(model.named_buffers())
-
-    def negative_log_likelihood(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, {**values, **buffers}, (x[None],))
-        return F.cross_entropy(logits, y[None])
-
-    per_example = torch.func.vmap(torch.func.grad(negative_log_likelihood), in_dims=(None, 0, 0))
-    values = {n: p.detach() for n, p in params.items()}
-    # The fused attention kernels have no batching rule.
-    with sdpa_kernel(SDPBackend.MATH):
-        for x, y in loader(data, batch_size=64):
-            for n, g in per_example(values, x, y).items():
-                fisher[n] += g.square().sum(dim=0)
+    fisher = per_sample(model, loader(data, batch_size=64))
     initial = posterior.metadata["std_init"] ** -2
-    evidence = posterior.metadata["evidence"] / len(data)
+    evidence = posterior.metadata["evidence"]
     return Posterior(
         posterior.means, {n: (initial + evidence * f).rsqrt() for n, f in fisher.items()}, posterior.metadata
     )
