@@ -1,33 +1,48 @@
 """The experiments of the paper: scenarios x methods x seeds, resumable, with tables and figures."""
 
+from pathlib import Path
 
-from . import jobs, runner
-from .grid import Grid, preset, read
-from .jobs import Context, Job
+from ..scenarios import write_indices
+from . import jobs, page, runner
+from .grid import PRESETS, Grid, preset, read
+from .jobs import Context
+from .results import Cell
 from .runner import Outcome
-from .store import Store
 
-__all__ = ["Context", "Grid", "Job", "Outcome", "Store", "preset", "read", "run"]
+__all__ = ["PRESETS", "Cell", "Context", "Grid", "Outcome", "preset", "read", "run"]
 
 
-def run(experiment: Grid, context: Context, *, devices: list[str], threads: int = 1, progress: bool = True) -> Outcome:
-    """Do what of the grid is not done yet.
+def run(
+    grid: Grid,
+    out: Path,
+    context: Context,
+    *,
+    devices: list[str],
+    threads: int = 1,
+    command: str = "",
+    progress: bool = True,
+) -> tuple[list[Cell], Outcome]:
+    """Do what of the grid is not done yet, and write the report.
+
+    Killed anywhere and started again it goes on where it was; finished cells are not run again.
 
     Args:
-        experiment: from `preset` or `read`.
-        context: where.
+        grid: from `preset` or `read`.
+        out: folder; ``out/report`` is the report, ``out/forget-sets`` the forgotten indices.
+        context: where results are kept, where data is.
         devices: one worker process for each.
         threads: CPU threads of each worker.
+        command: how to repeat this, for the report.
 
     Raises:
         UsageError: a data set is missing, or another bench runs in the same folder.
     """
     with runner.alone(context.store):
-        cells = jobs.cells(experiment, context)
-        folder = context.store / "forget-sets"
-        folder.mkdir(exist_ok=True)
+        cells = jobs.cells(grid, context)
+        folder = out / "forget-sets"
+        folder.mkdir(exist_ok=True, parents=True)
         for name, split, facts in jobs.forget_sets(cells, context):
-            from ..scenarios import write_indices
-
             write_indices(folder / name, split, facts)
-        return runner.run(cells, context, devices=devices, threads=threads, progress=progress)
+        outcome = runner.run(cells, context, devices=devices, threads=threads, progress=progress)
+        found = page.write(out / "report", grid, context, cells, outcome, command)
+    return found, outcome

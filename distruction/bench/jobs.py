@@ -161,8 +161,6 @@ def _cell(
     facts["retrained"] = {"model": model, "split": split}
     if methods.get(method).needs_posterior:
         facts["posterior"] = {"model": model, "prepare": dict(grid.prepare)}
-    if method == "retrain":
-        facts["retrained"] = {**facts["retrained"], "settings": dict(settings)}
     facts["measure"] = {**grid.measure, "brief": brief}
     return Job("cell", facts)
 
@@ -303,7 +301,7 @@ def _run(name: str, settings: Mapping[str, Any], task: Task) -> tuple[dict[str, 
 def _retrain(facts: Mapping[str, Any], context: Context) -> None:
     split = make_split(facts["model"], facts["split"], context)
     task = _task(facts, split, context)
-    cost, _ = _run("retrain", facts.get("settings", {}), task)
+    cost, _ = _run("retrain", {}, task)
     _save_model("retrained", facts, context, task.model, cost)
 
 
@@ -314,7 +312,7 @@ def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
     before = copy.deepcopy(task.model)
     retrained = _load_model("retrained", facts["retrained"], context)
     report = None
-    if facts["method"] == "retrain":
+    if facts["method"] == "retrain" and not facts["settings"]:
         task.model = retrained
         cost = store.load("retrained", facts["retrained"])
     else:
