@@ -61,13 +61,13 @@ class Mixed(Dataset):
 
     def __getitem__(self, index: Sequence[int]) -> Batch:
         where = torch.as_tensor(index)
-        inputs, labels = [], []
-        for (source, given), start, stop in zip(self.parts, self.starts, self.starts[1:], strict=False):
-            here = where[(where >= start) & (where < stop)] - start
-            if len(here):
-                inputs.append(source[here.tolist()][0])
-                labels.append(given[here])
-        return torch.cat(inputs), torch.cat(labels)
+        inputs, places = [], []
+        for (source, _), start, stop in zip(self.parts, self.starts, self.starts[1:], strict=False):
+            mine = ((where >= start) & (where < stop)).nonzero().squeeze(-1)
+            if len(mine):
+                inputs.append(source[(where[mine] - start).tolist()][0])
+                places.append(mine)
+        return torch.cat(inputs)[torch.cat(places).argsort()], self.labels[where]
 
 
 class Selected(Dataset):
