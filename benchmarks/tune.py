@@ -8,9 +8,10 @@ trials with D_f <= 5 % (else the lowest D_f); random: the smallest sum of the ga
 
 import itertools
 import sys
-import tomllib
 from dataclasses import replace
 from pathlib import Path
+
+import tomllib
 
 from distruction import bench
 from distruction.bench import jobs, runner

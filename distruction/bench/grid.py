@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRESETS = ("digits", "fashion", "cifar-full-class", "cifar-sub-class", "cifar-random", "cifar")
+PRESETS = ("digits", "fashion", "cifar")
 
 MEASURE: dict[str, Any] = {"batch_size": 512}
 """Options of the measurements and their defaults."""

@@ -48,10 +48,10 @@ def get(name: str) -> Method:
 
 def check(name: str, settings: dict[str, Any]) -> None:
     """Raise `UsageError` unless the method exists and takes settings of these names."""
-    parameters = dict(inspect.signature(get(name).run).parameters)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        parameters |= inspect.signature(forget_with).parameters
-    known = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    parameters = list(inspect.signature(get(name).run).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        parameters += inspect.signature(forget_with).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for setting in settings:
         if setting not in known:
             raise UsageError(f"method {name} has no setting {setting!r}; it has {', '.join(known) or 'none'}")
