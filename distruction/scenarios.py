@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .data import Images
 from .errors import UsageError
-from .posterior import write_atomically
+from .files import write_atomically
 from .training import seed_of
 
 NAMES = ("full-class", "sub-class", "random")
