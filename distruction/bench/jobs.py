@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from .. import __version__, methods, models, scenarios
 from ..data import Images, load
+from ..errors import UsageError
 from ..forget import ForgetReport
 from ..methods import Counted, Task
 from ..posterior import Posterior
@@ -182,7 +183,11 @@ def _data_hash(name: str, root: Path | None) -> str:
 
 @functools.cache
 def _pretrained_hash(pretrained: str | None) -> str | None:
-    return pretrained if pretrained in (None, "hub") else file_hash(str(pretrained))
+    if pretrained is None or pretrained == "hub":
+        return pretrained
+    if not Path(pretrained).is_file():
+        raise UsageError(f"no pretrained weights at {pretrained}; pass a file, or hub for the hub's cache")
+    return file_hash(pretrained)
 
 
 def make_split(model: Mapping[str, Any], split: Mapping[str, Any], context: Context) -> scenarios.Split:
@@ -206,8 +211,16 @@ def _fresh(facts: Mapping[str, Any], context: Context) -> nn.Module:
     train, _ = _training_data(facts, context)
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(facts["seed"], 3))
-        network = {"img_size": train.images.shape[-1], **facts["network"]}
-        model = models.create(**network, num_classes=len(train.classes), in_chans=train.images.shape[1])
+        side = train.images.shape[-1]
+        network = {"img_size": side, **facts["network"]}
+        model = models.create(
+            **network,
+            num_classes=len(train.classes),
+            in_chans=train.images.shape[1],
+            pretrained=context.pretrained,
+        )
+        if network["img_size"] != side:
+            models.resize_inputs(model, network["img_size"])
     return model.to(context.device)
 
 
