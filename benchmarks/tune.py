@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tomllib
 
-from distruction import bench
+from distruction import bench, methods
 from distruction.bench import jobs, runner
 from distruction.bench.results import Cell, collect
 from distruction.bench.store import Store
@@ -38,7 +38,7 @@ def main(plan_file: str, out: str) -> None:
     cells = {}
     for scenario in found:
         for method, options in {"retrain": {}, **plan["trials"], **plan.get(scenario.name, {})}.items():
-            if scenario.name not in bench_scenarios(method):
+            if scenario.name not in methods.get(method).scenarios:
                 continue
             for values in itertools.product(*options.values()):
                 settings = {**plan.get("fixed", {}).get(method, {}), **dict(zip(options, values, strict=True))}
@@ -67,13 +67,6 @@ def main(plan_file: str, out: str) -> None:
             for c in trials:
                 shown = {m: round(c.numbers[m], 1) for m in GAPS}
                 print(f"# {dict(c.settings)} {shown} {c.numbers['seconds']:.1f} s")
-
-
-def bench_scenarios(method: str) -> tuple[str, ...]:
-    """The scenarios in which a method is defined."""
-    from distruction import methods
-
-    return methods.get(method).scenarios
 
 
 if __name__ == "__main__":

@@ -273,26 +273,31 @@ def test_killed_at_random_moments(finished, tmp_path):
     command = [sys.executable, "-m", "distruction", "bench", "--grid", str(tmp_path / "tiny.toml")]
     command += ["--out", str(tmp_path / "out"), "--workers", "2", "--no-progress"]
     rng = random.Random(0)
-    seen = {}
-    for attempt in range(8):
+    out, seen = tmp_path / "out", {}
+    for attempt in range(6):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(8, 25))
-        if attempt % 3 == 2 and process.poll() is None:
+        while process.poll() is None and len(entries(out)) <= len(seen):
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 2))
+        if attempt % 3 == 2:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            if children:
-                os.kill(int(rng.choice(children)), signal.SIGKILL)
-                time.sleep(rng.uniform(0, 5))
+            os.kill(int(rng.choice(children)), signal.SIGKILL)
+            time.sleep(rng.uniform(0, 5))
         process.kill()
         process.wait()
+        # Workers follow their parent.
         time.sleep(1)
-        now = entries(tmp_path / "out")
+        now = entries(out)
         assert all(now.get(name) == when for name, when in seen.items())
+        assert len(now) > len(seen)
         seen = now
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"{len(seen)} found finished" in done.stdout or int(re.search(r"(\d+) found", done.stdout)[1]) <= len(seen)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = entries(out)
+    assert len(after) == 30
+    assert all(after[name] == when for name, when in seen.items())
     written = json.loads((tmp_path / "out/report/results.json").read_text())
     assert len(written) == 22
-    cells = results.collect(jobs.cells(grid.parse(TINY, "t"), Context(tmp_path)), Store(tmp_path / "out/store"))
+    cells = results.collect(jobs.cells(grid.parse(TINY, "t"), Context(tmp_path)), Store(out / "store"))
     assert numbers(cells) == numbers(finished[1])
 
 

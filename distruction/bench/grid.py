@@ -18,7 +18,7 @@ else:
 
 PRESETS = ("digits", "fashion", "cifar")
 
-MEASURE: dict[str, Any] = {"batch_size": 512}
+MEASURE: dict[str, Any] = {"batch_size": 512, "shadow_models": 0}
 """Options of the measurements and their defaults."""
 
 

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import __version__, methods, models, scenarios
-from ..data import Images, load
+from ..data import Images, load, loader
+from ..errors import UsageError
 from ..forget import ForgetReport
 from ..methods import Counted, Task
+from ..metrics import predict
 from ..posterior import Posterior
 from ..prepare import prepare
 from ..train import RECIPES
@@ -59,7 +61,7 @@ class Job:
     """One resumable unit.
 
     Attributes:
-        kind: ``model``, ``retrained``, ``posterior`` or ``cell``: also its folder in the store.
+        kind: ``model``, ``retrained``, ``posterior``, ``shadow`` or ``cell``: also its folder in the store.
         facts: JSON-able; determine the result.
     """
 
@@ -76,18 +78,21 @@ class Job:
         """For people."""
         facts = self.facts
         model = facts.get("model", facts)
+        seed = model["seed"]
         parts = [self.kind, model["data"]["name"]]
         if "split" in facts:
             parts += [facts["split"]["scenario"], facts["split"]["target"]]
         if "method" in facts:
             parts.append(facts["method"])
-        return " ".join([*filter(None, parts), f"seed {model['seed']}"])
+        return " ".join([*filter(None, parts), f"seed {seed}"])
 
     def needs(self) -> Iterator["Job"]:
         """The jobs whose results this one reads."""
         for kind in ("model", "posterior", "retrained"):
             if isinstance(self.facts.get(kind), Mapping):
                 yield Job(kind, self.facts[kind])
+        for facts in self.facts.get("shadows", ()):
+            yield Job("shadow", facts)
 
 
 def cells(grid: Grid, context: Context) -> list[Job]:
@@ -162,6 +167,9 @@ def _cell(
     if methods.get(method).needs_posterior:
         facts["posterior"] = {"model": model, "prepare": dict(grid.prepare)}
     facts["measure"] = {**grid.measure, "brief": brief}
+    if not brief:
+        # Shared by every seed of the grid.
+        facts["shadows"] = [{"model": {**model, "seed": 10_000 + i}} for i in range(grid.measure["shadow_models"])]
     return Job("cell", facts)
 
 
@@ -182,7 +190,11 @@ def _data_hash(name: str, root: Path | None) -> str:
 
 @functools.cache
 def _pretrained_hash(pretrained: str | None) -> str | None:
-    return pretrained if pretrained in (None, "hub") else file_hash(str(pretrained))
+    if pretrained is None or pretrained == "hub":
+        return pretrained
+    if not Path(pretrained).is_file():
+        raise UsageError(f"no pretrained weights at {pretrained}; pass a file, or hub for the hub's cache")
+    return file_hash(pretrained)
 
 
 def make_split(model: Mapping[str, Any], split: Mapping[str, Any], context: Context) -> scenarios.Split:
@@ -198,7 +210,7 @@ def make_split(model: Mapping[str, Any], split: Mapping[str, Any], context: Cont
 def execute(job: Job, context: Context) -> float:
     """Do a job and write its entry; returns the seconds that it took."""
     start = time.perf_counter()
-    {"model": _train, "retrained": _retrain, "posterior": _prepare, "cell": _unlearn}[job.kind](job.facts, context)
+    _WORK[job.kind](job.facts, context)
     return time.perf_counter() - start
 
 
@@ -206,8 +218,16 @@ def _fresh(facts: Mapping[str, Any], context: Context) -> nn.Module:
     train, _ = _training_data(facts, context)
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(facts["seed"], 3))
-        network = {"img_size": train.images.shape[-1], **facts["network"]}
-        model = models.create(**network, num_classes=len(train.classes), in_chans=train.images.shape[1])
+        side = train.images.shape[-1]
+        network = {"img_size": side, **facts["network"]}
+        model = models.create(
+            **network,
+            num_classes=len(train.classes),
+            in_chans=train.images.shape[1],
+            pretrained=context.pretrained,
+        )
+        if network["img_size"] != side:
+            models.resize_inputs(model, network["img_size"])
     return model.to(context.device)
 
 
@@ -244,6 +264,29 @@ def _load_model(kind: str, facts: Mapping[str, Any], context: Context) -> nn.Mod
     model = _fresh(facts.get("model", facts), context)
     model.load_state_dict(load_file(Store(context.store).folder(kind, facts) / "model.safetensors"))
     return model.eval()
+
+
+def _shadow(facts: Mapping[str, Any], context: Context) -> None:
+    """Train on a random half of the training set; keep the logits of everything, for attacks that need them."""
+    train, test = _training_data(facts["model"], context)
+    generator = torch.Generator().manual_seed(seed_of(facts["model"]["seed"], 5))
+    member = torch.zeros(len(train), dtype=torch.bool)
+    member[torch.randperm(len(train), generator=generator)[: len(train) // 2]] = True
+    model = _fresh(facts["model"], context)
+    start = time.perf_counter()
+    _recipe(facts["model"], model, train.subset(member))
+    seconds = time.perf_counter() - start
+    logits = {
+        name: predict(model, loader(part, batch_size=256))[0] for name, part in (("train", train), ("test", test))
+    }
+    files = {"logits.safetensors": lambda path: save_file({**logits, "member": member}, path)}
+    Store(context.store).save("shadow", facts, {"seconds": seconds}, files)
+
+
+def shadow_logits(facts: Mapping[str, Any], context: Context) -> list[dict[str, Tensor]]:
+    """For each shadow model of a cell its logits on ``train`` and ``test``, and which training examples it saw."""
+    store = Store(context.store)
+    return [load_file(store.folder("shadow", f) / "logits.safetensors") for f in facts.get("shadows", ())]
 
 
 def _prepare(facts: Mapping[str, Any], context: Context) -> None:
@@ -320,6 +363,9 @@ def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
     value: dict[str, Any] = {"cost": cost}
     value |= measure.measure(task.model, before, retrained, split, facts, report)
     store.save("cell", facts, value)
+
+
+_WORK = {"model": _train, "retrained": _retrain, "posterior": _prepare, "shadow": _shadow, "cell": _unlearn}
 
 
 def forget_sets(jobs: list[Job], context: Context) -> Iterator[tuple[str, scenarios.Split, dict[str, Any]]]:
