@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from distruction.posterior import write_atomically
+from distruction.files import write_atomically
 
 Contestant = Callable[[], object]
 Timer = Callable[[Contestant], float]
