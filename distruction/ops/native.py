@@ -1,8 +1,9 @@
 """What the ``cpp`` and ``cuda`` backends share: finding their libraries, and handing tensors to plain C.
 
 The libraries are built from ``csrc/`` without PyTorch's or Python's headers: they take pointers, so that one build
-serves every version of both. This module mirrors the structures of ``csrc/model.h`` and checks every tensor
-before its pointer leaves Python.
+serves every version of both, and pip's isolated build environment needs no PyTorch. (LibTorch's stable ABI, the
+other way to that end, begins with PyTorch 2.10; its registration and dispatch are Python's here.) This module
+mirrors the structures of ``csrc/model.h`` and checks every tensor before its pointer leaves Python.
 """
 
 import ctypes
