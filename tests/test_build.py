@@ -129,12 +129,12 @@ def test_cuda_kernels_keep_their_budget(tree):
     assert library(tree, "cuda").exists()
 
 
-@needs_cxx
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 @pytest.mark.slow
 def test_kernels_pass_the_sanitizers(tree):
     """The kernels' own tests with AddressSanitizer (PyTorch's allocations included) and UBSan."""
-    flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-    result = build(tree, CXX=f"g++ {flags}", DISTRUCTION_BUILD_CUDA="0")
+    sanitizers = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    result = build(tree, CXX=f"g++ {sanitizers}", CXXFLAGS="-O1 -g", DISTRUCTION_BUILD_CUDA="0")
     assert result.returncode == 0, result.stderr
     runtime = [run(["g++", f"-print-file-name=lib{n}.so"], tree).stdout.strip() for n in ("asan", "ubsan", "stdc++")]
     # A write past the end, to know that the sanitizer is at work.
@@ -142,7 +142,7 @@ def test_kernels_pass_the_sanitizers(tree):
         "import torch; from distruction.ops import cpp; x = torch.zeros(5); y = torch.zeros(64)\n"
         "m, _keep = cpp.native.model('cpp', {'mean': [y], 'std': [y]}, param=[x], "
         "counters=torch.zeros(3, dtype=torch.int64))\n"
-        "cpp._launch('sample', cpp.ctypes.byref(m))\n"
+        "cpp._kernels.launch('sample', m, x.device)\n"
     )
     environment = {
         "LD_PRELOAD": " ".join(runtime),
@@ -151,7 +151,7 @@ def test_kernels_pass_the_sanitizers(tree):
         "OMP_NUM_THREADS": "2",
     }
     caught = run([sys.executable, "-c", probe], tree, **environment)
-    assert "AddressSanitizer: heap-buffer-overflow" in caught.stderr
+    assert re.search("ERROR: AddressSanitizer(.|\n)*sample_piece", caught.stderr), caught.stderr
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cpp.py"]
     result = run(command, tree, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
