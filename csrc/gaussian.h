@@ -108,7 +108,7 @@ DISTRUCTION_FN F kl_value(F dm, F d, F ratio) {
     d_minus_log = d - f - to_float(exponent) * kLog2 + f_minus_log1p(f);
     d_minus_log = ratio == 0.0f ? splat<F>(INFINITY) : d_minus_log;
   }
-  return 0.5f * dm * dm + (0.5f * d * d + d_minus_log);
+  return 0.5f * (dm * dm + d * d) + d_minus_log;
 }
 
 // The KL of one element, dKL/dmean and dKL/dstd.
@@ -134,9 +134,7 @@ struct Update {
 template <bool with_prior, class F, class M>
 DISTRUCTION_FN void update(
     const Update& u, F s1, F s2, F prior_mean, F prior_std, F& mean, F& std, F& kl, M& finite) {
-  s1 *= u.statistic_scale;
-  s2 *= u.statistic_scale;
-  F a = 0.5f * std * s2;
+  F a = 0.5f * u.statistic_scale * s2 * std;
   F inverse_prior = prior_std, ratio = std;
   if (with_prior) {
     inverse_prior = reciprocal(prior_std);
@@ -144,7 +142,8 @@ DISTRUCTION_FN void update(
     const F d = (std - prior_std) * inverse_prior;
     a = a + 0.5f * u.kl_weight * (d * (2.0f + d));
   }
-  const F step = at_least(at_most(u.lr * std * s1, splat<F>(u.max_mean_step)), splat<F>(-u.max_mean_step));
+  F step = u.lr * u.statistic_scale * s1 * std;  // in units of std
+  step = at_least(at_most(step, splat<F>(u.max_mean_step)), splat<F>(-u.max_mean_step));
   F new_mean = mean - std * step;
   if (with_prior) {
     const F v = u.lr * u.kl_weight * ratio * ratio;
@@ -161,8 +160,8 @@ DISTRUCTION_FN void update(
     new_std = std * (a > 0.0f ? reciprocal(w) : w);
   }
   new_std = at_most(new_std, splat<F>(u.max_std));
-  // Zero times a number is zero unless the number is infinite or NaN.
-  finite = (0.0f * s1 + 0.0f * s2 + 0.0f * new_mean + 0.0f * new_std == 0.0f) & (new_std > 0.0f);
+  // x - x is zero unless x is infinite or NaN; additions leave the busier multipliers alone.
+  finite = ((s1 - s1) + (s2 - s2) + (new_mean - new_mean) + (new_std - new_std) == 0.0f) & (new_std > 0.0f);
   if (u.learn_mean) mean = finite ? new_mean : mean;
   if (u.learn_std) std = finite ? new_std : std;
   if (with_prior) {
