@@ -24,11 +24,16 @@ from .philox import words_and_normals
 
 
 @triton.jit
-def rounded(theta, words, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+def rounded(theta, words, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, TARGET: tl.constexpr):
     """theta in the parameter's type; stochastic rounding adds 16 random bits below bfloat16's last place."""
-    if STOCHASTIC and TYPE == tl.bfloat16:
-        bits = (theta.to(tl.uint32, bitcast=True) + (words & 0xFFFF)) >> 16
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    if TYPE == tl.bfloat16 and (STOCHASTIC or TARGET == "interpreter"):
+        bits = theta.to(tl.uint32, bitcast=True)
+        if STOCHASTIC:
+            bits += words & 0xFFFF
+        else:
+            # To nearest even: the interpreter's own conversion truncates.
+            bits = tl.where(theta == theta, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return theta.to(TYPE)
 
@@ -58,7 +63,7 @@ def sample_kernel(
         mean = load(mean_p + i, inside, ALIGNED)
         std = load(std_p + i, inside, ALIGNED)
         words, eps = words_and_normals(group, group_high, first, stream, draw, keys, ANTITHETIC, BLOCK, TARGET)
-        tl.store(param_p + i, rounded(tl.fma(std, eps, mean), words, PARAM_TYPE, STOCHASTIC), inside)
+        tl.store(param_p + i, rounded(tl.fma(std, eps, mean), words, PARAM_TYPE, STOCHASTIC, TARGET), inside)
 
 
 def sample(

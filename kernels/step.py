@@ -81,7 +81,8 @@ def accumulate_kernel(
         mean = load(mean_p + i, inside, ALIGNED)
         std = load(std_p + i, inside, ALIGNED)
         words, eps = words_and_normals(group, group_high, first, stream, draw + 1, keys, ANTITHETIC, BLOCK, TARGET)
-        tl.store(param_p + i, rounded(tl.fma(std, eps, mean), words, PARAM_TYPE, STOCHASTIC), inside)
+        theta = tl.fma(std, eps, mean)
+        tl.store(param_p + i, rounded(theta, words, PARAM_TYPE, STOCHASTIC, TARGET), inside)
 
 
 @triton.jit(
@@ -213,7 +214,8 @@ def step_kernel(
             std = tl.where(finite, new_std, std)
             tl.store(std_p + i, std, stored)
         words, eps = words_and_normals(group, group_high, first, stream, draw + 1, keys, ANTITHETIC, BLOCK, TARGET)
-        tl.store(param_p + i, rounded(tl.fma(std, eps, mean), words, PARAM_TYPE, STOCHASTIC), stored)
+        theta = tl.fma(std, eps, mean)
+        tl.store(param_p + i, rounded(theta, words, PARAM_TYPE, STOCHASTIC, TARGET), stored)
         if PRIOR:
             dm = (mean - prior_mean) * inverse_prior
             value = twice_kl(dm, (std - prior_std) * inverse_prior, std * inverse_prior, TARGET)
