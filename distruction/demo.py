@@ -1,7 +1,10 @@
 """The main job on real data that needs no download: train, prepare, drop the data, forget, compare."""
 
 import math
+import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from .prepare import prepare
 from .train import train
 
 EPOCHS = 40
+MODEL: dict[str, Any] = {"name": "vit-micro", "num_classes": 10, "in_chans": 1, "img_size": 8}
 
 COLUMNS = {
     "retain_test": "D_r test %",
@@ -29,6 +33,20 @@ COLUMNS = {
     "seconds": "seconds",
     "retain_read": "retain read",
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One class forgotten with one seed: the metrics of `COLUMNS` by method."""
+
+    forget_class: str
+    seed: int
+    rows: dict[str, dict[str, float]]
+
+    @property
+    def loss_of_retained(self) -> float:
+        """Points of test accuracy on the retained classes that DiStruction lost against the baseline."""
+        return self.rows["baseline"]["retain_test"] - self.rows["DiStruction"]["retain_test"]
 
 
 def measure(model: nn.Module, train_data: Images, test_data: Images, forget_class: str) -> dict[str, float]:
@@ -63,8 +81,10 @@ def constant_std(posterior: Posterior) -> Posterior:
 def fisher_std(model: nn.Module, data: Images, posterior: Posterior) -> Posterior:
     """The posterior with 1/std**2 = 1/std_init**2 + evidence * diagonal empirical Fisher of ``data``.
 
-    The Fisher is the mean of squared per-example gradients of the log-likelihood (Laplace's usual diagonal).
+    The Fisher is the mean of squared per-example gradients of the log-likelihood (Laplace's usual diagonal), at the
+    posterior's means, which ``model`` holds afterwards.
     """
+    posterior.mean_(model)
     params = learnable(model)
     fisher = {n: torch.zeros_like(p) for n, p in params.items()}
     buffers = dict(model.named_buffers())
@@ -90,104 +110,125 @@ def fisher_std(model: nn.Module, data: Images, posterior: Posterior) -> Posterio
 def run_demo(
     out: Path,
     *,
-    forget_class: str,
-    seed: int,
+    classes: Sequence[str],
+    seeds: Sequence[int],
     overwrite: bool,
     ablations: bool,
     backend: str,
     progress: bool,
-) -> dict[str, dict[str, float]]:
-    """Run the demo and write its report folder; returns the metrics by method.
+) -> list[Run]:
+    """Run the demo for each seed and forgotten class, and write its report folder.
 
     Args:
-        out: report folder; holds metrics.json, curves.png, examples.png, posterior.safetensors, model.safetensors.
-        forget_class: digit to forget.
-        seed: of everything that is drawn.
+        out: report folder; holds metrics.json and, for each run, a folder ``class-C-seed-S`` with curves.png,
+            examples.png, posterior.safetensors and model.safetensors (the unlearned model).
+        classes: digits to forget, one at a time.
+        seeds: of everything that is drawn.
         overwrite: replace ``out`` where it exists.
         ablations: also forget with a constant std and with a diagonal Fisher std.
         backend: see `distruction.ops`.
         progress: show progress bars.
     """
     train_data, test_data = load("digits")
-    forget_data, retain_data = forget_split(train_data, forget_class)
-    config: dict[str, Any] = {"name": "vit-micro", "num_classes": len(train_data.classes), "in_chans": 1, "img_size": 8}
-    rows: dict[str, dict[str, float]] = {}
-
-    def trained(data: Images) -> tuple[nn.Module, float]:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = models.create(**config)
-        start = time.perf_counter()
-        train(model, data, seed=seed, progress=progress)
-        return model, time.perf_counter() - start
-
-    def unlearned(model: nn.Module, posterior: Posterior) -> ForgetReport:
-        posterior.mean_(model)
-        forget_loader = loader(forget_data, batch_size=64, shuffle=True)
-        return forget(model, posterior, forget_loader, seed=seed, backend=backend, progress=progress)
-
+    for name in classes:
+        forget_split(train_data, name)
+    runs = []
     with report.folder(out, overwrite=overwrite) as draft:
-        model, seconds = trained(train_data)
-        rows["baseline"] = {**measure(model, train_data, test_data, forget_class), "seconds": seconds}
-        before = predict(model, loader(test_data, batch_size=512))[0].argmax(dim=-1)
+        for seed in seeds:
+            model, training_seconds = _trained(train_data, seed, progress)
+            start = time.perf_counter()
+            train_loader = loader(train_data, batch_size=64, shuffle=True)
+            posterior = prepare(model, train_loader, seed=seed, backend=backend, progress=progress)
+            preparation = {"seconds": time.perf_counter() - start}
+            for name in classes:
+                posterior.mean_(model)
+                baseline = {**measure(model, train_data, test_data, name), "seconds": training_seconds}
+                rows = {"baseline": baseline, "(preparation)": preparation}
+                run = Run(name, seed, rows)
+                folder = draft / f"class-{name}-seed-{seed}"
+                folder.mkdir()
+                _run_class(folder, run, model, posterior, train_data, test_data, ablations, backend, progress)
+                runs.append(run)
+        report.write_json(
+            draft / "metrics.json",
+            {
+                "data": "digits",
+                "model": MODEL["name"],
+                "backend": backend,
+                "torch": torch.__version__.split("+")[0],
+                "runs": [
+                    {"class": r.forget_class, "seed": r.seed, "metrics": {m: _finite(v) for m, v in r.rows.items()}}
+                    for r in runs
+                ],
+            },
+        )
+    return runs
 
-        start = time.perf_counter()
-        train_loader = loader(train_data, batch_size=64, shuffle=True)
-        posterior = prepare(model, train_loader, seed=seed, backend=backend, progress=progress)
-        rows["(preparation)"] = {"seconds": time.perf_counter() - start}
-        posterior.save(draft / "posterior.safetensors")
 
-        result = unlearned(model, posterior)
-        models.save(model, draft / "model.safetensors", config)
-        rows["DiStruction"] = {
-            **measure(model, train_data, test_data, forget_class),
-            "kl": result.history[-1].kl,
-            "seconds": result.seconds,
-            "retain_read": 0,
+def summary(runs: Sequence[Run]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and standard deviation over the runs of each metric by method."""
+    return {
+        method: {
+            key: (statistics.fmean(values := [r.rows[method][key] for r in runs]), statistics.pstdev(values))
+            for key in runs[0].rows[method]
         }
-        after = predict(model, loader(test_data, batch_size=512))[0].argmax(dim=-1)
-
-        retrained, seconds = trained(retain_data)
-        rows["retrain"] = {
-            **measure(retrained, train_data, test_data, forget_class),
-            "seconds": seconds,
-            "retain_read": len(retain_data),
-        }
-        if ablations:
-            for name, other in (
-                ("constant std", constant_std(posterior)),
-                ("Fisher std", fisher_std(_with_means(model, posterior), train_data, posterior)),
-            ):
-                ablated = unlearned(model, other)
-                rows[name] = {
-                    **measure(model, train_data, test_data, forget_class),
-                    "kl": ablated.history[-1].kl,
-                    "seconds": ablated.seconds,
-                    "retain_read": 0,
-                }
-
-        report.plot_curves(draft / "curves.png", result.history)
-        mask = test_data.labels == train_data.classes.index(forget_class)
-        groups = {}
-        for title, where in (("forgotten", mask), ("retained", ~mask)):
-            chosen = where.nonzero().squeeze(-1)[:10]
-            groups[title] = (test_data.subset(chosen), before[chosen], after[chosen])
-        report.plot_examples(draft / "examples.png", groups)
-        facts: dict[str, Any] = {
-            "data": "digits",
-            "model": config["name"],
-            "forget_class": forget_class,
-            "seed": seed,
-            "backend": backend,
-            "torch": torch.__version__.split("+")[0],
-            "preparation": posterior.metadata,
-            "metrics": {r: {k: v for k, v in m.items() if not math.isnan(v)} for r, m in rows.items()},
-            "history": [vars(s) for s in result.history],
-        }
-        report.write_json(draft / "metrics.json", facts)
-    return rows
+        for method in runs[0].rows
+    }
 
 
-def _with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
-    posterior.mean_(model)
-    return model
+def _trained(data: Images, seed: int, progress: bool) -> tuple[nn.Module, float]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = models.create(**MODEL)
+    start = time.perf_counter()
+    train(model, data, epochs=EPOCHS, seed=seed, progress=progress)
+    return model, time.perf_counter() - start
+
+
+def _run_class(
+    folder: Path,
+    run: Run,
+    model: nn.Module,
+    posterior: Posterior,
+    train_data: Images,
+    test_data: Images,
+    ablations: bool,
+    backend: str,
+    progress: bool,
+) -> None:
+    """Forget one class by each method, fill ``run.rows`` and write the run's folder."""
+    forget_data, retain_data = forget_split(train_data, run.forget_class)
+
+    def unlearned(prior: Posterior) -> tuple[ForgetReport, dict[str, float]]:
+        prior.mean_(model)
+        forget_loader = loader(forget_data, batch_size=64, shuffle=True)
+        result = forget(model, prior, forget_loader, seed=run.seed, backend=backend, progress=progress)
+        row = measure(model, train_data, test_data, run.forget_class)
+        return result, {**row, "kl": result.history[-1].kl, "seconds": result.seconds, "retain_read": 0}
+
+    before = predict(model, loader(test_data, batch_size=512))[0].argmax(dim=-1)
+    result, run.rows["DiStruction"] = unlearned(posterior)
+    after = predict(model, loader(test_data, batch_size=512))[0].argmax(dim=-1)
+    posterior.save(folder / "posterior.safetensors")
+    models.save(model, folder / "model.safetensors", {**MODEL, "data": "digits"})
+    report.plot_curves(folder / "curves.png", result.history)
+    mask = test_data.labels == train_data.classes.index(run.forget_class)
+    groups = {}
+    for title, where in (("forgotten", mask), ("retained", ~mask)):
+        chosen = where.nonzero().squeeze(-1)[:10]
+        groups[title] = (test_data.subset(chosen), before[chosen], after[chosen])
+    report.plot_examples(folder / "examples.png", groups)
+
+    retrained, seconds = _trained(retain_data, run.seed, progress)
+    run.rows["retrain"] = {
+        **measure(retrained, train_data, test_data, run.forget_class),
+        "seconds": seconds,
+        "retain_read": len(retain_data),
+    }
+    if ablations:
+        _, run.rows["constant std"] = unlearned(constant_std(posterior))
+        _, run.rows["Fisher std"] = unlearned(fisher_std(model, train_data, posterior))
+
+
+def _finite(row: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in row.items() if not math.isnan(v)}

@@ -1,19 +1,16 @@
 """Models by name, and their safetensors files."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .errors import UsageError
-from .posterior import write_atomically
+from .files import load_tensors, save_tensors
 
 FORMAT = "distruction-model-1"
 
@@ -46,9 +43,8 @@ def create(name: str, *, num_classes: int, in_chans: int, img_size: int) -> nn.M
 
 def save(model: nn.Module, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
     """Write the state_dict and the arguments of `create` (``config``) as safetensors, atomically."""
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in model.state_dict().items()}
-    header = {"format": FORMAT, "config": json.dumps(config)}
-    write_atomically(path, lambda name: save_file(tensors, name, header))
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    save_tensors(path, tensors, format=FORMAT, facts={"config": config})
 
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -60,16 +56,10 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
     if not Path(path).is_file():
         raise UsageError(f"no model file at {path}; write one with `distruction train`")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise UsageError(f"{path} is no model file: format {header.get('format')!r}, expected {FORMAT!r}")
-            config = json.loads(header["config"])
-            state = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (not a dict)
+        state, facts = load_tensors(path, format=FORMAT)
+        config = facts["config"]
         model = create(**{k: config[k] for k in ("name", "num_classes", "in_chans", "img_size")})
         model.load_state_dict(state)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path} is damaged or no model file: {error}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{path} cannot be read as a model: {error}; train it again") from error
     return model.to(device), config

@@ -18,6 +18,16 @@ from .errors import NonFiniteError, UsageError
 from .posterior import Posterior
 
 _POSITIVE = ("data_per_step", "max_mean_step", "max_log_std_step", "max_std")
+_ALWAYS_FUSED = "its step is always one fused op; choose an implementation with backend="
+_REFUSED = {
+    "foreach": _ALWAYS_FUSED,
+    "fused": _ALWAYS_FUSED,
+    "capturable": "its step on a GPU never waits for the host, so there is nothing to switch on; leave it out",
+    "differentiable": "its step cannot be differentiated; for gradients with respect to std use GaussianKL",
+    "weight_decay": "weights are held by the posterior and, with prior= and kl_weight=, by the KL; leave it out or 0",
+    "momentum": "the posterior's precision takes its place; leave it out or 0",
+}
+"""Options of other optimizers, and what BGD has instead."""
 
 
 class BGD(torch.optim.Optimizer):
@@ -84,7 +94,10 @@ class BGD(torch.optim.Optimizer):
         maximize: bool = False,
         seed: int = 0,
         backend: str = "auto",
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise UsageError(f"BGD has no option {name!r}: {_REFUSED.get(name, 'see help(BGD) for those it has')}")
         if isinstance(std_init, Posterior):
             largest = max(s.max().item() for s in std_init.stds.values())
         elif 0 < std_init < math.inf:
@@ -94,12 +107,11 @@ class BGD(torch.optim.Optimizer):
         self._initial = std_init
         self._prior = prior
         self._training = False
-        self._gradients_at_sample = False
+        # What a step changes besides tensors; a dict because torch.compile (2.8) cannot set an optimizer's attribute.
+        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": None}
         self._counters: list[Tensor | None] = []
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._streams = 0
-        self.kl: Tensor | None = None
-        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior."""
         defaults = {
             "lr": lr,
             "data_per_step": data_per_step,
@@ -141,6 +153,9 @@ class BGD(torch.optim.Optimizer):
             self._draw(group, group["params"])
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        for name, instead in _REFUSED.items():
+            if group.get(name):
+                raise UsageError(f"BGD has no option {name!r}: {instead}")
         for name in _POSITIVE:
             if not group[name] > 0:
                 raise UsageError(f"{name} must be > 0, not {group[name]}")
@@ -148,6 +163,9 @@ class BGD(torch.optim.Optimizer):
             raise UsageError("data_per_step must be finite; give the number of data points a step stands for")
         if not isinstance(group["mc_samples"], int) or group["mc_samples"] < 1:
             raise UsageError(f"mc_samples must be an integer >= 1, not {group['mc_samples']!r}")
+        for name in ("lr", "kl_weight"):
+            if isinstance(group[name], Tensor) and group[name].numel() != 1:
+                raise UsageError(f"Tensor {name} must be 1-element, not of shape {tuple(group[name].shape)}")
         if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:
             raise UsageError(f"lr must be >= 0 and finite, not {group['lr']}")
         if not isinstance(group["kl_weight"], Tensor) and not 0 <= group["kl_weight"] <= 1:
@@ -201,7 +219,7 @@ class BGD(torch.optim.Optimizer):
         self.train()
         try:
             yield
-            self._gradients_at_sample = True
+            self._now["gradients_at_sample"] = True
         finally:
             if not was_training:
                 self.eval()
@@ -223,10 +241,11 @@ class BGD(torch.optim.Optimizer):
             UsageError: the parameters hold the means, so that there is no gradient at a sample; or a gradient is
                 sparse.
             NonFiniteError: on the CPU, an element's update was not finite (it kept its mean and std). On other
-                devices `eval`, `state_dict` and `raise_if_nonfinite` find out, so that a step never waits.
+                devices and under ``torch.compile``, `eval`, `state_dict` and `raise_if_nonfinite` find out, so that
+                a step never waits.
         """
         if closure is None:
-            if not (self._training or self._gradients_at_sample):
+            if not (self._training or self._now["gradients_at_sample"]):
                 raise UsageError(
                     "the parameters hold the means, so their gradients say nothing about std: call opt.train() before "
                     "the forward pass (and opt.eval() before evaluation), or pass a closure to step"
@@ -320,12 +339,20 @@ class BGD(torch.optim.Optimizer):
                 if out is not p:
                     p.copy_(out)
             # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
-            self._draw(group, [p for p in group["params"] if p in self.state and not any(p is a for a in active)])
-        self._gradients_at_sample = False
+            taken = {id(p) for p in active}
+            self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in taken])
+        self._now["gradients_at_sample"] = False
         if total is not None:
-            self.kl = total
-        if all(c is None or c.device.type == "cpu" for c in self._counters):
+            self._now["kl"] = total
+        on_cpu = all(c is None or c.device.type == "cpu" for c in self._counters)
+        if on_cpu and not torch.compiler.is_compiling():
             self.raise_if_nonfinite()
+
+    @property
+    def kl(self) -> Tensor | None:
+        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior."""
+        kl: Tensor | None = self._now["kl"]
+        return kl
 
     def raise_if_nonfinite(self) -> None:
         """Raise if an update since the last call was refused because it was not finite; waits for the device.
@@ -397,7 +424,7 @@ class BGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._sync_counters()
-        keys = ("_initial", "_prior", "_training", "_gradients_at_sample", "_streams", "kl")
+        keys = ("_initial", "_prior", "_training", "_now", "_streams")
         return {**super().__getstate__(), **{k: getattr(self, k) for k in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -424,7 +451,7 @@ class BGD(torch.optim.Optimizer):
         """A group's option as a float32 scalar tensor on the device, written only when it changed."""
         value = self.param_groups[index][name]
         if isinstance(value, Tensor):
-            return value.to(device, torch.float32)
+            return value.to(device, torch.float32).reshape(())
         cached = self._scalars.get((index, name))
         if cached is None or cached[0] != value:
             tensor = cached[1] if cached is not None else torch.empty((), dtype=torch.float32, device=device)

@@ -2,44 +2,19 @@
 
 import copy
 import hashlib
-import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import ops
 from .errors import PosteriorError
+from .files import load_tensors, save_tensors
 
 FORMAT = "distruction-posterior-1"
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it over ``path``."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        os.close(handle)
-        write(name)
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def learnable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -153,7 +128,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             [self._stds[n] for n in names],
             [prior._means[n] for n in names],
             [prior._stds[n] for n in names],
-            backend,
+            backend=backend,
         )[0]
 
     def check(self, model: nn.Module, *, same_weights: bool = False) -> None:
@@ -212,10 +187,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file atomically: ``mean.NAME`` and ``std.NAME`` in float32, metadata as JSON."""
-        tensors = {f"mean.{n}": t.detach().cpu().contiguous() for n, t in self._means.items()}
-        tensors |= {f"std.{n}": t.detach().cpu().contiguous() for n, t in self._stds.items()}
-        header = {"format": FORMAT, "names": json.dumps(list(self)), "metadata": json.dumps(self.metadata)}
-        write_atomically(path, lambda name: save_file(tensors, name, header))
+        tensors = {f"mean.{n}": t for n, t in self._means.items()} | {f"std.{n}": t for n, t in self._stds.items()}
+        save_tensors(path, tensors, format=FORMAT, facts={"names": list(self), "metadata": self.metadata})
 
     @classmethod
     def load(
@@ -241,22 +214,13 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                 f"no posterior file at {path}; write one with `distruction prepare` or Posterior.save"
             )
         try:
-            with safe_open(path, framework="pt", device=str(map_location)) as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise PosteriorError(
-                        f"{path} is no posterior of this version: format {header.get('format')!r}, expected {FORMAT!r}"
-                    )
-                names = json.loads(header["names"])
-                if sorted(file.keys()) != sorted(f"{kind}.{n}" for kind in ("mean", "std") for n in names):
-                    raise PosteriorError(f"{path}: its tensors are not those that its header names; prepare it again")
-                means = {n: file.get_tensor(f"mean.{n}") for n in names}
-                stds = {n: file.get_tensor(f"std.{n}") for n in names}
-                metadata = json.loads(header["metadata"])
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, PosteriorError):
-                raise
-            raise PosteriorError(f"{path} is damaged or no posterior file: {error}; prepare it again") from error
+            tensors, facts = load_tensors(path, format=FORMAT, device=str(map_location))
+            names, metadata = facts["names"], facts["metadata"]
+            means, stds = ({n: tensors.pop(f"{kind}.{n}") for n in names} for kind in ("mean", "std"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise PosteriorError(f"{path} cannot be read as a posterior: {error}; prepare it again") from error
+        if tensors:
+            raise PosteriorError(f"{path} holds tensors that its header does not name: {sorted(tensors)[:3]}")
         posterior = cls(means, stds, metadata)
         if model is not None:
             posterior.check(model)

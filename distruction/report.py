@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .data import Images
 from .errors import UsageError
-from .posterior import write_atomically
+from .files import write_atomically
 from .training import Step
 
 
@@ -55,8 +55,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, write)
 
 
-def table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> Table:
-    """One row per method, one column per metric; ``columns`` maps a metric's key to its heading."""
+Value = float | tuple[float, float]
+
+
+def table(title: str, rows: Mapping[str, Mapping[str, Value]], columns: Mapping[str, str]) -> Table:
+    """One row per method, one column per metric: a number, or mean and standard deviation.
+
+    Args:
+        title: above the table.
+        rows: method to metric to value.
+        columns: metric to its heading, in the order to show.
+    """
     out = Table(title=title)
     out.add_column("method", no_wrap=True)
     for heading in columns.values():
@@ -66,7 +75,9 @@ def table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Mapping[
     return out
 
 
-def _number(value: float) -> str:
+def _number(value: Value) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:.1f} ± {value[1]:.1f}"
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 

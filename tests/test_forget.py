@@ -251,7 +251,7 @@ def test_model_files(tmp_path):
     assert found == config
     assert_equal_state(model.state_dict(), again.state_dict())
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UsageError, match="damaged or no model file"):
+    with pytest.raises(UsageError, match="cannot be read as a model"):
         models.load(path)
     with pytest.raises(UsageError, match="write one with `distruction train`"):
         models.load(tmp_path / "none")

@@ -25,7 +25,7 @@ def test_value_and_gradients_in_float64():
     std.requires_grad_()
     expected = naive(mean, std, prior_mean, prior_std).sum()
     wanted = torch.autograd.grad(expected, (mean, std))
-    total, (d_mean,), (d_std,) = ops.gaussian_kl([mean], [std], [prior_mean], [prior_std], "reference")
+    total, (d_mean,), (d_std,) = ops.gaussian_kl([mean], [std], [prior_mean], [prior_std], backend="reference")
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(d_mean, wanted[0], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(d_std, wanted[1], rtol=1e-11, atol=1e-11)
@@ -50,7 +50,7 @@ def test_float32_keeps_its_digits_near_the_prior(log_ratio):
     prior_std = torch.full((1,), 0.05)
     std = (prior_std.double() * 10**log_ratio).float()
     mean = torch.full((1,), 0.3)
-    value = ops.gaussian_kl([mean], [std], [mean], [prior_std], "reference")[0]
+    value = ops.gaussian_kl([mean], [std], [mean], [prior_std], backend="reference")[0]
     r = (std.double() / prior_std.double()) ** 2
     # log1p keeps the digits of float64 where r - 1 - log(r) loses them.
     expected = 0.5 * ((r - 1) - torch.log1p(r - 1)) if abs(log_ratio) > 1e-3 else (r - 1) ** 2 / 4 - (r - 1) ** 3 / 6
@@ -59,7 +59,7 @@ def test_float32_keeps_its_digits_near_the_prior(log_ratio):
 
 def test_zero_at_the_prior():
     mean, std, _, _ = (t.float() for t in gaussians(100))
-    total, d_mean, d_std = ops.gaussian_kl([mean], [std], [mean], [std], "reference")
+    total, d_mean, d_std = ops.gaussian_kl([mean], [std], [mean], [std], backend="reference")
     assert total == 0
     assert not d_mean[0].any()
     assert not d_std[0].any()

@@ -102,6 +102,14 @@ def test_another_model_is_refused():
         posterior.check(model, same_weights=True)
 
 
+def test_the_same_posterior_gives_the_same_bytes(tmp_path):
+    _, posterior = make()
+    paths = [tmp_path / str(i) for i in range(8)]
+    for path in paths:
+        posterior.save(path)
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
 def test_damaged_files(tmp_path):
     _, posterior = make()
     path = tmp_path / "p.safetensors"
@@ -111,14 +119,17 @@ def test_damaged_files(tmp_path):
     whole = path.read_bytes()
     for cut in (0, 4, 20, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(PosteriorError, match="damaged or no posterior file"):
+        with pytest.raises(PosteriorError, match=r"cannot be read as a posterior: .* is damaged"):
             Posterior.load(path)
     save_file({"mean.w": torch.zeros(2)}, path)
-    with pytest.raises(PosteriorError, match="no posterior of this version: format None"):
+    with pytest.raises(PosteriorError, match="has format None, expected 'distruction-posterior-1'"):
         Posterior.load(path)
-    header = {"format": "distruction-posterior-1", "names": json.dumps(["w"]), "metadata": "{}"}
+    header = {"distruction": json.dumps({"format": "distruction-posterior-1", "names": ["w"], "metadata": {}})}
     save_file({"mean.w": torch.zeros(2)}, path, header)
-    with pytest.raises(PosteriorError, match="not those that its header names"):
+    with pytest.raises(PosteriorError, match=r"cannot be read as a posterior: 'std\.w'"):
+        Posterior.load(path)
+    save_file({n: torch.ones(2) for n in ("mean.w", "std.w", "std.x")}, path, header)
+    with pytest.raises(PosteriorError, match=r"does not name: \['std\.x'\]"):
         Posterior.load(path)
     save_file({"mean.w": torch.zeros(2), "std.w": torch.zeros(2)}, path, header)
     with pytest.raises(PosteriorError, match="std must be > 0"):
@@ -134,7 +145,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distruction.posterior.save_file", full)
+    monkeypatch.setattr("distruction.files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         posterior.save(path)
     assert path.read_bytes() == before

@@ -57,7 +57,8 @@ _SCHEMAS = {
         'Tensor? grad_scale=None, Tensor? found_inf=None, str backend="auto") -> Tensor'
     ),
     "gaussian_kl": (
-        "(Tensor[] mean, Tensor[] std, Tensor[] prior_mean, Tensor[] prior_std, "
+        # Keyword-only: torch 2.8's autograd loses count of positional arguments left at their default.
+        "(Tensor[] mean, Tensor[] std, Tensor[] prior_mean, Tensor[] prior_std, *, "
         'str backend="auto") -> (Tensor, Tensor[], Tensor[])'
     ),
 }
@@ -212,7 +213,7 @@ def _step_impl(
     )
 
 
-def _gaussian_kl_impl(mean, std, prior_mean, prior_std, backend="auto"):
+def _gaussian_kl_impl(mean, std, prior_mean, prior_std, *, backend="auto"):
     if not mean:
         raise ValueError("gaussian_kl needs at least one tensor")
     _check_state(mean, std=std, prior_mean=prior_mean, prior_std=prior_std)
@@ -251,7 +252,7 @@ def _gaussian_kl_fake(mean, std, prior_mean, prior_std, *args, **kwargs):
     return total, [torch.empty_like(m) for m in mean], [torch.empty_like(s) for s in std]
 
 
-def _kl_setup_context(ctx, inputs, output):
+def _kl_setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*output[1], *output[2])
     ctx.set_materialize_grads(False)
 
@@ -260,10 +261,10 @@ def _kl_backward(ctx, grad_total, grad_of_grad_mean, grad_of_grad_std):
     saved = ctx.saved_tensors
     half = len(saved) // 2
     if grad_total is None:
-        return [None] * half, [None] * half, [None] * half, [None] * half, None
+        return [None] * half, [None] * half, [None] * half, [None] * half
     # The scale stays on its device: no host sync when this loss is not the last op.
     grads = [g * grad_total.to(g.dtype) for g in saved]
-    return grads[:half], grads[half:], [None] * half, [None] * half, None
+    return grads[:half], grads[half:], [None] * half, [None] * half
 
 
 torch.library.register_autograd("distruction::gaussian_kl", _kl_backward, setup_context=_kl_setup_context, lib=_library)
@@ -289,5 +290,5 @@ gaussian_kl = torch.ops.distruction.gaussian_kl
 """KL(N(mean, std**2) || N(prior_mean, prior_std**2)) summed over all elements, with both gradients.
 
 Returns the float64 sum and the lists of dKL/dmean and dKL/dstd; differentiable through the sum with respect to
-``mean`` and ``std`` (the prior is a constant).
+``mean`` and ``std`` (the prior is a constant). ``backend`` is keyword-only.
 """

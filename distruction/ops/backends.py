@@ -10,6 +10,8 @@ import importlib
 import os
 from types import ModuleType
 
+from ..errors import DistructionError, UsageError
+
 MODULES = {
     "reference": "distruction.ops.reference",
     "cpp": "distruction.ops.cpp",
@@ -25,7 +27,7 @@ ENVIRONMENT = "DISTRUCTION_BACKEND"
 """The environment variable that replaces ``"auto"``."""
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(DistructionError, RuntimeError):
     """An explicitly chosen backend cannot serve the device."""
 
 
@@ -63,7 +65,7 @@ def _resolve(name: str, device_type: str) -> ModuleType:
     if name == "auto":
         name = next(b for b in AUTO.get(device_type, ("reference",)) if unavailable(b, device_type) is None)
     if name not in MODULES:
-        raise ValueError(f"backend {name!r} is unknown; choose auto, {', '.join(MODULES)}")
+        raise UsageError(f"backend {name!r} is unknown; choose auto, {', '.join(MODULES)}")
     reason = unavailable(name, device_type)
     if reason is not None:
         raise BackendUnavailable(

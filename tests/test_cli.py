@@ -1,0 +1,252 @@
+"""The command line: the commands together, and what a user sees after a mistake."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distruction import Posterior, cli, models
+
+
+def run(capsys, monkeypatch, *arguments):
+    """Exit status, standard output and standard error of ``distruction arguments``."""
+    monkeypatch.setattr(sys, "argv", ["distruction", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture
+def distruction(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model of the digits with random weights, and a posterior around it."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = {"name": "vit-micro", "num_classes": 10, "in_chans": 1, "img_size": 8}
+    torch.manual_seed(0)
+    model = models.create(**config)
+    models.save(model, folder / "model", {**config, "data": "digits"})
+    Posterior.around(model, 0.05).save(folder / "posterior")
+    return folder
+
+
+def test_train_prepare_forget_evaluate(distruction, tmp_path):
+    model, posterior, unlearned = tmp_path / "m", tmp_path / "p", tmp_path / "u"
+    for command in (
+        ("train", "--out", model, "--epochs", 1),
+        ("prepare", "--model", model, "--out", posterior, "--steps", 3),
+        ("forget", "--model", model, "--posterior", posterior, "--out", unlearned, "--class", 3, "--steps", 3),
+    ):
+        status, out, err = distruction(*command, "--no-progress")
+        assert (status, err) == (0, "")
+        assert str(command[command.index("--out") + 1]) in out
+    status, out, _ = distruction("evaluate", "--model", unlearned, "--class", 3)
+    assert status == 0
+    assert "D_r test %" in out
+    trained, forgotten = models.load(model)[0], models.load(unlearned)[0]
+    prior = Posterior.load(posterior, model=trained)
+    prior.check(trained, same_weights=True)
+    assert not torch.equal(trained.head.weight, forgotten.head.weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "p", "u"]
+
+
+def test_without_class_leaves_it_out(distruction, tmp_path):
+    distruction("train", "--out", tmp_path / "m", "--epochs", 8, "--without-class", 3, "--no-progress")
+    _, out, _ = distruction("evaluate", "--model", tmp_path / "m", "--class", 3)
+    cells = next(line for line in out.splitlines() if line.startswith("│")).split("│")
+    assert float(cells[2]) > 50
+    assert float(cells[3]) == float(cells[4]) == 0
+
+
+def truncated(files, name):
+    path = files / f"truncated-{name}"
+    path.write_bytes((files / name).read_bytes()[:5000])
+    return path
+
+
+def of_another_model(files):
+    path = files / "other-posterior"
+    Posterior.around(torch.nn.Linear(2, 2), 0.1).save(path)
+    return path
+
+
+def of_other_weights(files):
+    path = files / "other-weights"
+    config = {"name": "vit-micro", "num_classes": 10, "in_chans": 1, "img_size": 8}
+    Posterior.around(models.create(**config), 0.1).save(path)
+    return path
+
+
+def of_another_format(files):
+    path = files / "foreign"
+    save_file({"x": torch.zeros(1)}, path)
+    return path
+
+
+def with_bad_std(files):
+    path = files / "bad-std"
+    with safe_open(files / "posterior", framework="pt") as file:
+        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (not a dict)
+        header = file.metadata()
+    tensors["std.head.bias"][0] = 0.0
+    save_file(tensors, path, header)
+    return path
+
+
+FORGET = {"--model": "model", "--posterior": "posterior", "--class": "3", "--steps": "2"}
+PREPARE = {"--model": "model", "--steps": "2"}
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "message"),
+    [
+        ("forget", {"--class": "11"}, "class '11' is unknown; the classes are 0, 1, 2"),
+        ("forget", {"--data": "imagenet"}, "imagenet"),
+        ("forget", {"--model": "none"}, "no model file at"),
+        ("forget", {"--model": lambda f: truncated(f, "model")}, "cannot be read as a model"),
+        ("forget", {"--model": lambda f: f / "posterior"}, "has format 'distruction-posterior-1'"),
+        ("forget", {"--posterior": "none"}, "no posterior file at"),
+        ("forget", {"--posterior": lambda f: truncated(f, "posterior")}, "cannot be read as a posterior"),
+        ("forget", {"--posterior": of_another_format}, "has format None, expected"),
+        ("forget", {"--posterior": of_another_model}, "belongs to another model"),
+        ("forget", {"--posterior": of_other_weights}, "prepared for other weights"),
+        ("forget", {"--posterior": with_bad_std}, "head.bias: std must be > 0"),
+        ("forget", {"--kl-weight": "1.5"}, "kl_weight (lambda) must be in [0, 1], not 1.5"),
+        ("forget", {"--kl-weight": "-0.5"}, "kl_weight (lambda) must be in [0, 1], not -0.5"),
+        ("forget", {"--steps": "0"}, "steps must be >= 1, not 0"),
+        ("forget", {"--objective": "hope"}, "objective 'hope' is unknown"),
+        ("forget", {"--data-per-step": "0"}, "data_per_step must be > 0"),
+        ("forget", {"--backend": "fortran"}, "fortran"),
+        ("forget", {"--device": "warp:9"}, "device 'warp:9' cannot be used"),
+        ("forget", {"--batch-size": "0"}, "--batch-size"),
+        ("forget", {"--out": "posterior"}, "exists; choose another file or pass --overwrite"),
+        ("forget", {"--out": "no/such/folder/file"}, "create it first"),
+        ("prepare", {"--std-init": "0"}, "std_init must be > 0 and finite, not 0.0"),
+        ("prepare", {"--std-init": "-0.1"}, "std_init must be > 0 and finite, not -0.1"),
+        ("prepare", {"--evidence": "0"}, "evidence must be > 0 data points"),
+        ("prepare", {"--mc-samples": "0"}, "--mc-samples"),
+        ("train", {"--model": "vit-gigantic-typo"}, "model 'vit-gigantic-typo' is unknown"),
+        ("train", {"--without-class": "x"}, "class 'x' is unknown"),
+        ("train", {"--lr": "1e30"}, "the loss is nan in epoch 1; lower lr"),
+        ("demo", {"--class": "eleven"}, "class 'eleven' is unknown"),
+        ("demo", {"--out": "model"}, "exists; choose another folder or pass --overwrite"),
+        ("evaluate", {"--class": "x"}, "class 'x' is unknown"),
+    ],
+)
+def test_bad_input(distruction, files, tmp_path, command, change, message):
+    defaults = {"forget": FORGET, "prepare": PREPARE, "evaluate": {"--model": "model"}}.get(command, {})
+    options = {**defaults, **change}
+    if command != "evaluate":
+        options.setdefault("--out", tmp_path / "out")
+    arguments = []
+    for option, value in options.items():
+        if callable(value):
+            value = value(files)
+        elif option in ("--posterior", "--out") or (option == "--model" and command != "train"):
+            value = files / value
+        arguments += [option, value]
+    if command != "evaluate":
+        arguments.append("--no-progress")
+    before = {p.name: p.read_bytes() for p in files.iterdir()}
+    status, _, err = distruction(command, *arguments)
+    assert status == 2
+    assert message in err.replace("\n", " ")
+    assert "Traceback" not in err
+    assert {p.name: p.read_bytes() for p in files.iterdir()} == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_is_all_or_nothing(distruction, files, tmp_path):
+    out = tmp_path / "out"
+    out.write_text("precious")
+    arguments = ("prepare", "--model", files / "model", "--out", out, "--steps", 1, "--no-progress", "--overwrite")
+    status, _, _ = distruction(*arguments, "--std-init", 0)
+    assert status == 2
+    assert out.read_text() == "precious"
+    status, _, _ = distruction(*arguments)
+    assert status == 0
+    assert len(Posterior.load(out))
+
+
+def test_full_disk(distruction, files, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "out"
+    out.write_text("precious")
+    status, _, err = distruction(
+        "prepare", "--model", files / "model", "--out", out, "--steps", 1, "--no-progress", "--overwrite"
+    )
+    assert status == 2
+    assert "No space left on device" in err
+    assert out.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def interrupt(arguments, when):
+    """Send SIGINT to the command once ``when()`` holds; its exit status and standard error."""
+    command = [sys.executable, "-m", "distruction", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not when():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def test_ctrl_c_keeps_the_checkpoint(files, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    arguments = ["prepare", "--model", files / "model", "--out", tmp_path / "out", "--steps", 100_000]
+    arguments += ["--checkpoint", checkpoint, "--checkpoint-seconds", 0]
+    status, err = interrupt(arguments, checkpoint.exists)
+    assert status == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_ctrl_c_leaves_no_half_report(tmp_path):
+    # The draft of the report folder tells that the demo is at work.
+    status, err = interrupt(("demo", "--out", tmp_path / "out"), lambda: any(tmp_path.iterdir()))
+    assert status == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches(distruction):
+    status, out, _ = distruction("--help")
+    assert status == 0
+    for command in ("train", "prepare", "forget", "evaluate", "demo"):
+        assert command in out
+        status, text, _ = distruction(command, "--help")
+        assert status == 0
+        assert "--" in text
+
+
+def test_report_folder_is_replaced_whole(tmp_path):
+    from distruction import report
+
+    out = tmp_path / "out"
+    with report.folder(out, overwrite=False) as draft:
+        report.write_json(draft / "metrics.json", {"a": 1})
+    with pytest.raises(ZeroDivisionError), report.folder(out, overwrite=True) as draft:
+        report.write_json(draft / "metrics.json", {"a": 1 / 0})
+    assert json.loads((out / "metrics.json").read_text()) == {"a": 1}
+    with report.folder(out, overwrite=True) as draft:
+        report.write_json(draft / "metrics.json", {"a": 2})
+    assert json.loads((out / "metrics.json").read_text()) == {"a": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
