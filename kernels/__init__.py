@@ -3,9 +3,9 @@
 import torch
 
 from .kl import gaussian_kl
-from .multi_tensor import INTERPRETED
 from .sample import sample
 from .step import accumulate, step
+from .tables import INTERPRETED
 
 __all__ = ["accumulate", "gaussian_kl", "sample", "step", "unavailable"]
 

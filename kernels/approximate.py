@@ -39,3 +39,12 @@ def log2(x, TARGET: tl.constexpr):
         return tl.inline_asm_elementwise("v_log_f32 $0, $1", "=v,v", [x], tl.float32, True, 1)
     else:
         return tl.log2(x)
+
+
+@triton.jit
+def opaque(x, TARGET: tl.constexpr):
+    """The 32-bit integer x, of which the compiler must not know where it comes from."""
+    if TARGET == "cuda":
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.uint32, True, 1)
+    else:
+        return x

@@ -8,20 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .approximate import log2, reciprocal
-from .multi_tensor import (
-    MEAN,
-    PRIOR_MEAN,
-    PRIOR_STD,
-    STD,
-    block_of,
-    finish,
-    launches,
-    load,
-    locate,
-    on,
-    pointer,
-    sum_of_groups,
-)
+from .multi_tensor import MEAN, PRIOR_MEAN, PRIOR_STD, STD, block_of, load, locate, pointer, sum_of_groups
+from .tables import finish, launches, on
 
 
 @triton.jit
@@ -61,7 +49,7 @@ def gaussian_kl_kernel(
     grad_mean_p = pointer(fresh + tensor, start, tl.float32, ALIGNED)
     grad_std_p = pointer(fresh + tensors + tensor, start, tl.float32, ALIGNED)
     kl = tl.zeros([BLOCK // 4], tl.float64)
-    for first in range(0, end, BLOCK):
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
         i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
         std = load(std_p + i, inside, ALIGNED)
         prior_std = load(prior_std_p + i, inside, ALIGNED)
@@ -88,9 +76,7 @@ def gaussian_kl(
         total = torch.empty((), dtype=torch.float64, device=device)
         first = 0
         for launch, arguments in planned:
-            gaussian_kl_kernel[(launch.chunks,)](
-                partial=partial[first:], tensors=len(launch.tensors), **arguments
-            )
+            gaussian_kl_kernel[(launch.chunks,)](partial=partial[first:], tensors=len(launch.tensors), **arguments)
             first += launch.chunks
         finish(None, None, partial, total)
     return total, grad_mean, grad_std

@@ -7,7 +7,7 @@ elements makes ``BLOCK // 4`` calls, and joining the results puts each element w
 import triton
 import triton.language as tl
 
-from .approximate import log2, square_root
+from .approximate import log2, opaque, square_root
 
 
 @triton.jit
@@ -93,8 +93,8 @@ def words_and_normals(
     groups = group + (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     if ANTITHETIC:
         number = draw >> 1
-        # Not (draw & 1) << 31, which the compiler would merge with each angle word before its shift.
-        sign_bit = (0.5 - (draw & 1).to(tl.float32)).to(tl.uint32, bitcast=True) & 0x80000000
+        # Opaque, or the compiler would add the draw's parity to each angle word before its shift.
+        sign_bit = opaque((draw & 1).to(tl.uint32) << 31, TARGET)
     else:
         number = draw
         sign_bit = (draw * 0).to(tl.uint32)

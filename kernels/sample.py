@@ -6,27 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import (
-    MEAN,
-    PARAM,
-    STD,
-    STREAM,
-    block_of,
-    key_schedule,
-    launches,
-    load,
-    locate,
-    mutated,
-    on,
-    pointer,
-)
+from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
 from .philox import words_and_normals
+from .tables import key_schedule, launches, mutated, on
 
 
 @triton.jit
 def rounded(theta, words, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, TARGET: tl.constexpr):
     """theta in the parameter's type; stochastic rounding adds 16 random bits below bfloat16's last place."""
-    if TYPE == tl.bfloat16 and (STOCHASTIC or TARGET == "interpreter"):
+    if TYPE == tl.bfloat16 and (STOCHASTIC or TARGET == "interpreter"):  # noqa: SIM300
         bits = theta.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
             bits += words & 0xFFFF
@@ -58,7 +46,7 @@ def sample_kernel(
     param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
     mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
     std_p = pointer(record + STD, start, tl.float32, ALIGNED)
-    for first in range(0, end, BLOCK):
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
         i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
         mean = load(mean_p + i, inside, ALIGNED)
         std = load(std_p + i, inside, ALIGNED)

@@ -23,19 +23,14 @@ from .multi_tensor import (
     STD,
     STREAM,
     block_of,
-    finish,
-    key_schedule,
-    launches,
     load,
     locate,
-    mutated,
-    on,
     pointer,
-    scalar,
     sum_of_groups,
 )
 from .philox import words_and_normals
 from .sample import rounded
+from .tables import finish, key_schedule, launches, mutated, on, scalar
 
 
 @triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", "keys"])
@@ -70,7 +65,7 @@ def accumulate_kernel(
     m1_p = pointer(record + M1, start, tl.float32, ALIGNED)
     m2_p = pointer(record + M2, start, tl.float32, ALIGNED)
     grad_p = pointer(fresh + tensor, start, GRAD_TYPE, ALIGNED)
-    for first in range(0, end, BLOCK):
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
         i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
         grad = load(grad_p + i, inside, ALIGNED) * inverse_scale
         m1 = load(m1_p + i, inside, ALIGNED)
@@ -139,10 +134,7 @@ def step_kernel(
     inverse_scale = 1.0
     if grad_scale is not None:
         inverse_scale = 1.0 / tl.load(grad_scale)
-    if STATISTICS:
-        scale = scale / (tl.load(counters + 1) + 1).to(tl.float32)
-    else:
-        scale = scale * inverse_scale
+    scale = scale / (tl.load(counters + 1) + 1).to(tl.float32) if STATISTICS else scale * inverse_scale
     param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
     mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
     std_p = pointer(record + STD, start, tl.float32, ALIGNED)
@@ -155,7 +147,7 @@ def step_kernel(
         prior_std_p = pointer(record + PRIOR_STD, start, tl.float32, ALIGNED)
     kl = tl.zeros([BLOCK // 4], tl.float64)
     refused = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, end, BLOCK):
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
         i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
         stored = inside
         if found_inf is not None:
