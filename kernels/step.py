@@ -120,7 +120,7 @@ def step_kernel(
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     if found_inf is not None:
         # Elements below it are not updated: all of them or none.
-        barrier = tl.where(tl.load(found_inf) == 0.0, 0, 2147483647)
+        barrier = tl.multiple_of(tl.where(tl.load(found_inf) == 0.0, 0, 2147483644), 4)
     stream = tl.load(record + STREAM).to(tl.uint32)
     draw = tl.load(counters)
     rate = tl.load(lr)

@@ -19,9 +19,8 @@ from .multi_tensor import finish_kernel
 WARPS = 4
 
 
-def block_size(target: str) -> int:
-    """Elements of one iteration of a program: four for each of its threads, the width of a 128-bit access."""
-    return 4 * WARPS * (64 if target == "hip" else 32)
+BLOCKS = {"cuda": 4 * 32 * WARPS, "hip": 4 * 64 * WARPS, "interpreter": 4096}
+"""Elements of one iteration of a program by target: on GPUs four for each thread, the width of a 128-bit access."""
 
 
 MOST_ITERATIONS = 32
@@ -36,7 +35,7 @@ INTERPRETED = not isinstance(finish_kernel, triton.JITFunction)
 
 TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
 
-BLOCK = block_size(TARGET)
+BLOCK = BLOCKS[TARGET]
 
 LAUNCH: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": False}
 """The compiler's options. It would contract a * b + c differently in different variants of a kernel, hence results
