@@ -209,7 +209,8 @@ def _amd(name: str, target: str, kernel: CompiledKernel) -> Budget:
         for i, line in enumerate(body)
         if (label := re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)) and labels.get(label.group(1), i) < i
     ]
-    ((start, end),) = backward
+    # One loop, whose blocks are not in order.
+    start, end = min(to for to, _ in backward), max(line for _, line in backward)
     opcodes = [match.group(1) if (match := re.match(r"\s+([vs]_\w+|global_\w+|ds_\w+)", line)) else "" for line in body]
     loop = [o for o in opcodes[start : end + 1] if o]
     widths = [_AMD_WIDTHS[o.split("_")[2]] for o in loop if o.startswith(("global_load", "global_store"))]
