@@ -67,7 +67,7 @@ def sample(
 ) -> None:
     """See `distruction.ops.sample`."""
     with on(counters.device):
-        for launch, arguments in launches({"param": out, "mean": mean, "std": std}, [], offsets, streams):
+        for launch, arguments in launches({"mean": mean, "std": std, "param": out}, [], offsets, streams):
             arguments.pop("fresh")
             sample_kernel[(launch.chunks,)](
                 counters=counters,

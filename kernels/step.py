@@ -245,7 +245,7 @@ def accumulate(
 ) -> None:
     """See `distruction.ops.accumulate`."""
     device = counters.device
-    arrays = {"param": param, "mean": mean, "std": std, "m1": m1, "m2": m2}
+    arrays = {"mean": mean, "std": std, "m1": m1, "m2": m2, "param": param}
     with on(device):
         amp = _amp(grad_scale, found_inf, device)
         for launch, arguments in launches(arrays, [grad], offsets, streams):
@@ -292,13 +292,13 @@ def step(
     """See `distruction.ops.step`."""
     device = counters.device
     arrays = {
-        "param": param,
         "mean": mean,
         "std": std,
         "m1": m1,
         "m2": m2,
         "prior_mean": prior_mean,
         "prior_std": prior_std,
+        "param": param,
     }
     with on(device):
         amp = _amp(grad_scale, found_inf, device)
