@@ -7,6 +7,8 @@ from .optimizer import BGD
 from .posterior import Posterior
 from .prepare import prepare
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BGD",
     "DistructionError",

@@ -1,5 +1,7 @@
-"""The command line: ``distruction train | prepare | forget | evaluate | demo``."""
+"""The command line: ``distruction train | prepare | forget | evaluate | demo | bench``."""
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
+from . import bench as benches
 from . import demo as demos
 from . import models, objectives, ops, report
 from .data import forget_split, load, loader
@@ -228,6 +231,45 @@ def demo(
             f"{worst.loss_of_retained:.1f} points (class {worst.forget_class}, seed {worst.seed})"
         )
     console.print(f"report: {out}")
+
+
+@app.command()
+def bench(
+    preset: Annotated[str | None, typer.Option(help=", ".join(benches.PRESETS))] = None,
+    grid: Annotated[Path | None, typer.Option(help="TOML file of scenarios, methods and seeds.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default runs/bench/NAME.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where results are kept; default OUT/store.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="File of pretrained weights, or hub.")] = None,
+    device: Annotated[str, typer.Option(help="Devices, with commas; auto takes every GPU or the CPU.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes per device; 0: one per GPU or CPU core.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    backend: Backend = "auto",
+    progress: Progress = True,
+) -> None:
+    """Run the paper's experiments: scenarios x methods x seeds. Start it again to resume."""
+    if (preset is None) == (grid is None):
+        raise UsageError(f"pass either --preset ({', '.join(benches.PRESETS)}) or --grid FILE.toml")
+    experiment = benches.preset(preset) if preset else benches.read(grid or Path())
+    out = out or Path("runs/bench") / (preset or Path(grid or "").stem)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = gpus or ["cpu"] if device == "auto" else [str(_device(name)) for name in device.split(",")]
+    each = workers or (1 if devices != ["cpu"] else os.cpu_count() or 1)
+    _, outcome = benches.run(
+        experiment,
+        out,
+        benches.Context(store or out / "store", data, pretrained, backend=backend),
+        devices=devices * each,
+        threads=threads,
+        command=shlex.join(["distruction", *sys.argv[1:]]),
+        progress=progress,
+    )
+    console = Console()
+    console.print(f"{outcome.done} jobs done, {outcome.reused} found finished; report: {out / 'report' / 'index.html'}")
+    for title, message in outcome.failures.values():
+        console.print(f"failed: {title}: {message.splitlines()[-1]}", style="red", markup=False)
+    if outcome.failures:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import models, report
-from .data import Images, forget_split, load, loader
+from .data import Examples, Images, forget_split, load, loader
+from .fisher import per_sample
 from .forget import ForgetReport, forget
+from .methods.base import Counted, Selected, batches
 from .metrics import accuracy, entropy_mia, predict
-from .posterior import Posterior, learnable
+from .posterior import Posterior
 from .prepare import prepare
 from .train import train
 
@@ -85,23 +85,9 @@ def fisher_std(model: nn.Module, data: Images, posterior: Posterior) -> Posterio
     posterior's means, which ``model`` holds afterwards.
     """
     posterior.mean_(model)
-    params = learnable(model)
-    fisher = {n: torch.zeros_like(p) for n, p in params.items()}
-    buffers = dict(model.named_buffers())
-
-    def negative_log_likelihood(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, {**values, **buffers}, (x[None],))
-        return F.cross_entropy(logits, y[None])
-
-    per_example = torch.func.vmap(torch.func.grad(negative_log_likelihood), in_dims=(None, 0, 0))
-    values = {n: p.detach() for n, p in params.items()}
-    # The fused attention kernels have no batching rule.
-    with sdpa_kernel(SDPBackend.MATH):
-        for x, y in loader(data, batch_size=64):
-            for n, g in per_example(values, x, y).items():
-                fisher[n] += g.square().sum(dim=0)
+    fisher = per_sample(model, loader(data, batch_size=64))
     initial = posterior.metadata["std_init"] ** -2
-    evidence = posterior.metadata["evidence"] / len(data)
+    evidence = posterior.metadata["evidence"]
     return Posterior(
         posterior.means, {n: (initial + evidence * f).rsqrt() for n, f in fisher.items()}, posterior.metadata
     )
@@ -176,7 +162,7 @@ def summary(runs: Sequence[Run]) -> dict[str, dict[str, tuple[float, float]]]:
     }
 
 
-def _trained(data: Images, seed: int, progress: bool) -> tuple[nn.Module, float]:
+def _trained(data: Examples, seed: int, progress: bool) -> tuple[nn.Module, float]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = models.create(**MODEL)
@@ -197,14 +183,23 @@ def _run_class(
     progress: bool,
 ) -> None:
     """Forget one class by each method, fill ``run.rows`` and write the run's folder."""
-    forget_data, retain_data = forget_split(train_data, run.forget_class)
+    forgotten = train_data.labels == train_data.classes.index(run.forget_class)
+
+    def retain_read(source: Counted) -> int:
+        return int(source.seen[~forgotten].sum())
 
     def unlearned(prior: Posterior) -> tuple[ForgetReport, dict[str, float]]:
         prior.mean_(model)
-        forget_loader = loader(forget_data, batch_size=64, shuffle=True)
+        source = Counted(train_data)
+        forget_loader = batches(Selected(source, forgotten.nonzero().squeeze(-1)), batch_size=64)
         result = forget(model, prior, forget_loader, seed=run.seed, backend=backend, progress=progress)
         row = measure(model, train_data, test_data, run.forget_class)
-        return result, {**row, "kl": result.history[-1].kl, "seconds": result.seconds, "retain_read": 0}
+        return result, {
+            **row,
+            "kl": result.history[-1].kl,
+            "seconds": result.seconds,
+            "retain_read": retain_read(source),
+        }
 
     before = predict(model, loader(test_data, batch_size=512))[0].argmax(dim=-1)
     result, run.rows["DiStruction"] = unlearned(posterior)
@@ -219,11 +214,12 @@ def _run_class(
         groups[title] = (test_data.subset(chosen), before[chosen], after[chosen])
     report.plot_examples(folder / "examples.png", groups)
 
-    retrained, seconds = _trained(retain_data, run.seed, progress)
+    source = Counted(train_data)
+    retrained, seconds = _trained(Selected(source, (~forgotten).nonzero().squeeze(-1)), run.seed, progress)
     run.rows["retrain"] = {
         **measure(retrained, train_data, test_data, run.forget_class),
         "seconds": seconds,
-        "retain_read": len(retain_data),
+        "retain_read": retain_read(source),
     }
     if ablations:
         _, run.rows["constant std"] = unlearned(constant_std(posterior))

@@ -1,13 +1,15 @@
 """Models by name, and their safetensors files."""
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UsageError
 from .files import load_tensors, save_tensors
@@ -15,18 +17,24 @@ from .files import load_tensors, save_tensors
 FORMAT = "distruction-model-1"
 
 
-def create(name: str, *, num_classes: int, in_chans: int, img_size: int) -> nn.Module:
-    """A freshly initialised model.
+def create(
+    name: str, *, num_classes: int, in_chans: int, img_size: int, pretrained: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """A model as it is before training.
 
     Args:
         name: ``vit-micro`` (a ViT of 0.2 M parameters for images of 8 to 32 pixels: dimension 64, 4 blocks,
             patches of 4 pixels up to 16 and of a quarter of the side above), or any timm model.
         num_classes, in_chans, img_size: of the data.
+        pretrained: file of a timm model's weights, or ``hub`` for the hub's cache; ``None`` is random weights. The
+            head is always new where its size differs.
 
     Raises:
-        UsageError: timm has no model of that name.
+        UsageError: timm has no model of that name, or the pretrained weights cannot be had or are of another model.
     """
     if name == "vit-micro":
+        if pretrained is not None:
+            raise UsageError("vit-micro has no pretrained weights; name a timm model, such as vit_base_patch16_224")
         return VisionTransformer(
             img_size=img_size,
             patch_size=max(4, img_size // 4),
@@ -38,7 +46,26 @@ def create(name: str, *, num_classes: int, in_chans: int, img_size: int) -> nn.M
         )
     if not timm.is_model(name):
         raise UsageError(f"model {name!r} is unknown; choose vit-micro or a timm model (timm.list_models())")
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
+    arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    if pretrained is None:
+        return timm.create_model(name, **arguments)
+    overlay = {} if pretrained == "hub" else {"file": str(pretrained)}
+    if overlay and not Path(pretrained).is_file():
+        raise UsageError(f"no pretrained weights at {pretrained}; save timm.create_model({name!r}, pretrained=True)'s")
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the pretrained weights of {name} from {pretrained} cannot be used: {reason}") from error
+
+
+def resize_inputs(model: nn.Module, size: int) -> None:
+    """Let ``model`` resize the images that it is given to ``size`` x ``size`` pixels (bicubic), on its own device."""
+
+    def resize(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (F.interpolate(inputs[0], size=(size, size), mode="bicubic", antialias=True), *inputs[1:])
+
+    model.register_forward_pre_hook(resize)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], config: dict[str, Any]) -> None:

@@ -199,13 +199,22 @@ def test_full_disk(distruction, files, tmp_path, monkeypatch):
 
 def interrupt(arguments, when):
     """Send SIGINT to the command once ``when()`` holds; its exit status and standard error."""
-    command = [sys.executable, "-m", "distruction", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not when():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distruction", *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job of a shell is started with SIGINT ignored, and would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not when():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     return process.returncode, err
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,6 +11,16 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from ..errors import UsageError
+
+
+class Examples(Protocol):
+    """Anything that gives a batch ``(inputs, labels)`` for a list of positions."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: Sequence[int], /) -> tuple[Tensor, Tensor]:
+        """The batch of these positions."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,11 @@ class Images(Dataset):
         return replace(self, images=self.images[where], labels=self.labels[where])
 
 
-def loader(data: Images, *, batch_size: int, shuffle: bool = False) -> DataLoader:
+def loader(data: Examples, *, batch_size: int, shuffle: bool = False) -> DataLoader:
     """A loader of normalised ``(images, labels)`` batches, the last one possibly smaller."""
     order = RandomSampler(data) if shuffle else SequentialSampler(data)
-    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+    batches = BatchSampler(order, batch_size, drop_last=False)
+    return DataLoader(data, sampler=batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def load(name: str) -> tuple[Images, Images]:

@@ -1,0 +1,73 @@
+"""Choose each method's settings for a small model, with the same number of trials for every method.
+
+Trials run on another forgotten class and another seed than the bench reports. Class scenarios: the highest D_r among
+trials with D_f <= 5 % (else the lowest D_f); random: the smallest sum of the gaps to retraining in D_r, D_f and MIA.
+
+    python benchmarks/tune.py benchmarks/tuning/digits.toml runs/tune
+"""
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import tomllib
+
+from distruction import bench, methods
+from distruction.bench import jobs, runner
+from distruction.bench.results import Cell, collect
+from distruction.bench.store import Store
+
+GAPS = ("retain", "forget", "mia_entropy")
+
+
+def score(cell: Cell, retrained: Cell) -> tuple[float, float]:
+    """To be minimised."""
+    numbers = cell.numbers
+    if cell.scenario == "random":
+        return sum(abs(numbers[m] - retrained.numbers[m]) for m in GAPS), 0.0
+    return max(numbers["forget"], 5.0), -numbers["retain"]
+
+
+def main(plan_file: str, out: str) -> None:
+    """Run the trials and print the best settings as TOML."""
+    plan = tomllib.loads(Path(plan_file).read_text())
+    base = bench.preset(plan["preset"])
+    found = [replace(s, targets=(plan["target"],) if s.name != "random" else s.targets) for s in base.scenarios]
+    context = jobs.Context(Path(out))
+    cells = {}
+    for scenario in found:
+        for method, options in {"retrain": {}, **plan["trials"], **plan.get(scenario.name, {})}.items():
+            if scenario.name not in methods.get(method).scenarios:
+                continue
+            for values in itertools.product(*options.values()):
+                settings = {**plan.get("fixed", {}).get(method, {}), **dict(zip(options, values, strict=True))}
+                grid = replace(
+                    base,
+                    seeds=(plan["seed"],),
+                    scenarios=(scenario,),
+                    methods=(method,),
+                    settings={method: settings},
+                    sweep=None,
+                )
+                for cell in jobs.cells(grid, context):
+                    cells[cell.id] = cell
+    outcome = runner.run(
+        list(cells.values()), context, devices=["cpu"] * plan.get("workers", 2), threads=1, progress=True
+    )
+    for title, message in outcome.failures.values():
+        print("failed:", title, message.splitlines()[-1])
+    finished = collect(list(cells.values()), Store(context.store))
+    for scenario in found:
+        mine = [c for c in finished if c.scenario == scenario.name]
+        retrained = next(c for c in mine if c.method == "retrain")
+        for method in dict.fromkeys(c.method for c in mine):
+            trials = sorted((c for c in mine if c.method == method), key=lambda c: score(c, retrained))
+            print(f"\n[method.{method}.{scenario.name}]  # best of {len(trials)}")
+            for c in trials:
+                shown = {m: round(c.numbers[m], 1) for m in GAPS}
+                print(f"# {dict(c.settings)} {shown} {c.numbers['seconds']:.1f} s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,382 @@
+"""The jobs of a grid, and what a worker process does for each.
+
+A job's facts determine its result, wherever and whenever it runs: they hold the data's hash, every setting and seed,
+and the facts of what it is made from. Paths, devices and progress bars are in the `Context`.
+"""
+
+import copy
+import functools
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .. import __version__, methods, models, scenarios
+from ..data import Images, load, loader
+from ..errors import UsageError
+from ..forget import ForgetReport
+from ..methods import Counted, Task
+from ..metrics import predict
+from ..posterior import Posterior
+from ..prepare import prepare
+from ..train import RECIPES
+from ..training import seed_of
+from . import measure
+from .grid import Grid, Scenario
+from .memory import Peak
+from .store import Store, canonical, file_hash, key_of
+
+FORMAT = 1
+"""Raised when a job's result changes for the same facts, so that old entries are not taken."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and on what jobs run; nothing here changes a result.
+
+    Attributes:
+        store: folder of the results.
+        data_root: folder of the data sets, or ``None`` for those that need none.
+        pretrained: file of pretrained weights, ``hub`` for the hub's cache, or ``None``.
+        device: as torch names it.
+        backend: see `distruction.ops`.
+    """
+
+    store: Path
+    data_root: Path | None = None
+    pretrained: str | None = None
+    device: str = "cpu"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One resumable unit.
+
+    Attributes:
+        kind: ``model``, ``retrained``, ``posterior``, ``shadow`` or ``cell``: also its folder in the store.
+        facts: JSON-able; determine the result.
+    """
+
+    kind: str
+    facts: Mapping[str, Any]
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Kind and key: equal for equal jobs."""
+        return f"{self.kind}/{key_of(self.facts)}"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        facts = self.facts
+        model = facts.get("model", facts)
+        seed = model["seed"]
+        parts = [self.kind, model["data"]["name"]]
+        if "split" in facts:
+            parts += [facts["split"]["scenario"], facts["split"]["target"]]
+        if "method" in facts:
+            parts.append(facts["method"])
+        return " ".join([*filter(None, parts), f"seed {seed}"])
+
+    def needs(self) -> Iterator["Job"]:
+        """The jobs whose results this one reads."""
+        for kind in ("model", "posterior", "retrained"):
+            if isinstance(self.facts.get(kind), Mapping):
+                yield Job(kind, self.facts[kind])
+        for facts in self.facts.get("shadows", ()):
+            yield Job("shadow", facts)
+
+
+def cells(grid: Grid, context: Context) -> list[Job]:
+    """The cells of a grid, those of its sweep included, each once.
+
+    Raises:
+        UsageError: a data set is missing, a class is unknown, or the pretrained weights are.
+    """
+    found: dict[str, Job] = {}
+    for scenario in grid.scenarios:
+        for target in scenario.targets:
+            for name in grid.methods:
+                if scenario.name not in methods.get(name).scenarios:
+                    continue
+                for seed in grid.seeds:
+                    cell = _cell(grid, context, scenario, target, name, grid.settings_of(name, scenario.name), seed)
+                    found[cell.id] = cell
+    for cell in sweep_cells(grid, context):
+        found.setdefault(cell.id, cell)
+    return list(found.values())
+
+
+def sweep_cells(grid: Grid, context: Context) -> list[Job]:
+    """The cells of a grid's trade-off curves."""
+    if grid.sweep is None:
+        return []
+    scenario = next(s for s in grid.scenarios if s.name == grid.sweep.scenario)
+    return [
+        _cell(
+            grid,
+            context,
+            scenario,
+            grid.sweep.target,
+            name,
+            {**grid.settings_of(name, scenario.name), methods.get(name).sweep: value},
+            seed,
+            brief=True,
+        )
+        for name, values in grid.sweep.values.items()
+        for value in values
+        for seed in grid.sweep.seeds
+    ]
+
+
+def _cell(
+    grid: Grid,
+    context: Context,
+    scenario: Scenario,
+    target: str,
+    method: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    *,
+    brief: bool = False,
+) -> Job:
+    groups = {k: list(v) for k, v in scenario.groups.items()}
+    model = {
+        "format": FORMAT,
+        "version": __version__,
+        "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root)},
+        "groups": groups,
+        "network": dict(grid.network),
+        "pretrained": _pretrained_hash(context.pretrained),
+        "train": {**grid.train, **scenario.train},
+        "seed": seed,
+    }
+    split = {"scenario": scenario.name, "target": target, "count": scenario.count}
+    # The forget set must be known to exist before hours of training start.
+    make_split(model, split, context)
+    facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
+    facts["retrained"] = {"model": model, "split": split}
+    if methods.get(method).needs_posterior:
+        facts["posterior"] = {"model": model, "prepare": dict(grid.prepare)}
+    facts["measure"] = {**grid.measure, "brief": brief}
+    if not brief:
+        # Shared by every seed of the grid.
+        facts["shadows"] = [{"model": {**model, "seed": 10_000 + i}} for i in range(grid.measure["shadow_models"])]
+    return Job("cell", facts)
+
+
+@functools.cache
+def _data(name: str, root: Path | None) -> tuple[Images, Images]:
+    return load(name)
+
+
+@functools.cache
+def _data_hash(name: str, root: Path | None) -> str:
+    digest = hashlib.sha256()
+    for part in _data(name, root):
+        digest.update(canonical([list(part.images.shape), part.classes]).encode())
+        digest.update(part.images.contiguous().numpy().data)
+        digest.update(part.labels.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@functools.cache
+def _pretrained_hash(pretrained: str | None) -> str | None:
+    if pretrained is None or pretrained == "hub":
+        return pretrained
+    if not Path(pretrained).is_file():
+        raise UsageError(f"no pretrained weights at {pretrained}; pass a file, or hub for the hub's cache")
+    return file_hash(pretrained)
+
+
+def make_split(model: Mapping[str, Any], split: Mapping[str, Any], context: Context) -> scenarios.Split:
+    """The scenario of these facts."""
+    train, test = _data(model["data"]["name"], context.data_root)
+    if split["scenario"] == "random":
+        return scenarios.random(train, test, split["count"], model["seed"])
+    if split["scenario"] == "sub-class":
+        return scenarios.sub_class(train, test, split["target"], model["groups"])
+    return scenarios.full_class(train, test, split["target"])
+
+
+def execute(job: Job, context: Context) -> float:
+    """Do a job and write its entry; returns the seconds that it took."""
+    start = time.perf_counter()
+    _WORK[job.kind](job.facts, context)
+    return time.perf_counter() - start
+
+
+def _fresh(facts: Mapping[str, Any], context: Context) -> nn.Module:
+    train, _ = _training_data(facts, context)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(facts["seed"], 3))
+        side = train.images.shape[-1]
+        network = {"img_size": side, **facts["network"]}
+        model = models.create(
+            **network,
+            num_classes=len(train.classes),
+            in_chans=train.images.shape[1],
+            pretrained=context.pretrained,
+        )
+        if network["img_size"] != side:
+            models.resize_inputs(model, network["img_size"])
+    return model.to(context.device)
+
+
+def _training_data(facts: Mapping[str, Any], context: Context) -> tuple[Images, Images]:
+    train, test = _data(facts["data"]["name"], context.data_root)
+    if facts["groups"]:
+        return scenarios.grouped(train, facts["groups"]), scenarios.grouped(test, facts["groups"])
+    return train, test
+
+
+def _recipe(facts: Mapping[str, Any], model: nn.Module, data: Dataset) -> None:
+    settings = dict(facts["train"])
+    RECIPES[settings.pop("recipe")](model, data, seed=facts["seed"], progress=False, **settings)
+
+
+def _train(facts: Mapping[str, Any], context: Context) -> None:
+    train, _ = _training_data(facts, context)
+    model = _fresh(facts, context)
+    start = time.perf_counter()
+    _recipe(facts, model, train)
+    _save_model("model", facts, context, model, {"seconds": time.perf_counter() - start})
+
+
+def _save_model(
+    kind: str, facts: Mapping[str, Any], context: Context, model: nn.Module, value: Mapping[str, Any]
+) -> None:
+    state = {n: t.detach().cpu().contiguous().clone() for n, t in model.state_dict().items()}
+    files = {"model.safetensors": lambda path: save_file(state, path)}
+    Store(context.store).save(kind, facts, value, files)
+
+
+def _load_model(kind: str, facts: Mapping[str, Any], context: Context) -> nn.Module:
+    """The model of a ``model`` or ``retrained`` entry, whose presence the runner has checked."""
+    model = _fresh(facts.get("model", facts), context)
+    model.load_state_dict(load_file(Store(context.store).folder(kind, facts) / "model.safetensors"))
+    return model.eval()
+
+
+def _shadow(facts: Mapping[str, Any], context: Context) -> None:
+    """Train on a random half of the training set; keep the logits of everything, for attacks that need them."""
+    train, test = _training_data(facts["model"], context)
+    generator = torch.Generator().manual_seed(seed_of(facts["model"]["seed"], 5))
+    member = torch.zeros(len(train), dtype=torch.bool)
+    member[torch.randperm(len(train), generator=generator)[: len(train) // 2]] = True
+    model = _fresh(facts["model"], context)
+    start = time.perf_counter()
+    _recipe(facts["model"], model, train.subset(member))
+    seconds = time.perf_counter() - start
+    logits = {
+        name: predict(model, loader(part, batch_size=256))[0] for name, part in (("train", train), ("test", test))
+    }
+    files = {"logits.safetensors": lambda path: save_file({**logits, "member": member}, path)}
+    Store(context.store).save("shadow", facts, {"seconds": seconds}, files)
+
+
+def shadow_logits(facts: Mapping[str, Any], context: Context) -> list[dict[str, Tensor]]:
+    """For each shadow model of a cell its logits on ``train`` and ``test``, and which training examples it saw."""
+    store = Store(context.store)
+    return [load_file(store.folder("shadow", f) / "logits.safetensors") for f in facts.get("shadows", ())]
+
+
+def _prepare(facts: Mapping[str, Any], context: Context) -> None:
+    model = _load_model("model", facts["model"], context)
+    train, _ = _training_data(facts["model"], context)
+    settings = dict(facts["prepare"])
+    batch_size = settings.pop("batch_size", 64)
+    start = time.perf_counter()
+    posterior = prepare(
+        model,
+        methods.base.batches(train, batch_size=batch_size),
+        seed=facts["model"]["seed"],
+        backend=context.backend,
+        progress=False,
+        **settings,
+    )
+    value = {"seconds": time.perf_counter() - start, **posterior.metadata}
+    Store(context.store).save("posterior", facts, value, {"posterior.safetensors": posterior.save})
+
+
+def _task(facts: Mapping[str, Any], split: scenarios.Split, context: Context) -> Task:
+    posterior = None
+    if "posterior" in facts:
+        folder = Store(context.store).folder("posterior", facts["posterior"])
+        posterior = Posterior.load(folder / "posterior.safetensors", map_location=context.device)
+    return Task(
+        model=_load_model("model", facts["model"], context),
+        forget=Counted(split.forget),
+        retain=Counted(split.retain),
+        fresh=functools.partial(_fresh, facts["model"], context),
+        train=functools.partial(_recipe, facts["model"]),
+        posterior=posterior,
+        seed=facts["model"]["seed"],
+        backend=context.backend,
+    )
+
+
+def _run(name: str, settings: Mapping[str, Any], task: Task) -> tuple[dict[str, float], ForgetReport | None]:
+    with Peak(next(task.model.parameters()).device) as peak:
+        start = time.perf_counter()
+        report = methods.run(name, task, **settings)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    cost = {
+        "seconds": seconds,
+        "peak_memory_mib": peak.mib,
+        "retain_reads": task.retain.reads,
+        "retain_read_percent": 100.0 * task.retain.seen.double().mean().item(),
+        "forget_reads": task.forget.reads,
+    }
+    return cost, report
+
+
+def _retrain(facts: Mapping[str, Any], context: Context) -> None:
+    split = make_split(facts["model"], facts["split"], context)
+    task = _task(facts, split, context)
+    cost, _ = _run("retrain", {}, task)
+    _save_model("retrained", facts, context, task.model, cost)
+
+
+def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
+    store = Store(context.store)
+    split = make_split(facts["model"], facts["split"], context)
+    task = _task(facts, split, context)
+    before = copy.deepcopy(task.model)
+    retrained = _load_model("retrained", facts["retrained"], context)
+    report = None
+    if facts["method"] == "retrain" and not facts["settings"]:
+        task.model = retrained
+        cost = store.load("retrained", facts["retrained"])
+    else:
+        cost, report = _run(facts["method"], facts["settings"], task)
+    value: dict[str, Any] = {"cost": cost}
+    value |= measure.measure(task.model, before, retrained, split, facts, report)
+    store.save("cell", facts, value)
+
+
+_WORK = {"model": _train, "retrained": _retrain, "posterior": _prepare, "shadow": _shadow, "cell": _unlearn}
+
+
+def forget_sets(jobs: list[Job], context: Context) -> Iterator[tuple[str, scenarios.Split, dict[str, Any]]]:
+    """(file name, split, facts) for each distinct forget set of the cells."""
+    seen: dict[str, Tensor] = {}
+    for job in jobs:
+        model, split = job.facts["model"], job.facts["split"]
+        seed = f"-seed{model['seed']}" if split["scenario"] == "random" else f"-{split['target']}"
+        name = f"{split['scenario']}{seed}.json".replace("/", "_").replace(" ", "_")
+        if name in seen:
+            continue
+        made = make_split(model, split, context)
+        seen[name] = made.indices
+        yield name, made, {"data": model["data"]["name"], **split}

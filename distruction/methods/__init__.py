@@ -1,0 +1,77 @@
+"""Unlearning methods by name: one signature, ``run(task, **settings)``, whatever they read.
+
+A name that ends in ``+kl`` is the method with its retain-data term replaced by the KL penalty to the posterior of
+preparation (paper, section 3.2): it reads no retain example.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..forget import ForgetReport
+from . import amnesiac, baseline, distruction, finetune, retrain, scrub, ssd, teacher, unsir
+from .base import Counted, Method, Task, forget_with
+
+REGISTRY: dict[str, Method] = {
+    "baseline": baseline.METHOD,
+    "retrain": retrain.METHOD,
+    "finetune": finetune.METHOD,
+    "teacher": teacher.METHOD,
+    "unsir": unsir.METHOD,
+    "amnesiac": amnesiac.METHOD,
+    "ssd": ssd.BATCH_MEAN,
+    "ssd-per-sample": ssd.PER_SAMPLE,
+    "scrub": scrub.METHOD,
+    "teacher+kl": teacher.WITH_KL,
+    "unsir+kl": unsir.WITH_KL,
+    "amnesiac+kl": amnesiac.WITH_KL,
+    "scrub+kl": scrub.WITH_KL,
+    "distruction": distruction.METHOD,
+}
+"""In the order of the tables."""
+
+__all__ = ["REGISTRY", "Counted", "Method", "Task", "check", "get", "run"]
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in REGISTRY:
+        raise UsageError(f"method {name!r} is unknown; choose {', '.join(REGISTRY)}")
+    return REGISTRY[name]
+
+
+def check(name: str, settings: dict[str, Any]) -> None:
+    """Raise `UsageError` unless the method exists and takes settings of these names."""
+    parameters = list(inspect.signature(get(name).run).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        parameters += inspect.signature(forget_with).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for setting in settings:
+        if setting not in known:
+            raise UsageError(f"method {name} has no setting {setting!r}; it has {', '.join(known) or 'none'}")
+
+
+def run(name: str, task: Task, **settings: Any) -> ForgetReport | None:
+    """Let a method unlearn ``task.forget`` from ``task.model``, seeded by ``task.seed`` and nothing else.
+
+    Raises:
+        UsageError: the method or a setting is unknown, or the task lacks the posterior that it needs.
+    """
+    check(name, settings)
+    method = get(name)
+    if len(task.forget) == 0:
+        raise UsageError("the forget set is empty, so there is nothing to forget")
+    if method.needs_posterior:
+        _ = task.prior
+    devices = [next(task.model.parameters()).device] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]):
+        torch.manual_seed(task.seed)
+        result = method.run(task, **settings)
+    task.model.eval()
+    return result

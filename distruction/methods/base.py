@@ -1,0 +1,213 @@
+"""What every method is given, what it must say of itself, and the loops that several of them share."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from ..data import Images
+from ..errors import NonFiniteError, UsageError
+from ..forget import ForgetReport, forget
+from ..objectives import Objective
+from ..posterior import Posterior
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Counted(Dataset):
+    """Images that count each example read through them; labels may be looked at without a count.
+
+    Attributes:
+        labels: int64, (N,).
+        reads: examples read so far, repetitions included.
+        seen: bool, (N,): which examples were read at least once.
+    """
+
+    def __init__(self, data: Images) -> None:
+        self._data = data
+        self.labels = data.labels
+        self.classes = data.classes
+        self.reads = 0
+        self.seen = torch.zeros(len(data), dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Sequence[int]) -> Batch:
+        self.reads += len(index)
+        self.seen[torch.as_tensor(index)] = True
+        return self._data[index]
+
+
+class Mixed(Dataset):
+    """Sources put together as one data set, each with labels of the method's own.
+
+    Args:
+        parts: (source, labels); indexing a source with a list gives a pair whose first entry is the inputs.
+    """
+
+    def __init__(self, *parts: tuple[Dataset, Tensor]) -> None:
+        self.parts = parts
+        self.labels = torch.cat([labels for _, labels in parts])
+        self.starts = [0]
+        for _, labels in parts:
+            self.starts.append(self.starts[-1] + len(labels))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: Sequence[int]) -> Batch:
+        where = torch.as_tensor(index)
+        inputs, places = [], []
+        for (source, _), start, stop in zip(self.parts, self.starts, self.starts[1:], strict=False):
+            mine = ((where >= start) & (where < stop)).nonzero().squeeze(-1)
+            if len(mine):
+                inputs.append(source[(where[mine] - start).tolist()][0])
+                places.append(mine)
+        return torch.cat(inputs)[torch.cat(places).argsort()], self.labels[where]
+
+
+class Selected(Dataset):
+    """Some positions of a source; reads count there."""
+
+    def __init__(self, source: Dataset, positions: Tensor) -> None:
+        self.source = source
+        self.positions = positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Sequence[int]) -> Batch:
+        return self.source[self.positions[torch.as_tensor(index)].tolist()]
+
+
+def batches(data: Dataset, *, batch_size: int, shuffle: bool = True) -> DataLoader:
+    """Batches of a data set that is indexed by lists of positions; the order is drawn from the global generator."""
+    order = RandomSampler(data) if shuffle else SequentialSampler(data)  # type: ignore[arg-type]
+    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+
+
+@dataclass
+class Task:
+    """One unlearning problem.
+
+    Attributes:
+        model: the trained model; a method changes it in place and leaves it in eval mode.
+        forget: the training examples to forget.
+        retain: the other training examples; reading them is counted.
+        fresh: makes a model as it was before training: random, or with pretrained weights and a new head.
+        train: ``(model, data)``, the recipe that trained ``model``.
+        posterior: of ``model``, from `distruction.prepare`; only methods that need it are given one.
+        seed: of everything that a method draws beside the global generator.
+        backend: see `distruction.ops`.
+        progress: show progress bars.
+    """
+
+    model: nn.Module
+    forget: Counted
+    retain: Counted
+    fresh: Callable[[], nn.Module]
+    train: Callable[[nn.Module, Dataset], None]
+    posterior: Posterior | None = None
+    seed: int = 0
+    backend: str = "auto"
+    progress: bool = False
+
+    @property
+    def prior(self) -> Posterior:
+        """The posterior.
+
+        Raises:
+            UsageError: the task has none.
+        """
+        if self.posterior is None:
+            raise UsageError("this method needs the posterior of preparation: pass Task(posterior=prepare(...))")
+        return self.posterior
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the label space."""
+        return len(self.forget.classes)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what it declares.
+
+    Attributes:
+        summary: one line.
+        paper: authors, year and link.
+        run: ``(task, **settings)``; returns a report when it keeps one.
+        reads: how much of the retain data it reads.
+        needs_posterior: whether the task must hold the posterior of preparation.
+        sweep: its main hyper-parameter, for trade-off curves; empty where there is none.
+        scenarios: where it is defined.
+    """
+
+    summary: str
+    paper: str
+    run: Callable[..., ForgetReport | None]
+    reads: Literal["all", "part", "none"]
+    needs_posterior: bool = False
+    sweep: str = ""
+    scenarios: tuple[str, ...] = field(default=("full-class", "sub-class", "random"))
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """One pass over ``loader`` in training mode; ``loss_fn`` is given (logits, targets, inputs). Ends in eval mode.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    model.train()
+    for x, y in loader:
+        x, y = x.to(device), y.to(device)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_fn(model(x), y, x)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"the loss is {loss.item()}; lower lr (now {optimizer.param_groups[0]['lr']})")
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
+
+
+def learnable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters with ``requires_grad``."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def forget_with(
+    task: Task,
+    objective: str | Objective,
+    data: Dataset,
+    *,
+    steps: int = 150,
+    kl_weight: float = 0.1,
+    data_per_step: float = 100.0,
+    lr: float = 1.0,
+    batch_size: int = 64,
+) -> ForgetReport:
+    """Minimise (1 - kl_weight) E_q[objective] + kl_weight KL(q || prior) on ``data``; see `distruction.forget`."""
+    return forget(
+        task.model,
+        task.prior,
+        batches(data, batch_size=batch_size),
+        objective=objective,
+        steps=steps,
+        kl_weight=kl_weight,
+        data_per_step=data_per_step,
+        lr=lr,
+        seed=task.seed,
+        backend=task.backend,
+        progress=task.progress,
+    )

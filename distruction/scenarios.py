@@ -1,0 +1,131 @@
+"""What is to be forgotten, and what forgetting is measured on: a full class, a sub-class, random examples.
+
+| scenario   | forget set                    | D_f is measured on        | D_r is measured on   |
+|------------|-------------------------------|---------------------------|----------------------|
+| full-class | a class's training examples   | that class's test images  | the other test images|
+| sub-class  | one fine class; the head has  | that fine class's test    | the other test images|
+|            | the super classes             | images                    |                      |
+| random     | random training examples      | these training examples   | the whole test set   |
+
+This is the protocol of Foster, Schoepf, Brintrup 2024 (arXiv 2308.07707) that the paper's tables follow.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import Images
+from .errors import UsageError
+from .files import write_atomically
+from .training import seed_of
+
+NAMES = ("full-class", "sub-class", "random")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One scenario on one data set; labels are those of the model's head.
+
+    Attributes:
+        indices: positions of the forget set in the training set, ascending.
+        forget, retain: the two parts of the training set.
+        measured_forget, measured_retain: what D_f and D_r are measured on.
+        test: the whole test set.
+    """
+
+    indices: Tensor
+    forget: Images
+    retain: Images
+    measured_forget: Images
+    measured_retain: Images
+    test: Images
+
+
+def full_class(train: Images, test: Images, target: str) -> Split:
+    """Forget one class of the head.
+
+    Raises:
+        UsageError: the class is unknown, has no training or test example, or is the only one.
+    """
+    number = _class_number(train.classes, target)
+    return _split(train, test, train.labels == number, test.labels == number)
+
+
+def sub_class(train: Images, test: Images, target: str, groups: Mapping[str, Sequence[str]]) -> Split:
+    """Forget one fine class of a model that tells super classes apart.
+
+    Args:
+        train, test: labelled by fine class.
+        target: fine class to forget.
+        groups: super class to its fine classes, each fine class once; see `grouped`.
+    """
+    number = _class_number(train.classes, target)
+    return _split(grouped(train, groups), grouped(test, groups), train.labels == number, test.labels == number)
+
+
+def random(train: Images, test: Images, count: int, seed: int) -> Split:
+    """Forget ``count`` training examples drawn without replacement from a generator of their own.
+
+    Raises:
+        UsageError: ``count`` is not in [1, size of the training set).
+    """
+    if not 1 <= count < len(train):
+        raise UsageError(f"count must be in [1, {len(train) - 1}], not {count}")
+    generator = torch.Generator().manual_seed(seed_of(seed, 2))
+    mask = torch.zeros(len(train), dtype=torch.bool)
+    mask[torch.randperm(len(train), generator=generator)[:count]] = True
+    split = _split(train, test, mask, torch.zeros(len(test), dtype=torch.bool))
+    return replace(split, measured_forget=split.forget, measured_retain=test)
+
+
+def grouped(data: Images, groups: Mapping[str, Sequence[str]]) -> Images:
+    """The data labelled by super class.
+
+    Raises:
+        UsageError: the groups do not name each class of the data exactly once.
+    """
+    members = [name for fine in groups.values() for name in fine]
+    if sorted(members) != sorted(data.classes):
+        missing = sorted(set(data.classes) - set(members))
+        extra = sorted({m for m in members if m not in data.classes or members.count(m) > 1})
+        raise UsageError(
+            f"the super classes must name each class once; missing: {missing}, unknown or repeated: {extra}"
+        )
+    table = torch.tensor([next(i for i, fine in enumerate(groups.values()) if c in fine) for c in data.classes])
+    return replace(data, labels=table[data.labels], classes=tuple(groups))
+
+
+def write_indices(path: str | os.PathLike[str], split: Split, facts: Mapping[str, str | int]) -> None:
+    """Write the forget set's positions in the training set, and ``facts`` about them, as JSON, atomically."""
+    text = json.dumps({**facts, "indices": split.indices.tolist()}) + "\n"
+
+    def write(name: str) -> None:
+        Path(name).write_text(text)
+
+    write_atomically(path, write)
+
+
+def _class_number(classes: tuple[str, ...], target: str) -> int:
+    if target not in classes:
+        raise UsageError(f"class {target!r} is unknown; the classes are {', '.join(classes)}")
+    return classes.index(target)
+
+
+def _split(train: Images, test: Images, forget: Tensor, forget_test: Tensor) -> Split:
+    if not forget.any():
+        raise UsageError("no training example is in the forget set, so there is nothing to forget")
+    if forget.all():
+        raise UsageError("every training example is in the forget set, so there is nothing to retain")
+    return Split(
+        indices=forget.nonzero().squeeze(-1),
+        forget=train.subset(forget),
+        retain=train.subset(~forget),
+        measured_forget=test.subset(forget_test),
+        measured_retain=test.subset(~forget_test),
+        test=test,
+    )

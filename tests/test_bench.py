@@ -1,0 +1,341 @@
+"""The harness: what is stored is whole, what is finished stays, what failed is said; and the report's arithmetic."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from distruction import UsageError, bench
+from distruction.bench import grid, jobs, results, runner, tables
+from distruction.bench.jobs import Context
+from distruction.bench.results import Summary, summarise
+from distruction.bench.store import Store
+
+TINY = """
+title = "tiny"
+seeds = [0, 1]
+methods = ["baseline", "retrain", "finetune", "ssd", "distruction"]
+[network]
+name = "vit-micro"
+[train]
+epochs = 1
+[prepare]
+steps = 3
+[scenario.full-class]
+data = "digits"
+targets = ["3"]
+[scenario.random]
+data = "digits"
+count = 20
+[method.finetune]
+epochs = 1
+[method.distruction]
+steps = 3
+random = { steps = 2 }
+[sweep]
+scenario = "full-class"
+values = { distruction = [0.1, 0.5] }
+"""
+
+
+# --- store ---------------------------------------------------------------------------------------
+
+
+def test_store_returns_what_was_saved(tmp_path):
+    store = Store(tmp_path)
+    facts, value = {"a": 1, "b": [1.5, None]}, {"x": 0.1, "y": "ü"}
+    assert store.load("cell", facts) is None
+    store.save("cell", facts, value, {"f.bin": lambda p: p.write_bytes(b"12345")})
+    assert store.load("cell", {"b": [1.5, None], "a": 1}) == value
+    assert (store.folder("cell", facts) / "f.bin").read_bytes() == b"12345"
+    assert store.load("cell", {**facts, "a": 2}) is None
+    assert store.load("model", facts) is None
+    store.save("cell", facts, {"x": 0.2})
+    assert store.load("cell", facts) == {"x": 0.2}
+
+
+def test_any_changed_byte_is_detected(tmp_path):
+    store = Store(tmp_path)
+    store.save("cell", {"a": 1}, {"x": 0.125}, {"f.bin": lambda p: p.write_bytes(b"12345")})
+    folder = store.folder("cell", {"a": 1})
+    for name in ("entry.json", "f.bin"):
+        whole = (folder / name).read_bytes()
+        for i in range(len(whole)):
+            (folder / name).write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+            # A changed blank between JSON tokens changes nothing.
+            assert store.load("cell", {"a": 1}) in ((None, {"x": 0.125}) if name == "entry.json" else (None,))
+            (folder / name).write_bytes(whole[:i])
+            found = store.load("cell", {"a": 1})
+            assert found is None or whole[i:].isspace()
+        (folder / name).write_bytes(whole)
+    (folder / "f.bin").unlink()
+    assert store.load("cell", {"a": 1}) is None
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fail(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    store = Store(tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        store.save("cell", {"a": 1}, {}, {"f": fail})
+    assert list((tmp_path / "cell").iterdir()) == []
+    (tmp_path / "cell" / ".draft-x").mkdir()
+    store.sweep_drafts()
+    assert list((tmp_path / "cell").iterdir()) == []
+
+
+# --- grid ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", bench.PRESETS)
+def test_presets_are_grids(name):
+    found = bench.preset(name)
+    assert {s.name for s in found.scenarios} == {"full-class", "sub-class", "random"}
+    assert len(found.seeds) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds = [", "is not TOML"),
+        ("seed = [0]", "'seed' is unknown"),
+        ("seeds = [0]", "has no network"),
+        (TINY.replace('"ssd"', '"sdd"'), "method 'sdd' is unknown; choose baseline"),
+        (TINY.replace("count = 20", ""), "has no count"),
+        (TINY.replace('targets = ["3"]', ""), "has no targets"),
+        (TINY.replace("scenario.random", "scenario.rand"), "unknown scenario"),
+        (TINY + "teacher = [1]", "'teacher' is unknown"),
+        (TINY.replace("[method.finetune]\nepochs", "[method.finetune]\nsteps"), "no setting 'steps'"),
+        (TINY.replace("epochs = 1\n[prepare]", 'recipe = "magic"\n[prepare]'), "recipe 'magic' is unknown"),
+        (TINY.replace("{ distruction =", "{ baseline ="), "no main hyper-parameter"),
+    ],
+)
+def test_grid_errors_name_the_place(text, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        grid.parse(text, "my.toml")
+
+
+def test_missing_files_and_names():
+    with pytest.raises(UsageError, match="no grid file"):
+        bench.read("nowhere.toml")
+    with pytest.raises(UsageError, match="choose digits"):
+        bench.preset("digit")
+
+
+def test_cells_and_their_keys(tmp_path):
+    context = Context(tmp_path)
+    cells = jobs.cells(grid.parse(TINY, "t"), context)
+    # 5 methods x 2 scenarios x 2 seeds, and two brief cells of the sweep.
+    assert len({c.id for c in cells}) == len(cells) == 22
+    assert sum(c.facts["measure"]["brief"] for c in cells) == 2
+    steps = {c.facts["split"]["scenario"]: c.facts["settings"] for c in cells if c.facts["method"] == "distruction"}
+    assert steps["random"] == {"steps": 2}
+    todo, needs, reused = runner.missing(cells, Store(tmp_path))
+    kinds = [name.split("/")[0] for name in todo]
+    # One model and posterior per seed serve both scenarios.
+    assert {k: kinds.count(k) for k in kinds} == {"cell": 22, "model": 2, "posterior": 2, "retrained": 4}
+    assert reused == 0
+    assert all(n in todo for need in needs.values() for n in need)
+    changed = jobs.cells(grid.parse(TINY.replace("epochs = 1\n[method.dist", "epochs = 2\n[method.dist"), "t"), context)
+    fresh = [c for c in changed if c.id not in {c.id for c in cells}]
+    assert {c.facts["method"] for c in fresh} == {"finetune"}
+    retrained = jobs.cells(grid.parse(TINY.replace("[train]\nepochs = 1", "[train]\nepochs = 2"), "t"), context)
+    assert not {c.id for c in retrained} & {c.id for c in cells}
+
+
+def test_unsir_has_no_random_cells(tmp_path):
+    cells = jobs.cells(bench.preset("digits"), Context(tmp_path))
+    scenarios = {c.facts["split"]["scenario"] for c in cells if c.facts["method"].startswith("unsir")}
+    assert scenarios == {"full-class", "sub-class"}
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def run(out, text=TINY):
+    return bench.run(
+        grid.parse(text, "tiny"), out, Context(out / "store"), devices=["cpu", "cpu"], command="c", progress=False
+    )
+
+
+def numbers(cells):
+    """What must not depend on the run: everything but times and memory."""
+    return {
+        jobs.Job("cell", c.facts).id: {k: v for k, v in c.numbers.items() if k not in ("seconds", "peak_memory_mib")}
+        for c in cells
+    }
+
+
+def entries(out):
+    return {p.parent.relative_to(out): p.stat().st_mtime_ns for p in out.glob("store/*/*/entry.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    cells, outcome = run(out)
+    return out, cells, outcome
+
+
+def test_a_run_fills_the_grid(finished):
+    out, cells, outcome = finished
+    assert outcome.failures == {}
+    assert outcome.done == 30
+    assert len(cells) == 22
+    for c in cells:
+        declared = {"finetune": 100, "ssd": 100, "retrain": 100, "baseline": 0, "distruction": 0}[c.method]
+        assert c.numbers["retain_read_percent"] == declared
+        assert 0 <= c.numbers["retain"] <= 100
+        assert c.numbers["seconds"] > 0 or c.method == "baseline"
+    written = json.loads((out / "report" / "results.json").read_text())
+    assert len(written) == 22
+    indices = {p.name: json.loads(p.read_text())["indices"] for p in (out / "forget-sets").iterdir()}
+    assert {len(v) for k, v in indices.items() if k.startswith("random")} == {20}
+
+
+def test_finished_cells_are_not_run_again(finished):
+    out, cells, _ = finished
+    before = entries(out)
+    again, outcome = run(out)
+    assert (outcome.done, outcome.reused) == (0, 22)
+    assert entries(out) == before
+    assert numbers(again) == numbers(cells)
+
+
+def test_corrupted_entries_are_redone_with_the_same_result(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    cell = next(p for p in (out / "store/cell").glob("*/entry.json") if '"method": "ssd"' in p.read_text())
+    cell.write_text(cell.read_text().replace("0", "1", 1))
+    for file in (out / "store/model").glob("*/model.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 1
+        file.write_bytes(content)
+    again, outcome = run(out)
+    # The cell, and the one model that it needs; the other model has no cell left to run.
+    assert outcome.done == 2
+    assert numbers(again) == numbers(finished[1])
+
+
+def test_a_folder_has_one_bench_at_a_time(finished):
+    with runner.alone(finished[0] / "store"), pytest.raises(UsageError, match="another bench"):
+        run(finished[0])
+
+
+def test_failures_are_recorded_and_listed(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    text = TINY.replace("[method.finetune]\nepochs = 1", "[method.finetune]\nepochs = 1\nlr = 1e30")
+    cells, outcome = run(out, text)
+    assert len(outcome.failures) == 4
+    assert all("NonFiniteError" in message for _, message in outcome.failures.values())
+    assert "finetune" not in {c.method for c in cells}
+    assert len(cells) == 18
+    page = (out / "report" / "index.html").read_text()
+    assert "4 jobs failed" in page
+    assert "NonFiniteError" in page
+
+
+def test_jobs_behind_a_failure_are_listed_too(tmp_path):
+    text = TINY.replace("[train]\nepochs = 1", "[train]\nepochs = 1\nlr = 1e30").replace("[0, 1]", "[0]")
+    cells, outcome = run(tmp_path, text)
+    assert cells == []
+    own = [t for t, m in outcome.failures.values() if "NonFiniteError" in m]
+    assert own == ["model digits seed 0"]
+    behind = [m for _, m in outcome.failures.values() if "not run" in m]
+    assert len(behind) == len(outcome.failures) - len(own) == 15
+
+
+def test_the_page_is_self_contained(finished):
+    page = (finished[0] / "report" / "index.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert page.count("<img") == 6
+    assert "published (CIFAR-100)" in page
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(finished, tmp_path):
+    """Kill the bench, or one of its workers, again and again: nothing finished is lost, redone or counted twice."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    command = [sys.executable, "-m", "distruction", "bench", "--grid", str(tmp_path / "tiny.toml")]
+    command += ["--out", str(tmp_path / "out"), "--workers", "2", "--no-progress"]
+    rng = random.Random(0)
+    out, seen = tmp_path / "out", {}
+    for attempt in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(entries(out)) <= len(seen):
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 2))
+        if attempt % 3 == 2:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(rng.choice(children)), signal.SIGKILL)
+            time.sleep(rng.uniform(0, 5))
+        process.kill()
+        process.wait()
+        # Workers follow their parent.
+        time.sleep(1)
+        now = entries(out)
+        assert all(now.get(name) == when for name, when in seen.items())
+        assert len(now) > len(seen)
+        seen = now
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = entries(out)
+    assert len(after) == 30
+    assert all(after[name] == when for name, when in seen.items())
+    written = json.loads((tmp_path / "out/report/results.json").read_text())
+    assert len(written) == 22
+    cells = results.collect(jobs.cells(grid.parse(TINY, "t"), Context(tmp_path)), Store(out / "store"))
+    assert numbers(cells) == numbers(finished[1])
+
+
+# --- report --------------------------------------------------------------------------------------
+
+
+def test_summary_is_scipys():
+    values, references = [97.0, 98.5, 96.2], [95.0, 99.0, 96.0]
+    found = summarise(values, references)
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert found.mean - found.half_width == pytest.approx(low)
+    assert found.mean + found.half_width == pytest.approx(high)
+    assert found.std == pytest.approx(stats.tstd(values))
+    assert found.gap == pytest.approx((2 + 0.5 + 0.2) / 3)
+    alone = summarise([1.0], [])
+    assert math.isnan(alone.std)
+    assert math.isnan(alone.gap)
+
+
+def summary(mean, gap=math.nan):
+    return Summary(mean, 0.1, 0.2, 3, gap)
+
+
+def test_bold_is_the_best_entry_other_than_baseline_and_retrain():
+    table = {
+        "baseline": {"retain": summary(99.0), "forget": summary(99.0, 78.0)},
+        "retrain": {"retain": summary(98.9), "forget": summary(21.0, 0.0)},
+        "ssd": {"retain": summary(97.02), "forget": summary(0.0, 21.0)},
+        "distruction": {"retain": summary(97.04), "forget": summary(17.0, 4.0)},
+        "scrub": {"retain": summary(90.0), "forget": summary(40.0, 19.0)},
+    }
+    assert results.best(table, "retain") == {"ssd", "distruction"}
+    assert results.best(table, "forget") == {"distruction"}
+    rows = tables.paper_shape("sub-class", table, tables.bold_markdown)
+    assert rows[1] == ["D_r %", "99.0 ± 0.2", "98.9 ± 0.2", "**97.0 ± 0.2**", "**97.0 ± 0.2**", "90.0 ± 0.2"]
+    assert rows[2] == ["published (CIFAR-20)", "95.73 ± 0.00", "94.61 ± 0.13", "95.13 ± 0.00", "95.16", ""]
+    assert tables.latex(rows, "50 %").splitlines()[7] == (
+        r"D\_r \% & 99.0 $\pm$ 0.2 & 98.9 $\pm$ 0.2 & \textbf{97.0 $\pm$ 0.2} & \textbf{97.0 $\pm$ 0.2} "
+        r"& 90.0 $\pm$ 0.2 \\"
+    )
+    assert tables.markdown(rows).splitlines()[1] == "|---|---:|---:|---:|---:|---:|"
