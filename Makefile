@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("distruction needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) "setuptools>=77" wheel "$(TORCH)"

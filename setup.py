@@ -28,8 +28,8 @@ from setuptools.errors import CompileError
 CPU = "distruction.ops.libdistruction_cpu"
 CUDA = "distruction.ops.libdistruction_cuda"
 SERVES_INSTEAD = {
-    CPU: "CPU tensors are served by plain PyTorch, many times slower",
-    CUDA: "CUDA tensors are served by Triton, or by plain PyTorch where Triton is missing",
+    CPU: "plain PyTorch serves CPU tensors, many times slower",
+    CUDA: "Triton serves CUDA tensors, or plain PyTorch where it is missing",
 }
 # No value that a kernel computes depends on errno or on floating-point exceptions.
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
@@ -88,25 +88,31 @@ def torch_without_cuda() -> bool:
 
 
 class BuildKernels(build_ext):
-    """Compiles each library with the compilers' own command lines, since flags differ from file to file."""
+    """Compiles each library with the compilers' own command lines, since flags differ from file to file.
+
+    Always anew: a stale object would be worse than the seconds that it saves.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
-        choice = os.environ.get("DISTRUCTION_BUILD_" + ext.name.rsplit("_", 1)[1].upper())
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.unlink(missing_ok=True)
-        try:
+    def build_extensions(self) -> None:
+        left_out = []
+        for ext in self.extensions:
+            choice = os.environ.get("DISTRUCTION_BUILD_" + ext.name.rsplit("_", 1)[1].upper())
+            output = Path(self.get_ext_fullpath(ext.name))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.unlink(missing_ok=True)
             if choice == "0":
-                raise CompileError("switched off by the environment")
-            (self.build_cpu if ext.name == CPU else self.build_cuda)(ext, output, forced=choice == "1")
-        except CompileError as error:
-            if choice == "1":
-                raise
-            if choice != "0":
-                print(f"warning: {ext.name} was not built: {error}. {SERVES_INSTEAD[ext.name]}.", file=sys.stderr)
+                continue
+            try:
+                (self.build_cpu if ext.name == CPU else self.build_cuda)(ext, output, forced=choice == "1")
+            except CompileError as error:
+                if choice == "1":
+                    raise
+                left_out.append(f"{output.name} ({error}; {SERVES_INSTEAD[ext.name]})")
+        if left_out:
+            print(f"warning: distruction was built without {' and '.join(left_out)}", file=sys.stderr)
 
     def build_cpu(self, ext: Extension, output: Path, forced: bool) -> None:
         compiler = cxx()
@@ -143,12 +149,11 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-headers = [*sources(".", ".h"), *sources("cpu", ".h")]
 setup(
     ext_modules=[
         # Optional: setuptools does not miss a library that was left out.
-        Extension(CPU, sources("cpu", ".cpp"), depends=headers, optional=True),
-        Extension(CUDA, sources("cuda", ".cu"), depends=headers, optional=True),
+        Extension(CPU, sources("cpu", ".cpp"), optional=True),
+        Extension(CUDA, sources("cuda", ".cu"), optional=True),
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distruction import BGD, Posterior, ops
 from distruction.ops import reference
 
+from . import harness
 from .harness import Contestant
 
 MODELS = {
@@ -61,43 +62,67 @@ class Workload:
         return sum(m.numel() for m in self.mean)
 
 
+def _parameters(w: Workload) -> list[nn.Parameter]:
+    params = [nn.Parameter(p) for p in w.param]
+    for p, g in zip(params, w.grad, strict=True):
+        p.grad = g
+    return params
+
+
 # --- ours ------------------------------------------------------------------------------------------
 
 
-def _generator(w: Workload) -> tuple[object, ...]:
+def _generator(w: Workload, antithetic: bool) -> tuple[object, ...]:
     n = len(w.mean)
-    return [0] * n, list(range(n)), 1, torch.zeros(3, dtype=torch.int64, device=w.device), True, False
+    return [0] * n, list(range(n)), 1, torch.zeros(3, dtype=torch.int64, device=w.device), antithetic, False
 
 
-def our_sample(w: Workload, backend: str) -> Contestant:
-    generator = _generator(w)
-    return lambda: ops.sample(w.param, w.mean, w.std, *generator, backend)
+def _pairs(make: Callable[[bool], Contestant]) -> dict[str, Contestant]:
+    """With independent draws, and with antithetic pairs (BGD's default), whose second half needs no new normals."""
+    return {"": make(False), ", antithetic pairs": harness.Repeated(make(True), 2)}
 
 
-def our_accumulate(w: Workload, backend: str) -> Contestant:
-    generator = _generator(w)
-    return lambda: ops.accumulate(w.param, w.m1, w.m2, w.grad, w.mean, w.std, *generator, None, None, backend)
+def our_sample(w: Workload, backend: str) -> dict[str, Contestant]:
+    generator = _generator(w, antithetic=False)
+    return {"": lambda: ops.sample(w.param, w.mean, w.std, *generator, backend)}
 
 
-def our_step(w: Workload, backend: str, with_prior: bool) -> Contestant:
+def our_accumulate(w: Workload, backend: str) -> dict[str, Contestant]:
+    def make(antithetic: bool) -> Contestant:
+        rest = (*_generator(w, antithetic), None, None, backend)
+        return lambda: ops.accumulate(w.param, w.m1, w.m2, w.grad, w.mean, w.std, *rest)
+
+    return _pairs(make)
+
+
+def our_step(w: Workload, backend: str, with_prior: bool) -> dict[str, Contestant]:
     prior = (w.prior_mean, w.prior_std) if with_prior else ([], [])
     scalars = (torch.tensor(LR, device=w.device), torch.tensor(KL_WEIGHT, device=w.device), SCALE)
-    rest = (*_generator(w), 0.1, 0.1, 0.1, True, True, None, None, backend)
-    return lambda: ops.step(w.param, w.mean, w.std, w.grad, [], [], *prior, *scalars, *rest)
+
+    def make(antithetic: bool) -> Contestant:
+        rest = (*_generator(w, antithetic), 0.1, 0.1, 0.1, True, True, None, None, backend)
+        return lambda: ops.step(w.param, w.mean, w.std, w.grad, [], [], *prior, *scalars, *rest)
+
+    return _pairs(make)
 
 
-def our_kl(w: Workload, backend: str) -> Contestant:
-    return lambda: ops.gaussian_kl(w.mean, w.std, w.prior_mean, w.prior_std, backend=backend)
+def our_kl(w: Workload, backend: str) -> dict[str, Contestant]:
+    return {"": lambda: ops.gaussian_kl(w.mean, w.std, w.prior_mean, w.prior_std, backend=backend)}
 
 
-def our_optimizer(w: Workload, backend: str) -> Contestant:
-    named = {str(i): nn.Parameter(p) for i, p in enumerate(w.param)}
-    for p, g in zip(named.values(), w.grad, strict=True):
-        p.grad = g
-    prior = Posterior(dict(zip(named, w.prior_mean, strict=True)), dict(zip(named, w.prior_std, strict=True)))
-    opt = BGD(named.items(), lr=LR, std_init=prior, prior=prior, kl_weight=KL_WEIGHT, backend=backend)
-    opt.train()
-    return opt.step
+def our_optimizer(w: Workload, backend: str) -> dict[str, Contestant]:
+    names = [str(i) for i in range(len(w.mean))]
+    prior = Posterior(dict(zip(names, w.prior_mean, strict=True)), dict(zip(names, w.prior_std, strict=True)))
+
+    def make(antithetic: bool) -> Contestant:
+        named = zip(names, _parameters(w), strict=True)
+        opt = BGD(
+            named, lr=LR, std_init=prior, prior=prior, kl_weight=KL_WEIGHT, antithetic=antithetic, backend=backend
+        )
+        opt.train()
+        return opt.step
+
+    return _pairs(make)
 
 
 # --- Bayesian Gradient Descent as published, written plainly, per tensor ----------------------------
@@ -338,13 +363,6 @@ def compiled_reference(w: Workload) -> Contestant:
 # --- other optimizers --------------------------------------------------------------------------------
 
 
-def _parameters(w: Workload) -> list[nn.Parameter]:
-    params = [nn.Parameter(p) for p in w.param]
-    for p, g in zip(params, w.grad, strict=True):
-        p.grad = g
-    return params
-
-
 def adamw(w: Workload) -> Contestant:
     """AdamW, fused: no distribution over the weights, 28 bytes per parameter."""
     return torch.optim.AdamW(_parameters(w), lr=LR, fused=True).step
@@ -375,17 +393,17 @@ class Op:
 
     Attributes:
         arrays: float32 arrays of the parameters' size that it has to read or write once each.
-        ours: from the workload and a backend.
+        ours: from the workload and a backend; name's suffix to contestant.
         peers: name to their factory; "eager" is the baseline.
     """
 
     arrays: int
-    ours: Callable[[Workload, str], Contestant]
+    ours: Callable[[Workload, str], dict[str, Contestant]]
     peers: dict[str, Factory]
 
     def make(self, w: Workload, backends: Sequence[str]) -> dict[str, Contestant]:
         """The contestants by name; a peer whose package is not installed is left out."""
-        made = {f"distruction ({b})": self.ours(w, b) for b in backends}
+        made = {f"distruction ({b}){suffix}": run for b in backends for suffix, run in self.ours(w, b).items()}
         for name, factory in self.peers.items():
             with contextlib.suppress(ImportError):
                 made[name] = factory(w)

@@ -68,6 +68,18 @@ class Timing:
         return cls(statistics.median(seconds), quantiles[0], quantiles[3], len(seconds))
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """A contestant that calls ``run`` several times, where one call's time depends on its turn; see `measure`."""
+
+    run: Contestant
+    times: int
+
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            self.run()
+
+
 def measure(
     contestants: Mapping[str, Contestant],
     timer: Timer,
@@ -77,7 +89,7 @@ def measure(
     budget: float = 20.0,
     seed: int = 0,
 ) -> dict[str, Timing]:
-    """Time all contestants in turn.
+    """Time all contestants in turn; the time of a `Repeated` one is that of one of its calls, on average.
 
     Args:
         contestants: name to the call to time.
@@ -98,7 +110,8 @@ def measure(
         for name in order:
             if len(seconds[name]) < 3 or sum(seconds[name]) < budget:
                 seconds[name].append(timer(contestants[name]))
-    return {name: Timing.of(s) for name, s in seconds.items()}
+    times = {name: run.times if isinstance(run, Repeated) else 1 for name, run in contestants.items()}
+    return {name: Timing.of([t / times[name] for t in s]) for name, s in seconds.items()}
 
 
 def triad(size: int, device: torch.device) -> Contestant:

@@ -8,6 +8,11 @@
 
 namespace distruction {
 
+// Vectors branch to the shorter formula where it holds for every lane; one by one, in a GPU's threads, the branch would
+// cost more than it saves.
+template <class F>
+constexpr bool kShortcuts = sizeof(F) > sizeof(float);
+
 template <class F>
 DISTRUCTION_FN F absolute(F x) {
   return as_float(as_word(x) & 0x7FFFFFFFu);
@@ -91,13 +96,19 @@ DISTRUCTION_FN void box_muller(W radius_word, W angle_word, float sign, F& cosin
 // d = (std - prior_std) / prior_std and ratio = std / prior_std.
 template <class F>
 DISTRUCTION_FN F kl_value(F dm, F d, F ratio) {
-  decltype(as_int(as_word(d))) exponent;
-  F f;
-  split(ratio, exponent, f);
-  // Near the prior d keeps the digits that ratio - 1 has lost, and the first two terms are zero.
-  f = exponent == 0 ? d : f;
-  const F d_minus_log = d - f - to_float(exponent) * kLog2 + f_minus_log1p(f);
-  return 0.5f * dm * dm + (0.5f * d * d + (ratio == 0.0f ? splat<F>(INFINITY) : d_minus_log));
+  F d_minus_log;
+  if (kShortcuts<F> && all(absolute(d) < 0.33f)) {
+    d_minus_log = f_minus_log1p(d);
+  } else {
+    decltype(as_int(as_word(d))) exponent;
+    F f;
+    split(ratio, exponent, f);
+    // Near the prior d keeps the digits that ratio - 1 has lost, and the first two terms are zero.
+    f = exponent == 0 ? d : f;
+    d_minus_log = d - f - to_float(exponent) * kLog2 + f_minus_log1p(f);
+    d_minus_log = ratio == 0.0f ? splat<F>(INFINITY) : d_minus_log;
+  }
+  return 0.5f * (dm * dm + d * d) + d_minus_log;
 }
 
 // The KL of one element, dKL/dmean and dKL/dstd.
@@ -123,28 +134,34 @@ struct Update {
 template <bool with_prior, class F, class M>
 DISTRUCTION_FN void update(
     const Update& u, F s1, F s2, F prior_mean, F prior_std, F& mean, F& std, F& kl, M& finite) {
-  s1 *= u.statistic_scale;
-  s2 *= u.statistic_scale;
-  F a = 0.5f * std * s2;
+  F a = 0.5f * u.statistic_scale * s2 * std;
   F inverse_prior = prior_std, ratio = std;
   if (with_prior) {
     inverse_prior = reciprocal(prior_std);
     ratio = std * inverse_prior;
     const F d = (std - prior_std) * inverse_prior;
-    a = a + 0.5f * u.kl_weight * d * (2.0f + d);
+    a = a + 0.5f * u.kl_weight * (d * (2.0f + d));
   }
-  const F bound = u.max_mean_step * std;
-  F new_mean = mean - at_least(at_most(u.lr * std * std * s1, bound), -bound);
+  F step = u.lr * u.statistic_scale * s1 * std;  // in units of std
+  step = at_least(at_most(step, splat<F>(u.max_mean_step)), splat<F>(-u.max_mean_step));
+  F new_mean = mean - std * step;
   if (with_prior) {
     const F v = u.lr * u.kl_weight * ratio * ratio;
     new_mean = new_mean + v * reciprocal(1.0f + v) * (prior_mean - new_mean);
   }
   a = at_least(at_most(a, splat<F>(u.max_a)), splat<F>(-u.max_a));
-  // The larger root never cancels, so std stays positive for every a.
-  const F w = square_root(1.0f + a * a) + absolute(a);
-  const F new_std = at_most(std * (a > 0.0f ? reciprocal(w) : w), splat<F>(u.max_std));
-  // Zero times a number is zero unless the number is infinite or NaN.
-  finite = (0.0f * s1 + 0.0f * s2 + 0.0f * new_mean + 0.0f * new_std == 0.0f) & (new_std > 0.0f);
+  const F root = square_root(1.0f + a * a);
+  F new_std;
+  if (kShortcuts<F> && u.max_a <= 1.0f) {
+    new_std = std * (root - a);
+  } else {
+    // The larger root never cancels, so std stays positive for every a.
+    const F w = root + absolute(a);
+    new_std = std * (a > 0.0f ? reciprocal(w) : w);
+  }
+  new_std = at_most(new_std, splat<F>(u.max_std));
+  // x - x is zero unless x is infinite or NaN; additions leave the busier multipliers alone.
+  finite = ((s1 - s1) + (s2 - s2) + (new_mean - new_mean) + (new_std - new_std) == 0.0f) & (new_std > 0.0f);
   if (u.learn_mean) mean = finite ? new_mean : mean;
   if (u.learn_std) std = finite ? new_std : std;
   if (with_prior) {

@@ -145,6 +145,26 @@ def test_normals(instruction_set, antithetic):
     assert ((out.double() - exact).abs() / exact.abs().clamp(min=1)).max() <= 1e-6
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("draw", [4, 5])
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16, torch.float16])
+def test_updates_draw_what_sample_draws(instruction_set, antithetic, draw, param):
+    # An antithetic pair reuses its normals between an update's two draws.
+    stochastic = param == torch.bfloat16
+    generator = (OFFSETS, STREAMS, -77)
+    for op in ("step", "accumulate"):
+        model, counters = make_model(param=param), torch.tensor([draw, 0, 0])
+        if op == "step":
+            run_step(cpp, model, counters=counters, antithetic=antithetic, stochastic_rounding=stochastic)
+        else:
+            lists = [model[name] for name in ("param", "m1", "m2", "grad", "mean", "std")]
+            cpp.accumulate(*lists, *generator, counters, antithetic, stochastic, None, None)
+        expected = [torch.empty_like(p) for p in model["param"]]
+        assert counters[0] == draw + 1
+        cpp.sample(expected, model["mean"], model["std"], *generator, counters, antithetic, stochastic)
+        assert all(torch.equal(a, b) for a, b in zip(model["param"], expected, strict=True))
+
+
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("misaligned", [False, True])

@@ -46,6 +46,22 @@ DISTRUCTION_FN Float square_root(Float x) {
 #endif
 }
 
+// Whether every lane of a comparison holds.
+DISTRUCTION_FN bool all(Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xFFFF;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) == 0xFF;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) == 0xF;
+#else
+  Int any = ~mask;
+  for (int i = 0; i < kLanes; ++i)
+    if (any[i]) return false;
+  return true;
+#endif
+}
+
 // One Newton step on AVX-512's 14-bit estimate is good to 1 ulp and far cheaper than a division.
 DISTRUCTION_FN Float reciprocal(Float x) {
 #if defined(__AVX512F__)
@@ -71,6 +87,10 @@ DISTRUCTION_FN void multiply_wide(Wide a, uint32_t b, Wide& high, Wide& low) {
 }
 
 DISTRUCTION_FN Double to_double(Float x) {
+#if defined(__AVX512F__)
+  const __m512 v = (__m512)x;
+  return (Double)_mm512_cvtps_pd(_mm512_castps512_ps256(v)) + (Double)_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+#endif
   HalfFloat half[2];
   memcpy(half, &x, sizeof x);
   return __builtin_convertvector(half[0], Double) + __builtin_convertvector(half[1], Double);

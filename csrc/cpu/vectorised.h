@@ -117,45 +117,34 @@ DISTRUCTION_FN void for_each_vector(int n, F f) {
   if (i < n) f(Partial{n - i}, i);
 }
 
-DISTRUCTION_NOINLINE void read_grad(
-    const void* grad, int64_t type, int64_t index, int n, float scale, float* __restrict out) {
-  if (type == kFloat32) {
-    const float* p = static_cast<const float*>(grad) + index;
-    for_each_vector(n, [=](auto access, int i) { access.store(out + i, access.load(p + i, Float{}) * scale); });
-  } else if (type == kBFloat16) {
-    const uint16_t* p = static_cast<const uint16_t*>(grad) + index;
+// Gradients of 16 bits as floats.
+DISTRUCTION_NOINLINE void widen(const uint16_t* p, int64_t type, int n, float* __restrict out) {
+  if (type == kBFloat16)
     for_each_vector(n, [=](auto access, int i) {
-      access.store(out + i, bfloat16_to_float(access.load(p + i, Short{})) * scale);
+      access.store(out + i, bfloat16_to_float(access.load(p + i, Short{})));
     });
-  } else {
-    const uint16_t* p = static_cast<const uint16_t*>(grad) + index;
+  else
     for_each_vector(n, [=](auto access, int i) {
-      access.store(out + i, float16_to_float(access.load(p + i, Short{})) * scale);
+      access.store(out + i, float16_to_float(access.load(p + i, Short{})));
     });
-  }
 }
 
-DISTRUCTION_NOINLINE void write_sample(
-    void* param, int64_t type, int64_t index, int n, const float* mean, const float* std, const float* __restrict eps,
-    const uint32_t* __restrict words) {
-  const auto theta = [=](auto access, int i) {
-    return access.load(mean + i, Float{}) + access.load(std + i, Float{}) * access.load(eps + i, Float{});
-  };
-  if (type == kFloat32) {
-    float* p = static_cast<float*>(param) + index;
-    for_each_vector(n, [=](auto access, int i) { access.store(p + i, theta(access, i)); });
-  } else if (type == kFloat16) {
-    uint16_t* p = static_cast<uint16_t*>(param) + index;
-    for_each_vector(n, [=](auto access, int i) { access.store(p + i, float_to_float16(theta(access, i))); });
-  } else if (words) {
-    uint16_t* p = static_cast<uint16_t*>(param) + index;
+// Samples in 16 bits; `words`, where given, round them stochastically.
+DISTRUCTION_NOINLINE void narrow(
+    uint16_t* p, int64_t type, int n, const float* __restrict theta, const uint32_t* __restrict words) {
+  if (type == kFloat16)
     for_each_vector(n, [=](auto access, int i) {
-      access.store(p + i, float_to_bfloat16_stochastic(theta(access, i), access.load(words + i, Word{})));
+      access.store(p + i, float_to_float16(access.load(theta + i, Float{})));
     });
-  } else {
-    uint16_t* p = static_cast<uint16_t*>(param) + index;
-    for_each_vector(n, [=](auto access, int i) { access.store(p + i, float_to_bfloat16(theta(access, i))); });
-  }
+  else if (words)
+    for_each_vector(n, [=](auto access, int i) {
+      const Word word = access.load(words + i, Word{});
+      access.store(p + i, float_to_bfloat16_stochastic(access.load(theta + i, Float{}), word));
+    });
+  else
+    for_each_vector(n, [=](auto access, int i) {
+      access.store(p + i, float_to_bfloat16(access.load(theta + i, Float{})));
+    });
 }
 
 // One piece of a tensor and the normals of its elements.
@@ -176,20 +165,57 @@ DISTRUCTION_FN void for_each_piece(const Model& m, Range r, F f) {
   }
 }
 
-// The buffers of a piece; the lead is less than a block, and a piece with a lead is shorter than kPiece by it.
+// The buffers of a piece; the lead is less than a block, and a piece with a lead is shorter than kPiece by it. The
+// gradient and the samples pass through theirs if they have 16 bits.
 struct alignas(64) Buffers {
-  float eps[kPiece], next[kPiece], grad[kPiece];
+  float eps[kPiece], next[kPiece], grad[kPiece], theta[kPiece];
   uint32_t words[kPiece];
 };
 
-DISTRUCTION_FN const uint32_t* generate_next(const Model& m, int64_t tensor, const Piece& p, Draw draw, Buffers& b) {
-  const uint32_t stream = static_cast<uint32_t>(m.stream[tensor]);
-  if (m.stochastic_rounding && m.param_type[tensor] == kBFloat16) {
-    generate<true, true>(p.block, p.lead + p.n, draw, stream, b.words, b.next);
-    return b.words + p.lead;
+DISTRUCTION_NOINLINE void negate(int n, const float* __restrict x, float* __restrict out) {
+  for_each_vector(n, [=](auto access, int i) { access.store(out + i, -access.load(x + i, Float{})); });
+}
+
+// The samples of a piece on their way into the parameter.
+struct Samples {
+  const Model& m;
+  const int64_t t;
+  const Piece& p;
+  Buffers& b;
+  const uint32_t stream = static_cast<uint32_t>(m.stream[t]);
+  const bool wide = m.param_type[t] == kFloat32;
+
+  // The normals of the piece's draw, in b.next from p.lead on.
+  void generate_normals(Draw draw) const {
+    if (stochastic())
+      generate<true, true>(p.block, p.lead + p.n, draw, stream, b.words, b.next);
+    else
+      generate<false, true>(p.block, p.lead + p.n, draw, stream, nullptr, b.next);
   }
-  generate<false, true>(p.block, p.lead + p.n, draw, stream, nullptr, b.next);
-  return nullptr;
+  // Those of two successive draws, the first in b.eps.
+  void generate_normals(Draw draw, Draw next) const {
+    generate<false, true>(p.block, p.lead + p.n, draw, stream, nullptr, b.eps);
+    if (draw.number == next.number && !stochastic())
+      negate(p.lead + p.n, b.eps, b.next);  // an antithetic pair
+    else
+      generate_normals(next);
+  }
+  // Where to write mean + std * eps.
+  float* theta() const { return wide ? static_cast<float*>(m.param[t]) + p.index : b.theta; }
+  void finish() const {
+    if (!wide)
+      narrow(static_cast<uint16_t*>(m.param[t]) + p.index, m.param_type[t], p.n, b.theta,
+             stochastic() ? b.words + p.lead : nullptr);
+  }
+
+ private:
+  bool stochastic() const { return m.stochastic_rounding && m.param_type[t] == kBFloat16; }
+};
+
+DISTRUCTION_FN const float* gradient(const Model& m, int64_t t, const Piece& p, Buffers& b) {
+  if (m.grad_type[t] == kFloat32) return static_cast<const float*>(m.grad[t]) + p.index;
+  widen(static_cast<const uint16_t*>(m.grad[t]) + p.index, m.grad_type[t], p.n, b.grad);
+  return b.grad;
 }
 
 void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out) {
@@ -202,22 +228,35 @@ void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uin
   }
 }
 
+DISTRUCTION_NOINLINE void sample_piece(
+    int n, const float* mean, const float* std, const float* __restrict eps, float* __restrict theta) {
+  for_each_vector(n, [=](auto access, int i) {
+    access.store(theta + i, access.load(mean + i, Float{}) +
+                                access.load(std + i, Float{}) * access.load(eps + i, Float{}));
+  });
+}
+
 void sample(const Model& m, Range r, Draw draw) {
   const int64_t t = r.tensor;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
-    const uint32_t* words = generate_next(m, t, p, draw, b);
-    write_sample(m.param[t], m.param_type[t], p.index, p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead,
-                 words);
+    const Samples samples{m, t, p, b};
+    samples.generate_normals(draw);
+    sample_piece(p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead, samples.theta());
+    samples.finish();
   });
 }
 
 DISTRUCTION_NOINLINE void accumulate_piece(
-    int n, float* __restrict m1, float* __restrict m2, const float* __restrict grad, const float* __restrict eps) {
+    int n, float grad_scale, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
+    const float* __restrict mean, const float* __restrict std, float* __restrict m1, float* __restrict m2,
+    float* __restrict theta) {
   for_each_vector(n, [=](auto access, int i) {
-    const Float g = access.load(grad + i, Float{});
+    const Float g = access.load(grad + i, Float{}) * grad_scale;
     access.store(m1 + i, access.load(m1 + i, Float{}) + g);
     access.store(m2 + i, access.load(m2 + i, Float{}) + g * access.load(eps + i, Float{}));
+    access.store(theta + i, access.load(mean + i, Float{}) +
+                                access.load(std + i, Float{}) * access.load(next + i, Float{}));
   });
 }
 
@@ -225,24 +264,23 @@ void accumulate(const Model& m, Range r, Draw draw, Draw next, float grad_scale)
   const int64_t t = r.tensor;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
-    generate<false, true>(p.block, p.lead + p.n, draw, static_cast<uint32_t>(m.stream[t]), nullptr, b.eps);
-    read_grad(m.grad[t], m.grad_type[t], p.index, p.n, grad_scale, b.grad);
-    accumulate_piece(p.n, m.m1[t] + p.index, m.m2[t] + p.index, b.grad, b.eps + p.lead);
-    const uint32_t* words = generate_next(m, t, p, next, b);
-    write_sample(m.param[t], m.param_type[t], p.index, p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead,
-                 words);
+    const Samples samples{m, t, p, b};
+    samples.generate_normals(draw, next);
+    accumulate_piece(p.n, grad_scale, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, m.mean[t] + p.index,
+                     m.std[t] + p.index, m.m1[t] + p.index, m.m2[t] + p.index, samples.theta());
+    samples.finish();
   });
 }
 
 template <bool with_prior, bool with_statistics>
 DISTRUCTION_NOINLINE double update_piece(
-    int n, Update u, const float* __restrict grad, const float* __restrict eps, float* __restrict mean,
-    float* __restrict std, float* __restrict m1, float* __restrict m2, const float* __restrict prior_mean,
-    const float* __restrict prior_std, bool& finite) {
+    int n, Update u, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
+    float* __restrict theta, float* __restrict mean, float* __restrict std, float* __restrict m1,
+    float* __restrict m2, const float* __restrict prior_mean, const float* __restrict prior_std, bool& finite) {
   Double total = {};
   Int kept = {};
   for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
-    Float s1 = access.load(grad + i, Float{});
+    Float s1 = access.load(grad + i, Float{}) * u.grad_scale;
     Float s2 = s1 * access.load(eps + i, Float{});
     if (with_statistics) {
       s1 += access.load(m1 + i, Float{});
@@ -259,6 +297,7 @@ DISTRUCTION_NOINLINE double update_piece(
     if (with_prior) total += to_double(access.used(kl));
     if (u.learn_mean) access.store(mean + i, mu);
     if (u.learn_std) access.store(std + i, sigma);
+    access.store(theta + i, mu + sigma * access.load(next + i, Float{}));
   });
   double kl = 0;
   for (int i = 0; i < kLanes / 2; ++i) kl += total[i];
@@ -272,15 +311,14 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
   double kl = 0;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
-    float *mean = m.mean[t] + p.index, *std = m.std[t] + p.index;
-    generate<false, true>(p.block, p.lead + p.n, draw, static_cast<uint32_t>(m.stream[t]), nullptr, b.eps);
-    const uint32_t* words = generate_next(m, t, p, next, b);
-    read_grad(m.grad[t], m.grad_type[t], p.index, p.n, u.grad_scale, b.grad);
+    const int64_t i = p.index;
+    const Samples samples{m, t, p, b};
+    samples.generate_normals(draw, next);
     kl += update_piece<with_prior, with_statistics>(
-        p.n, u, b.grad, b.eps + p.lead, mean, std, with_statistics ? m.m1[t] + p.index : nullptr,
-        with_statistics ? m.m2[t] + p.index : nullptr, with_prior ? m.prior_mean[t] + p.index : nullptr,
-        with_prior ? m.prior_std[t] + p.index : nullptr, finite);
-    write_sample(m.param[t], m.param_type[t], p.index, p.n, mean, std, b.next + p.lead, words);
+        p.n, u, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, samples.theta(), m.mean[t] + i, m.std[t] + i,
+        with_statistics ? m.m1[t] + i : nullptr, with_statistics ? m.m2[t] + i : nullptr,
+        with_prior ? m.prior_mean[t] + i : nullptr, with_prior ? m.prior_std[t] + i : nullptr, finite);
+    samples.finish();
   });
   return kl;
 }

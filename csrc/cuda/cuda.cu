@@ -194,7 +194,7 @@ using namespace distruction;
 #define DISTRUCTION_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of the interface, so that a stale library is noticed.
-DISTRUCTION_API int32_t distruction_abi() { return 1; }
+DISTRUCTION_API int32_t distruction_abi() { return 2; }
 
 DISTRUCTION_API const char* distruction_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));

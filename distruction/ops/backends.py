@@ -8,6 +8,7 @@ or ``None`` where it can.
 import functools
 import importlib
 import os
+import warnings
 from types import ModuleType
 
 from ..errors import DistructionError, UsageError
@@ -51,6 +52,8 @@ def unavailable(name: str, device_type: str) -> str | None:
 def resolve(name: str, device_type: str) -> ModuleType:
     """The module that serves ``device_type`` when a user asked for backend ``name``.
 
+    Warns, once, where ``"auto"`` finds no kernels for the device.
+
     Raises:
         ValueError: ``name`` is no backend.
         BackendUnavailable: it cannot serve the device; the message says why and what to do.
@@ -63,7 +66,11 @@ def resolve(name: str, device_type: str) -> ModuleType:
 @functools.cache
 def _resolve(name: str, device_type: str) -> ModuleType:
     if name == "auto":
-        name = next(b for b in AUTO.get(device_type, ("reference",)) if unavailable(b, device_type) is None)
+        reasons = {b: unavailable(b, device_type) for b in AUTO.get(device_type, ("reference",))}
+        name = next(b for b, reason in reasons.items() if reason is None)
+        if name == "reference" and device_type in AUTO:
+            missing = "; ".join(f"{b}: {reason}" for b, reason in reasons.items() if reason is not None)
+            warnings.warn(f"plain PyTorch serves {device_type!r} tensors, many times slower ({missing})", stacklevel=2)
     if name not in MODULES:
         raise UsageError(f"backend {name!r} is unknown; choose auto, {', '.join(MODULES)}")
     reason = unavailable(name, device_type)

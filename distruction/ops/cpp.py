@@ -9,7 +9,6 @@ The best instruction set of the CPU serves, or the one that the environment vari
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ ENVIRONMENT = "DISTRUCTION_INSTRUCTION_SET"
 
 _library = native.load("cpu", "install a C++ compiler (g++ or clang++) and reinstall the package")
 _library.distruction_cpu_set.restype = ctypes.c_char_p
+_library.distruction_cpu_sample.restype = _library.distruction_cpu_accumulate.restype = None
 _library.distruction_cpu_step.restype = ctypes.c_double
 _library.distruction_cpu_gaussian_kl.restype = ctypes.c_double
 
@@ -55,16 +55,6 @@ def _parallel_for() -> int | None:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
-def _launch(name: str, *arguments: object) -> float:
-    kernel = getattr(_library, f"distruction_cpu_{name}")
-    return kernel(
-        ctypes.c_int32(_set_number(os.environ.get(ENVIRONMENT))),
-        ctypes.c_void_p(_parallel_for()),
-        ctypes.c_int64(torch.get_num_threads()),
-        *arguments,
-    )
-
-
 def unavailable(device_type: str) -> str | None:
     """Why the C++ kernels cannot serve ``device_type``, or ``None`` where they can."""
     return None if device_type == "cpu" else "the C++ kernels take CPU tensors"
@@ -81,144 +71,40 @@ def words(block: int, blocks: int, *, draw: int, stream: int, seed: int) -> Tens
     return out.long() & 0xFFFFFFFF
 
 
-def sample(
-    out: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-) -> None:
-    """See `distruction.ops.sample`."""
-    model, _keep = native.model(
-        "cpp",
-        {"mean": mean, "std": std},
-        param=out,
-        offsets=offsets,
-        streams=streams,
-        seed=seed,
-        counters=counters,
-        antithetic=antithetic,
-        stochastic_rounding=stochastic_rounding,
-    )
-    _launch("sample", ctypes.byref(model))
-    native.mutated(out)
+class _Kernels(native.Kernels):
+    def launch(
+        self,
+        name: str,
+        model: native.Model,
+        device: torch.device,
+        *,
+        scalars: dict[str, Tensor | None] | None = None,
+        options: dict[str, float | bool] | None = None,
+    ) -> Tensor | None:
+        values = {k: v.item() for k, v in (scalars or {}).items() if v is not None}
+        arguments: tuple[object, ...] = ()
+        if values.pop("found_inf", 0.0) != 0:
+            # The update is refused; its KL is still that of the posterior.
+            if name != "step":
+                return None
+            if not model.prior_mean:
+                return torch.zeros((), dtype=torch.float64)
+            name = "gaussian_kl"
+        elif name in ("accumulate", "step"):
+            arguments = (ctypes.byref(native.Options(**{"grad_scale": 1.0, **values, **(options or {})})),)
+        kernel = getattr(_library, f"distruction_cpu_{name}")
+        kl = kernel(
+            ctypes.c_int32(_set_number(os.environ.get(ENVIRONMENT))),
+            ctypes.c_void_p(_parallel_for()),
+            ctypes.c_int64(torch.get_num_threads()),
+            ctypes.byref(model),
+            *arguments,
+        )
+        return torch.tensor(kl, dtype=torch.float64) if kernel.restype is ctypes.c_double else None
 
 
-def accumulate(
-    param: Sequence[Tensor],
-    m1: Sequence[Tensor],
-    m2: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """See `distruction.ops.accumulate`."""
-    model, _keep = native.model(
-        "cpp",
-        {"mean": mean, "std": std, "m1": m1, "m2": m2},
-        param=param,
-        grad=grad,
-        offsets=offsets,
-        streams=streams,
-        seed=seed,
-        counters=counters,
-        antithetic=antithetic,
-        stochastic_rounding=stochastic_rounding,
-    )
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    _launch("accumulate", ctypes.byref(model), ctypes.c_float(1.0 if grad_scale is None else grad_scale.item()))
-    native.mutated(param, m1, m2, [counters])
-
-
-def step(
-    param: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    m1: Sequence[Tensor],
-    m2: Sequence[Tensor],
-    prior_mean: Sequence[Tensor],
-    prior_std: Sequence[Tensor],
-    lr: Tensor,
-    kl_weight: Tensor,
-    loss_scale: float,
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    max_mean_step: float,
-    max_log_std_step: float,
-    max_std: float,
-    learn_mean: bool,
-    learn_std: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Tensor:
-    """See `distruction.ops.step`."""
-    model, _keep = native.model(
-        "cpp",
-        {"mean": mean, "std": std, "m1": m1, "m2": m2, "prior_mean": prior_mean, "prior_std": prior_std},
-        param=param,
-        grad=grad,
-        offsets=offsets,
-        streams=streams,
-        seed=seed,
-        counters=counters,
-        antithetic=antithetic,
-        stochastic_rounding=stochastic_rounding,
-    )
-    if found_inf is not None and found_inf.item() != 0:
-        kl = _launch("gaussian_kl", ctypes.byref(model)) if prior_mean else 0.0
-        return torch.tensor(kl, dtype=torch.float64)
-    options = native.Options(
-        lr=lr.item(),
-        kl_weight=kl_weight.item(),
-        loss_scale=loss_scale,
-        grad_scale=1.0 if grad_scale is None else grad_scale.item(),
-        max_mean_step=max_mean_step,
-        max_a=native.max_a(max_log_std_step),
-        max_std=max_std,
-        learn_mean=learn_mean,
-        learn_std=learn_std,
-    )
-    kl = _launch("step", ctypes.byref(model), ctypes.byref(options))
-    native.mutated(param, m1, m2, [counters])
-    if learn_mean:
-        native.mutated(mean)
-    if learn_std:
-        native.mutated(std)
-    return torch.tensor(kl, dtype=torch.float64)
-
-
-def gaussian_kl(
-    mean: Sequence[Tensor], std: Sequence[Tensor], prior_mean: Sequence[Tensor], prior_std: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """See `distruction.ops.gaussian_kl`."""
-    grad_mean, grad_std = [torch.empty_like(m) for m in mean], [torch.empty_like(s) for s in std]
-    model, _keep = native.model(
-        "cpp",
-        {
-            "mean": mean,
-            "std": std,
-            "prior_mean": prior_mean,
-            "prior_std": prior_std,
-            "grad_mean": grad_mean,
-            "grad_std": grad_std,
-        },
-    )
-    return torch.tensor(_launch("gaussian_kl", ctypes.byref(model)), dtype=torch.float64), grad_mean, grad_std
+_kernels = _Kernels("cpp")
+sample = _kernels.sample
+accumulate = _kernels.accumulate
+step = _kernels.step
+gaussian_kl = _kernels.gaussian_kl

@@ -1,19 +1,21 @@
 """What the ``cpp`` and ``cuda`` backends share: finding their libraries, and handing tensors to plain C.
 
 The libraries are built from ``csrc/`` without PyTorch's or Python's headers: they take pointers, so that one build
-serves every version of both. This module mirrors the structures of ``csrc/model.h`` and checks every tensor
-before its pointer leaves Python.
+serves every version of both, and pip's isolated build environment needs no PyTorch. (LibTorch's stable ABI, the
+other way to that end, begins with PyTorch 2.10; its registration and dispatch are Python's here.) This module
+mirrors the structures of ``csrc/model.h`` and checks every tensor before its pointer leaves Python.
 """
 
 import ctypes
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 """The interface that this version of the package speaks; ``distruction_abi()`` of a library must be the same."""
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -150,12 +152,169 @@ def model(
     return filled, [arrays, counters]
 
 
-def max_a(max_log_std_step: float) -> float:
-    """The bound of the update's ``a`` that bounds |delta log std|: asinh(a) <= max_log_std_step."""
-    return math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf
-
-
 def mutated(*lists: Sequence[Tensor]) -> None:
     """Tell autograd of writes that it cannot see, as an in-place operator does."""
     for tensors in lists:
         torch.autograd.graph.increment_version(tensors)
+
+
+class Kernels(ABC):
+    """The ops of a backend over its launchers, which read `Model` and `Options`; signatures as in the reference."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    @abstractmethod
+    def launch(
+        self,
+        name: str,
+        model: Model,
+        device: torch.device,
+        *,
+        scalars: dict[str, Tensor | None] | None = None,
+        options: dict[str, float | bool] | None = None,
+    ) -> Tensor | None:
+        """Run a kernel; returns the KL of those that sum it.
+
+        Args:
+            name: sample, accumulate, step or gaussian_kl.
+            model: the tensors.
+            device: theirs.
+            scalars: lr, kl_weight, grad_scale and found_inf, as the op got them.
+            options: the other fields of `Options`.
+        """
+
+    def sample(
+        self,
+        out: Sequence[Tensor],
+        mean: Sequence[Tensor],
+        std: Sequence[Tensor],
+        offsets: Sequence[int],
+        streams: Sequence[int],
+        seed: int,
+        counters: Tensor,
+        antithetic: bool,
+        stochastic_rounding: bool,
+    ) -> None:
+        """See `distruction.ops.sample`."""
+        filled, _keep = model(
+            self.backend,
+            {"mean": mean, "std": std},
+            param=out,
+            offsets=offsets,
+            streams=streams,
+            seed=seed,
+            counters=counters,
+            antithetic=antithetic,
+            stochastic_rounding=stochastic_rounding,
+        )
+        self.launch("sample", filled, counters.device)
+        mutated(out)
+
+    def accumulate(
+        self,
+        param: Sequence[Tensor],
+        m1: Sequence[Tensor],
+        m2: Sequence[Tensor],
+        grad: Sequence[Tensor],
+        mean: Sequence[Tensor],
+        std: Sequence[Tensor],
+        offsets: Sequence[int],
+        streams: Sequence[int],
+        seed: int,
+        counters: Tensor,
+        antithetic: bool,
+        stochastic_rounding: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """See `distruction.ops.accumulate`."""
+        filled, _keep = model(
+            self.backend,
+            {"mean": mean, "std": std, "m1": m1, "m2": m2},
+            param=param,
+            grad=grad,
+            offsets=offsets,
+            streams=streams,
+            seed=seed,
+            counters=counters,
+            antithetic=antithetic,
+            stochastic_rounding=stochastic_rounding,
+        )
+        scalars = {"grad_scale": grad_scale, "found_inf": found_inf}
+        self.launch("accumulate", filled, counters.device, scalars=scalars)
+        mutated(param, m1, m2, [counters])
+
+    def step(
+        self,
+        param: Sequence[Tensor],
+        mean: Sequence[Tensor],
+        std: Sequence[Tensor],
+        grad: Sequence[Tensor],
+        m1: Sequence[Tensor],
+        m2: Sequence[Tensor],
+        prior_mean: Sequence[Tensor],
+        prior_std: Sequence[Tensor],
+        lr: Tensor,
+        kl_weight: Tensor,
+        loss_scale: float,
+        offsets: Sequence[int],
+        streams: Sequence[int],
+        seed: int,
+        counters: Tensor,
+        antithetic: bool,
+        stochastic_rounding: bool,
+        max_mean_step: float,
+        max_log_std_step: float,
+        max_std: float,
+        learn_mean: bool,
+        learn_std: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor:
+        """See `distruction.ops.step`."""
+        filled, _keep = model(
+            self.backend,
+            {"mean": mean, "std": std, "m1": m1, "m2": m2, "prior_mean": prior_mean, "prior_std": prior_std},
+            param=param,
+            grad=grad,
+            offsets=offsets,
+            streams=streams,
+            seed=seed,
+            counters=counters,
+            antithetic=antithetic,
+            stochastic_rounding=stochastic_rounding,
+        )
+        kl = self.launch(
+            "step",
+            filled,
+            counters.device,
+            scalars={"lr": lr, "kl_weight": kl_weight, "grad_scale": grad_scale, "found_inf": found_inf},
+            options={
+                "loss_scale": loss_scale,
+                "max_mean_step": max_mean_step,
+                # asinh(a) <= max_log_std_step bounds |delta log std|.
+                "max_a": math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf,
+                "max_std": max_std,
+                "learn_mean": learn_mean,
+                "learn_std": learn_std,
+            },
+        )
+        mutated(param, m1, m2, [counters], mean if learn_mean else [], std if learn_std else [])
+        assert kl is not None
+        return kl
+
+    def gaussian_kl(
+        self,
+        mean: Sequence[Tensor],
+        std: Sequence[Tensor],
+        prior_mean: Sequence[Tensor],
+        prior_std: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """See `distruction.ops.gaussian_kl`."""
+        grad_mean, grad_std = [torch.empty_like(m) for m in mean], [torch.empty_like(s) for s in std]
+        state = {"mean": mean, "std": std, "prior_mean": prior_mean, "prior_std": prior_std}
+        filled, _keep = model(self.backend, {**state, "grad_mean": grad_mean, "grad_std": grad_std})
+        kl = self.launch("gaussian_kl", filled, mean[0].device)
+        assert kl is not None
+        return kl, grad_mean, grad_std
