@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import triton
 import triton.language as tl
 import typer
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
 from distruction.kernels import tables
 from distruction.kernels.kl import gaussian_kl_kernel
 from distruction.kernels.sample import sample_kernel
 from distruction.kernels.step import accumulate_kernel, step_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

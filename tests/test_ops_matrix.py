@@ -155,6 +155,19 @@ def test_accumulate(backend, antithetic):
         assert_close([ours["param"][i]], [exact["param"][i]], [allowed], "param")
 
 
+@pytest.mark.parametrize("draw", [4, 5])
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16])
+def test_updates_draw_what_sample_draws(backend, param, antithetic, draw):
+    model = make_model(backend.device, param=param)
+    options = Options(antithetic=antithetic, stochastic_rounding=param == torch.bfloat16, counters=(draw, 0, 0))
+    counters, _ = step(model, options, backend)
+    drawn = model.to(backend.device)
+    sample(drawn, counters, antithetic, options.stochastic_rounding, backend)
+    assert counters[0] == draw + 1
+    assert all(torch.equal(a, b) for a, b in zip(model["param"], drawn["param"], strict=True))
+
+
 @pytest.mark.parametrize("draw", [2, 3, 2**33 + 3])
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_normals(backend, draw, antithetic):

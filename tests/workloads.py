@@ -120,5 +120,3 @@ def normals(model, i, draw, antithetic=False):
         device=torch.device("cpu"),
     )
     return eps
-
-
