@@ -107,7 +107,7 @@ def our_step(w: Workload, backend: str, with_prior: bool) -> dict[str, Contestan
 
 
 def our_kl(w: Workload, backend: str) -> dict[str, Contestant]:
-    return {"": lambda: ops.gaussian_kl(w.mean, w.std, w.prior_mean, w.prior_std, backend)}
+    return {"": lambda: ops.gaussian_kl(w.mean, w.std, w.prior_mean, w.prior_std, backend=backend)}
 
 
 def our_optimizer(w: Workload, backend: str) -> dict[str, Contestant]:

@@ -1,0 +1,290 @@
+"""What the Triton kernels cost, read off the machine code: ``python -m benchmarks.budgets``.
+
+Each kernel is compiled, for GPUs that need not be there, exactly as it is launched for aligned tensors, and its main
+loop is examined: the instructions of an iteration handle four elements per thread.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import triton
+import triton.language as tl
+import typer
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from distruction.kernels import tables
+from distruction.kernels.kl import gaussian_kl_kernel
+from distruction.kernels.sample import sample_kernel
+from distruction.kernels.step import accumulate_kernel, step_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ELEMENTS_PER_THREAD = 4
+
+_STEP = {
+    "PARAM_TYPE": tl.float32,
+    "GRAD_TYPE": tl.float32,
+    "PRIOR": True,
+    "STATISTICS": False,
+    "BOUNDED": True,
+    "LEARN_MEAN": True,
+    "LEARN_STD": True,
+    "ANTITHETIC": True,
+    "STOCHASTIC": False,
+    "grad_scale": None,
+    "found_inf": None,
+}
+_BFLOAT16 = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its compile-time options.
+
+    Attributes:
+        arrays: bytes per element of the arrays that it must read or write once each (design: "physical limits").
+    """
+
+    kernel: Any
+    options: dict[str, Any]
+    bytes: int
+
+
+VARIANTS = {
+    "sample": Variant(sample_kernel, {"PARAM_TYPE": tl.float32, "ANTITHETIC": True, "STOCHASTIC": False}, 12),
+    "accumulate": Variant(
+        accumulate_kernel,
+        {k: v for k, v in _STEP.items() if k in accumulate_kernel.arg_names},
+        32,
+    ),
+    "step": Variant(step_kernel, _STEP, 32),
+    "step, unbounded": Variant(step_kernel, {**_STEP, "BOUNDED": False}, 32),
+    "step, grad_scale and found_inf": Variant(
+        step_kernel, {k: v for k, v in _STEP.items() if k not in ("grad_scale", "found_inf")}, 32
+    ),
+    "step, K > 1": Variant(step_kernel, {**_STEP, "STATISTICS": True}, 48),
+    "step, fixed mean": Variant(step_kernel, {**_STEP, "LEARN_MEAN": False}, 28),
+    "step without prior": Variant(step_kernel, {**_STEP, "PRIOR": False}, 24),
+    "step without prior, fixed mean": Variant(step_kernel, {**_STEP, "PRIOR": False, "LEARN_MEAN": False}, 20),
+    "step, bfloat16": Variant(step_kernel, {**_STEP, **_BFLOAT16}, 28),
+    "step, bfloat16, stochastic": Variant(step_kernel, {**_STEP, **_BFLOAT16, "STOCHASTIC": True}, 28),
+    "gaussian_kl": Variant(gaussian_kl_kernel, {}, 24),
+}
+"""What is compiled: the ops, and the options of the step one by one."""
+
+_POINTERS = {
+    "records": "*i64",
+    "tensor_of_chunk": "*i32",
+    "fresh": "*i64",
+    "counters": "*i64",
+    "lr": "*fp32",
+    "kl_weight": "*fp32",
+    "grad_scale": "*fp32",
+    "found_inf": "*fp32",
+    "partial": "*fp64",
+}
+_SCALARS = {"chunk": "i32", "tensors": "i32", "keys": ("i32",) * 20}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one variant costs on one target.
+
+    Attributes:
+        registers: per thread.
+        spilled: bytes of stack per thread.
+        instructions: per element: an iteration's, and the rest of the program over the elements of a full one.
+        bytes: per element, moved by an iteration between global memory and registers.
+        widths: bits of the loop's global accesses, per thread.
+        barriers: in the loop: something passes through shared memory.
+    """
+
+    variant: str
+    target: str
+    registers: int
+    spilled: int
+    instructions: float
+    bytes: float
+    widths: tuple[int, ...]
+    barriers: int
+
+
+def compile_variant(variant: Variant, target: GPUTarget) -> CompiledKernel:
+    """Compile as `distruction.kernels` launches it for aligned tensors."""
+    options = {
+        **variant.options,
+        "ALIGNED": True,
+        "BLOCK": tables.BLOCKS[target.backend],
+        "TARGET": target.backend,
+    }
+    names = variant.kernel.arg_names
+    types = {n: "constexpr" if n in options else {**_POINTERS, **_SCALARS}.get(n, "fp32") for n in names}
+    # The tables' base addresses are specialised for alignment, as at run time; the other arguments are not.
+    attributes = {
+        (names.index(n),): [["tt.divisibility", 16]] for n in ("records", "tensor_of_chunk", "fresh") if n in names
+    }
+    source = ASTSource(variant.kernel, types, options, attributes)
+    return triton.compile(source, target=target, options=tables.LAUNCH)
+
+
+# --- NVIDIA ------------------------------------------------------------------------------------------
+
+
+def _tool(name: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: this build of Triton comes without {name}; the wheels have it")
+    return str(path)
+
+
+def sass_of(kernel: CompiledKernel) -> tuple[str, str]:
+    """The machine code and its resources, as ``cuobjdump`` prints them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        run = [_tool("cuobjdump"), file.name]
+        sass = subprocess.run([*run, "-sass"], capture_output=True, text=True, check=True).stdout
+        resources = subprocess.run([*run, "-res-usage"], capture_output=True, text=True, check=True).stdout
+    return sass, resources
+
+
+def _nvidia(name: str, target: str, kernel: CompiledKernel) -> Budget:
+    sass, resources = sass_of(kernel)
+    code = [
+        (int(address, 16), opcode, operands)
+        for address, opcode, operands in re.findall(
+            r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", sass
+        )
+        if opcode != "NOP"
+    ]
+    jumps = [
+        (int(to.group(1), 16), address)
+        for address, opcode, operands in code
+        if opcode.startswith("BRA") and (to := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    # The last instruction is a jump to itself that is never reached.
+    ((start, end),) = [(to, address) for to, address in jumps if to < address]
+    loop = [opcode for address, opcode, _ in code if start <= address <= end]
+    widths = [
+        int(width.group(1)) if (width := re.search(r"\.(64|128|U16|U8)\b", opcode.replace("U", ""))) else 32
+        for opcode in loop
+        if re.match(r"LDG|STG", opcode)
+    ]
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resources))
+    return _budget(
+        name,
+        target,
+        registers=int(found["REG"]),
+        spilled=int(found["STACK"]) + int(found["LOCAL"]),
+        in_loop=len(loop),
+        outside=len(code) - len(loop),
+        widths=widths,
+        barriers=sum(opcode.startswith(("BAR", "LDS", "STS")) for opcode in loop),
+    )
+
+
+# --- AMD ---------------------------------------------------------------------------------------------
+
+_AMD_WIDTHS = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+
+
+def _amd(name: str, target: str, kernel: CompiledKernel) -> Budget:
+    assembly = kernel.asm["amdgcn"]
+    body = assembly[: assembly.index("s_endpgm")].splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(body) if re.match(r"\.LBB\w+:", line)}
+    backward = [
+        (labels[label.group(1)], i)
+        for i, line in enumerate(body)
+        if (label := re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)) and labels.get(label.group(1), i) < i
+    ]
+    # One loop, whose blocks are not in order.
+    start, end = min(to for to, _ in backward), max(line for _, line in backward)
+    opcodes = [match.group(1) if (match := re.match(r"\s+([vs]_\w+|global_\w+|ds_\w+)", line)) else "" for line in body]
+    loop = [o for o in opcodes[start : end + 1] if o]
+    widths = [_AMD_WIDTHS[o.split("_")[2]] for o in loop if o.startswith(("global_load", "global_store"))]
+    return _budget(
+        name,
+        target,
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1)),  # type: ignore[union-attr]
+        spilled=int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly).group(1)),  # type: ignore[union-attr]
+        in_loop=len(loop),
+        outside=sum(map(bool, opcodes)) - len(loop),
+        widths=widths,
+        barriers=sum(o.startswith(("s_barrier", "ds_")) for o in loop),
+    )
+
+
+def _budget(
+    name: str,
+    target: str,
+    *,
+    registers: int,
+    spilled: int,
+    in_loop: int,
+    outside: int,
+    widths: list[int],
+    barriers: int,
+) -> Budget:
+    per_iteration = in_loop + outside / tables.MOST_ITERATIONS
+    return Budget(
+        name,
+        target,
+        registers,
+        spilled,
+        round(per_iteration / ELEMENTS_PER_THREAD, 1),
+        sum(widths) / 8 / ELEMENTS_PER_THREAD,
+        tuple(sorted(set(widths))),
+        barriers,
+    )
+
+
+def measure(variants: Sequence[str] = tuple(VARIANTS), targets: Sequence[str] = tuple(TARGETS)) -> list[Budget]:
+    """Compile and examine ``variants`` for ``targets``."""
+    budgets = []
+    for target in targets:
+        for name in variants:
+            kernel = compile_variant(VARIANTS[name], TARGETS[target])
+            examine = _amd if TARGETS[target].backend == "hip" else _nvidia
+            budgets.append(examine(name, target, kernel))
+    return budgets
+
+
+def markdown(budgets: Sequence[Budget]) -> str:
+    """The budgets as a table: instructions per element and registers by target."""
+    targets = list(dict.fromkeys(b.target for b in budgets))
+    head = ["kernel", "bytes/element", *(f"{t}: instr./element, registers" for t in targets)]
+    lines = [head, ["---", "---:", *["---:"] * len(targets)]]
+    for name in dict.fromkeys(b.variant for b in budgets):
+        cells = {b.target: f"{b.instructions:.1f}, {b.registers}" for b in budgets if b.variant == name}
+        lines.append([name, str(VARIANTS[name].bytes), *(cells.get(t, "-") for t in targets)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help=f"Of {'; '.join(VARIANTS)}; repeatable.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(TARGETS)}; repeatable.")] = None,
+) -> None:
+    """Print what the kernels cost per element."""
+    if tables.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set: there is no machine code; unset it")
+    budgets = measure(variant or tuple(VARIANTS), target or tuple(TARGETS))
+    if json_file:
+        json_file.write_text(json.dumps([asdict(b) for b in budgets], indent=1) + "\n")
+    print(markdown(budgets), end="")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,340 @@
+"""Monte Carlo statistics and the fused BGD step; the formulas are in `distruction.ops.reference.step`.
+
+Each array is read and written once. The old draw is regenerated, the next one made in the same pass.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .approximate import reciprocal, square_root
+from .kl import twice_kl
+from .multi_tensor import (
+    M1,
+    M2,
+    MEAN,
+    PARAM,
+    PRIOR_MEAN,
+    PRIOR_STD,
+    STD,
+    STREAM,
+    block_of,
+    load,
+    locate,
+    pointer,
+    sum_of_groups,
+)
+from .philox import words_and_normals
+from .sample import rounded
+from .tables import finish, key_schedule, launches, mutated, on, scalar
+
+
+@triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", "keys"])
+def accumulate_kernel(
+    records,
+    tensor_of_chunk,
+    fresh,
+    counters,
+    grad_scale,
+    found_inf,
+    chunk,
+    keys,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
+    if found_inf is not None:
+        end = tl.where(tl.load(found_inf) == 0.0, end, 0)
+    inverse_scale = 1.0
+    if grad_scale is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale)
+    stream = tl.load(record + STREAM).to(tl.uint32)
+    draw = tl.load(counters)
+    param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
+    mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
+    std_p = pointer(record + STD, start, tl.float32, ALIGNED)
+    m1_p = pointer(record + M1, start, tl.float32, ALIGNED)
+    m2_p = pointer(record + M2, start, tl.float32, ALIGNED)
+    grad_p = pointer(fresh + tensor, start, GRAD_TYPE, ALIGNED)
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
+        i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
+        grad = load(grad_p + i, inside, ALIGNED) * inverse_scale
+        m1 = load(m1_p + i, inside, ALIGNED)
+        m2 = load(m2_p + i, inside, ALIGNED)
+        _, eps = words_and_normals(group, group_high, first, stream, draw, keys, ANTITHETIC, BLOCK, TARGET)
+        tl.store(m1_p + i, m1 + grad, inside)
+        tl.store(m2_p + i, tl.fma(grad, eps, m2), inside)
+        mean = load(mean_p + i, inside, ALIGNED)
+        std = load(std_p + i, inside, ALIGNED)
+        words, eps = words_and_normals(group, group_high, first, stream, draw + 1, keys, ANTITHETIC, BLOCK, TARGET)
+        theta = tl.fma(std, eps, mean)
+        tl.store(param_p + i, rounded(theta, words, PARAM_TYPE, STOCHASTIC, TARGET), inside)
+
+
+@triton.jit(
+    do_not_specialize=["counters", "lr", "kl_weight", "grad_scale", "found_inf", "partial", "chunk", "keys"],
+)
+def step_kernel(
+    records,
+    tensor_of_chunk,
+    fresh,
+    counters,
+    lr,
+    kl_weight,
+    grad_scale,
+    found_inf,
+    partial,
+    chunk,
+    keys,
+    loss_scale,
+    max_mean_step,
+    max_a,
+    max_std,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRIOR: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    LEARN_MEAN: tl.constexpr,
+    LEARN_STD: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    """The update, the KL's partial sum and the next sample.
+
+    PRIOR, STATISTICS: there is a prior; there are sums over earlier samples.
+    BOUNDED: the bounds are finite and |change of log std| is at most 1, which saves operations.
+    """
+    tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
+    if found_inf is not None:
+        # Elements below it are not updated: all of them or none.
+        barrier = tl.multiple_of(tl.where(tl.load(found_inf) == 0.0, 0, 2147483644), 4)
+    stream = tl.load(record + STREAM).to(tl.uint32)
+    draw = tl.load(counters)
+    rate = tl.load(lr)
+    weight = 0.0
+    # Half of what multiplies the statistics; the other half is in the mean's rate.
+    scale = loss_scale * 0.5
+    if PRIOR:
+        weight = tl.load(kl_weight)
+        scale = scale * (1.0 - weight)
+    half_weight = 0.5 * weight
+    inverse_scale = 1.0
+    if grad_scale is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale)
+    scale = scale / (tl.load(counters + 1) + 1).to(tl.float32) if STATISTICS else scale * inverse_scale
+    param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
+    mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
+    std_p = pointer(record + STD, start, tl.float32, ALIGNED)
+    grad_p = pointer(fresh + tensor, start, GRAD_TYPE, ALIGNED)
+    if STATISTICS:
+        m1_p = pointer(record + M1, start, tl.float32, ALIGNED)
+        m2_p = pointer(record + M2, start, tl.float32, ALIGNED)
+    if PRIOR:
+        prior_mean_p = pointer(record + PRIOR_MEAN, start, tl.float32, ALIGNED)
+        prior_std_p = pointer(record + PRIOR_STD, start, tl.float32, ALIGNED)
+    kl = tl.zeros([BLOCK // 4], tl.float64)
+    refused = tl.zeros([BLOCK], tl.int32)
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
+        i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
+        stored = inside
+        if found_inf is not None:
+            stored = inside & (i >= barrier)
+        mean = load(mean_p + i, inside, ALIGNED)
+        std = load(std_p + i, inside, ALIGNED)
+        grad = load(grad_p + i, inside, ALIGNED)
+        _, eps = words_and_normals(group, group_high, first, stream, draw, keys, ANTITHETIC, BLOCK, TARGET)
+        if STATISTICS:
+            grad = grad * inverse_scale
+            s1 = (load(m1_p + i, inside, ALIGNED) + grad) * scale
+            s2 = tl.fma(grad, eps, load(m2_p + i, inside, ALIGNED)) * scale
+            tl.store(m1_p + i, tl.zeros([BLOCK], tl.float32), stored)
+            tl.store(m2_p + i, tl.zeros([BLOCK], tl.float32), stored)
+        else:
+            s1 = grad * scale
+            s2 = s1 * eps
+        # Every clamp keeps a NaN, so that it is found below.
+        in_stds = tl.clamp(std * (2.0 * rate) * s1, -max_mean_step, max_mean_step, tl.PropagateNan.ALL)
+        new_mean = tl.fma(-in_stds, std, mean)
+        if PRIOR:
+            prior_mean = load(prior_mean_p + i, inside, ALIGNED)
+            prior_std = load(prior_std_p + i, inside, ALIGNED)
+            inverse_prior = reciprocal(prior_std, TARGET)
+            ratio = std * inverse_prior
+            ratio2 = ratio * ratio
+            a = tl.fma(s2, std, tl.fma(ratio2, half_weight, -half_weight))
+            v = ratio2 * (rate * weight)
+            new_mean = tl.fma(v * reciprocal(1.0 + v, TARGET), prior_mean - new_mean, new_mean)
+        else:
+            a = s2 * std
+        a = tl.clamp(a, -max_a, max_a, tl.PropagateNan.ALL)
+        root = square_root(tl.fma(a, a, 1.0), TARGET)
+        if BOUNDED:
+            new_std = tl.minimum(std * (root - a), max_std, tl.PropagateNan.ALL)
+            positive = new_std > 0
+        else:
+            # The larger root never cancels, so std stays positive for every a.
+            larger = root + tl.abs(a)
+            new_std = std * tl.where(a > 0, reciprocal(larger, TARGET), larger)
+            new_std = tl.minimum(new_std, max_std, tl.PropagateNan.ALL)
+            # 0 < new_std < infinity as one comparison of integers.
+            positive = new_std.to(tl.uint32, bitcast=True) - 1 < 0x7F7FFFFF
+        finite = (tl.abs(s2) < float("inf")) & (tl.abs(new_mean) < float("inf")) & positive
+        if STATISTICS:
+            finite = finite & (tl.abs(s1) < float("inf"))
+        if not ALIGNED:
+            finite = finite | (inside == 0)
+        refused = tl.where(finite, refused, 1)
+        if found_inf is not None:
+            finite = finite & (i >= barrier)
+        if LEARN_MEAN:
+            mean = tl.where(finite, new_mean, mean)
+            tl.store(mean_p + i, mean, stored)
+        if LEARN_STD:
+            std = tl.where(finite, new_std, std)
+            tl.store(std_p + i, std, stored)
+        words, eps = words_and_normals(group, group_high, first, stream, draw + 1, keys, ANTITHETIC, BLOCK, TARGET)
+        theta = tl.fma(std, eps, mean)
+        tl.store(param_p + i, rounded(theta, words, PARAM_TYPE, STOCHASTIC, TARGET), stored)
+        if PRIOR:
+            dm = (mean - prior_mean) * inverse_prior
+            value = twice_kl(dm, (std - prior_std) * inverse_prior, std * inverse_prior, TARGET)
+            kl += sum_of_groups(value, first, inside, end, BLOCK, ALIGNED)
+    if PRIOR:
+        tl.store(partial + tl.program_id(0), tl.sum(kl, 0) * 0.5)
+    refuse = tl.max(refused, 0) != 0
+    if found_inf is not None:
+        refuse = refuse & (barrier == 0)
+    tl.store(counters + 2, 1, refuse)
+
+
+def _amp(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> dict[str, Tensor | None]:
+    return {
+        "grad_scale": None if grad_scale is None else scalar(grad_scale, device),
+        "found_inf": None if found_inf is None else scalar(found_inf, device),
+    }
+
+
+def accumulate(
+    param: Sequence[Tensor],
+    m1: Sequence[Tensor],
+    m2: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    std: Sequence[Tensor],
+    offsets: Sequence[int],
+    streams: Sequence[int],
+    seed: int,
+    counters: Tensor,
+    antithetic: bool,
+    stochastic_rounding: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """See `distruction.ops.accumulate`."""
+    device = counters.device
+    arrays = {"mean": mean, "std": std, "m1": m1, "m2": m2, "param": param}
+    with on(device):
+        amp = _amp(grad_scale, found_inf, device)
+        for launch, arguments in launches(arrays, [grad], offsets, streams):
+            accumulate_kernel[(launch.chunks,)](
+                counters=counters,
+                keys=key_schedule(seed),
+                PARAM_TYPE=launch.types[0],
+                GRAD_TYPE=launch.types[1],
+                ANTITHETIC=antithetic,
+                STOCHASTIC=stochastic_rounding,
+                **amp,
+                **arguments,
+            )
+        finish(counters, amp["found_inf"], None, None, advance=True)
+    mutated(param, m1, m2, [counters])
+
+
+def step(
+    param: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    std: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    m1: Sequence[Tensor],
+    m2: Sequence[Tensor],
+    prior_mean: Sequence[Tensor],
+    prior_std: Sequence[Tensor],
+    lr: Tensor,
+    kl_weight: Tensor,
+    loss_scale: float,
+    offsets: Sequence[int],
+    streams: Sequence[int],
+    seed: int,
+    counters: Tensor,
+    antithetic: bool,
+    stochastic_rounding: bool,
+    max_mean_step: float,
+    max_log_std_step: float,
+    max_std: float,
+    learn_mean: bool,
+    learn_std: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    """See `distruction.ops.step`."""
+    device = counters.device
+    arrays = {
+        "mean": mean,
+        "std": std,
+        "m1": m1,
+        "m2": m2,
+        "prior_mean": prior_mean,
+        "prior_std": prior_std,
+        "param": param,
+    }
+    with on(device):
+        amp = _amp(grad_scale, found_inf, device)
+        options = {
+            "lr": scalar(lr, device),
+            "kl_weight": scalar(kl_weight, device),
+            "loss_scale": float(loss_scale),
+            "max_mean_step": float(max_mean_step),
+            "max_a": math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf,
+            "max_std": float(max_std),
+            "PRIOR": bool(prior_mean),
+            "STATISTICS": bool(m1),
+            "BOUNDED": max_log_std_step <= 1 and max_mean_step < math.inf and max_std < math.inf,
+            "LEARN_MEAN": learn_mean,
+            "LEARN_STD": learn_std,
+            "ANTITHETIC": antithetic,
+            "STOCHASTIC": stochastic_rounding,
+        }
+        planned = launches(arrays, [grad], offsets, streams)
+        partial = None
+        if prior_mean:
+            partial = torch.empty(sum(launch.chunks for launch, _ in planned), dtype=torch.float64, device=device)
+        total = torch.empty((), dtype=torch.float64, device=device)
+        first = 0
+        for launch, arguments in planned:
+            step_kernel[(launch.chunks,)](
+                counters=counters,
+                keys=key_schedule(seed),
+                partial=None if partial is None else partial[first:],
+                PARAM_TYPE=launch.types[0],
+                GRAD_TYPE=launch.types[1],
+                **amp,
+                **options,
+                **arguments,
+            )
+            first += launch.chunks
+        finish(counters, amp["found_inf"], partial, total, advance=True, updated=True)
+    mutated(param, mean, std, m1, m2, [counters])
+    return total

@@ -1,0 +1,83 @@
+"""What the Triton kernels may cost, asserted on the machine code of GPUs that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[1]
+
+# Instructions per element and registers of the fp32 step with prior, KL and two draws, on sm_90.
+MOST_INSTRUCTIONS, MOST_REGISTERS = 110, 56
+# Bytes per parameter: float32 arrays that the op has to read or write once, and bfloat16 parameters and gradients.
+BYTES = {
+    "sample": 4 * 3,
+    "accumulate": 4 * 8,
+    "step": 4 * 8,
+    "step, unbounded": 4 * 8,
+    "step, grad_scale and found_inf": 4 * 8,
+    "step, K > 1": 4 * 12,
+    "step, fixed mean": 4 * 7,
+    "step without prior": 4 * 6,
+    "step without prior, fixed mean": 4 * 5,
+    "step, bfloat16": 4 * 6 + 2 * 2,
+    "step, bfloat16, stochastic": 4 * 6 + 2 * 2,
+    "gaussian_kl": 4 * 6,
+}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="session")
+def budgets(tmp_path_factory):
+    # In a process of its own: here the kernels may be interpreted.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = tmp_path_factory.mktemp("budgets") / "budgets.json"
+    command = [sys.executable, "-m", "benchmarks.budgets", "--json", str(path)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode and "comes without cuobjdump" in run.stderr:
+        pytest.skip("this build of Triton comes without cuobjdump")
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+    return {(b["variant"], b["target"]): b for b in json.loads(path.read_text())}
+
+
+def test_every_kernel_is_compiled_for_every_target(budgets):
+    assert set(budgets) == {(variant, target) for variant in BYTES for target in TARGETS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", BYTES)
+def test_one_read_and_one_write_of_each_array_in_wide_accesses(budgets, variant, target):
+    budget = budgets[variant, target]
+    assert budget["bytes"] == BYTES[variant]
+    # Four elements per thread: 16 bytes of float32, 8 of bfloat16.
+    assert budget["widths"] == ([64, 128] if "bfloat16" in variant else [128])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", BYTES)
+def test_nothing_is_spilled_or_passes_through_shared_memory(budgets, variant, target):
+    assert budgets[variant, target]["spilled"] == 0
+    assert budgets[variant, target]["barriers"] == 0
+
+
+@pytest.mark.parametrize("variant", ["step", "step, grad_scale and found_inf", "step, fixed mean"])
+def test_the_step_on_sm_90(budgets, variant):
+    assert budgets[variant, "sm_90"]["instructions"] <= MOST_INSTRUCTIONS
+    assert budgets[variant, "sm_90"]["registers"] <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_other_kernels_cost_less_than_the_step_may(budgets, target):
+    # The unbounded rule takes a division and a comparison more, K > 1 two more arrays, bfloat16 its conversions.
+    for variant in BYTES:
+        assert budgets[variant, target]["instructions"] <= 1.1 * MOST_INSTRUCTIONS, variant
+    assert budgets["step without prior", target]["instructions"] <= 95
+    assert budgets["sample", target]["instructions"] <= 40
+    # 512 registers of a lane of gfx942 and 65,536 of an SM leave at least four waves or warps per scheduler.
+    assert all(budgets[v, target]["registers"] <= (128 if target == "gfx942" else 72) for v in BYTES)

@@ -1,0 +1,360 @@
+"""What is Triton's own: its generator word by word, tables, chunks, CUDA graphs, whole trajectories."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from workloads import Options, make_model, normals, step
+
+import distruction
+from distruction.ops import backends, reference
+from distruction.ops.reference.philox import box_muller as exact_box_muller
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+from backends import Backend
+
+from distruction import kernels
+from distruction.kernels import multi_tensor, philox, sample, tables
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = Backend("triton", DEVICE)
+
+pytestmark = [
+    pytest.mark.skipif(TRITON.unavailable() is not None, reason=str(TRITON.unavailable())),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
+
+
+# --- the generator ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def words_kernel(counters, out, keys, N: tl.constexpr):
+    i = tl.arange(0, N)
+    c0, c1, c2, c3 = philox.philox(
+        tl.load(counters + i).to(tl.uint32),
+        tl.load(counters + N + i).to(tl.uint32),
+        tl.load(counters + 2 * N + i).to(tl.uint32),
+        tl.load(counters + 3 * N + i).to(tl.uint32),
+        keys,
+    )
+    tl.store(out + i, c0.to(tl.int64))
+    tl.store(out + N + i, c1.to(tl.int64))
+    tl.store(out + 2 * N + i, c2.to(tl.int64))
+    tl.store(out + 3 * N + i, c3.to(tl.int64))
+
+
+@triton.jit
+def normals_kernel(radius_words, angle_words, uniforms, cosines, sines, N: tl.constexpr, TARGET: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    radius_word = tl.load(radius_words + i).to(tl.uint32)
+    zero = (tl.program_id(0) * 0).to(tl.uint32)
+    cosine, sine = philox.box_muller(radius_word, tl.load(angle_words + i).to(tl.uint32), zero, TARGET)
+    tl.store(uniforms + i, philox.uniform(radius_word))
+    tl.store(cosines + i, cosine)
+    tl.store(sines + i, sine)
+
+
+# Random123 1.14, tests/kat_vectors, philox4x32 with 10 rounds: counter, key, answer.
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_known_answers_of_random123(counter, key, answer):
+    counters = torch.tensor([int(w, 16) for w in counter.split()], device=DEVICE).repeat_interleave(4)
+    low, high = (int(w, 16) for w in key.split())
+    out = torch.empty(16, dtype=torch.int64, device=DEVICE)
+    words_kernel[(1,)](counters, out, tables.key_schedule(low | high << 32), N=4)
+    assert [f"{w:08x}" for w in out[::4].tolist()] == answer.split()
+
+
+def chosen_words():
+    """Words around every power of two, at both ends, and 4096 anywhere."""
+    near = torch.tensor([2**k + d for k in range(33) for d in range(-9, 10)])
+    ends = torch.cat([torch.arange(300), 2**32 - 1 - torch.arange(300)])
+    # Where the logarithm changes from its series to the hardware's.
+    threshold = 2**32 - 2**24 + torch.arange(-200, 200) * 37
+    random = torch.randint(2**32, (4096,), generator=torch.Generator().manual_seed(0))
+    words = torch.cat([near, ends, threshold, random])
+    return words[(words >= 0) & (words < 2**32)]
+
+
+def our_normals(radius_words, angle_words):
+    n = 1024 * math.ceil(len(radius_words) / 1024)
+    words = [torch.nn.functional.pad(w, (0, n - len(w))).to(DEVICE) for w in (radius_words, angle_words)]
+    out = [torch.empty(n, device=DEVICE) for _ in range(3)]
+    normals_kernel[(n // 1024,)](*words, *out, N=1024, TARGET=tables.TARGET)
+    return [t[: len(radius_words)].cpu() for t in out]
+
+
+def test_uniforms_are_the_contracts_bit_for_bit():
+    words = chosen_words()
+    uniforms, _, _ = our_normals(words, words)
+    assert torch.equal(uniforms, ((words.double() + 0.5) * 2.0**-32).float())
+
+
+@triton.jit
+def log2_at_its_bound(x, TARGET: tl.constexpr):
+    exact = tl.log2(x)
+    return tl.where((x > 0.5) & (x < 2.0), exact + 2.384185791015625e-07, exact * 1.0000002384185791)
+
+
+@triton.jit
+def log2_at_its_other_bound(x, TARGET: tl.constexpr):
+    exact = tl.log2(x)
+    return tl.where((x > 0.5) & (x < 2.0), exact - 2.384185791015625e-07, exact * 0.9999997615814209)
+
+
+@triton.jit
+def square_root_at_its_bound(x, TARGET: tl.constexpr):
+    return tl.sqrt(x) * 1.0000001788139343
+
+
+@pytest.mark.parametrize("log2", [None, log2_at_its_bound, log2_at_its_other_bound], ids=["", "high", "low"])
+def test_normals_keep_the_contract_even_where_the_hardware_errs_most(log2, monkeypatch):
+    if log2 is not None:
+        if not tables.INTERPRETED:
+            pytest.skip("compiled kernels use the hardware's functions")
+        monkeypatch.setattr(philox, "log2", log2)
+        monkeypatch.setattr(philox, "square_root", square_root_at_its_bound)
+    words = chosen_words()
+    radius_words = torch.cat([words, words, torch.arange(40).repeat_interleave(40)])
+    angle_words = torch.cat([words.flip(0), words, chosen_words()[::4][:40].repeat(40)])
+    _, *ours = our_normals(radius_words, angle_words)
+    for eps, exact in zip(ours, exact_box_muller(radius_words, angle_words), strict=True):
+        assert ((eps.double() - exact).abs() / exact.abs().clamp(min=1)).max() <= 4e-6
+        assert exact.abs().max() > 6.6
+
+
+# --- chunks and tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("block", "most_iterations"), [(512, 1), (512, 4), (1024, 2)])
+def test_bits_do_not_depend_on_block_or_chunk(monkeypatch, block, most_iterations):
+    offsets = {"offsets": (0, 5), "streams": (1, 2)}
+    plain, other = (make_model(DEVICE, (4096, 3001), **offsets) for _ in range(2))
+    _, kl = step(plain, Options(), TRITON)
+    monkeypatch.setattr(tables, "BLOCK", block)
+    monkeypatch.setattr(tables, "FEWEST_PROGRAMS", 1)
+    monkeypatch.setattr(tables, "MOST_ITERATIONS", most_iterations)
+    tables._launches.cache_clear()
+    _, other_kl = step(other, Options(), TRITON)
+    tables._launches.cache_clear()
+    for name, tensors in plain.tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, other[name], strict=True)), name
+    assert other_kl == pytest.approx(kl, rel=1e-12)
+
+
+def planned(model):
+    arrays = {name: model[name] for name in ("mean", "std", "param")}
+    return tables.launches(arrays, [model["grad"]], model.offsets, model.streams)
+
+
+def test_one_launch_for_each_type_and_one_for_what_is_not_aligned():
+    aligned = make_model(DEVICE, (64, 0, 1000, 8))
+    assert [launch.tensors for launch, _ in planned(aligned)] == [(0, 2, 3)]
+    mixed = make_model(DEVICE, (64, 64, 66), offsets=(0, 4, 0))
+    mixed["param"][1] = mixed["param"][1].bfloat16()
+    assert [(launch.tensors, launch.aligned) for launch, _ in planned(mixed)] == [
+        ((0,), True),
+        ((1,), True),
+        ((2,), False),
+    ]
+
+
+def test_tables_are_built_once_while_the_addresses_hold():
+    model = make_model(DEVICE, (64, 32))
+    ((_, first),) = planned(model)
+    ((_, again),) = planned(model)
+    assert all(first[name] is again[name] for name in ("records", "tensor_of_chunk", "fresh"))
+    model["grad"][0] = model["grad"][0].clone()
+    ((_, moved),) = planned(model)
+    assert moved["records"] is first["records"]
+    assert moved["fresh"].tolist() == [g.data_ptr() for g in model["grad"]]
+
+
+def test_a_graph_holds_the_addresses_that_are_new_and_refuses_a_new_model(monkeypatch):
+    model = make_model(DEVICE, (64, 32))
+    ((_, first),) = planned(model)
+    monkeypatch.setattr(tables, "_capturing", lambda device: True)
+    model["grad"][1] = model["grad"][1].clone()
+    ((_, captured),) = planned(model)
+    assert captured["records"] is first["records"]
+    assert captured["fresh"].tolist() == [g.data_ptr() for g in model["grad"]]
+    with pytest.raises(RuntimeError, match="run the same step once before the capture"):
+        planned(make_model(DEVICE, (64, 32)))
+
+
+def test_addresses_and_indices_beyond_32_bits():
+    # The last chunk of a tensor of 2**33 + 3000 elements: its record points so far before the real memory.
+    n, chunk = 3000, tables.BLOCK
+    before = 2**33 // chunk
+    model = make_model(DEVICE, (n,), offsets=(2**33,), streams=(3,))
+    expected = model.to("cpu", torch.float64)
+    counters = torch.tensor([2, 0, 0], device=DEVICE)
+    reference.sample(*(expected[k] for k in ("param", "mean", "std")), [2**33], [3], -77, counters.cpu(), False, False)
+    address = {name: model[name][0].data_ptr() - 4 * 2**33 for name in ("param", "mean", "std")}
+    cells = [2**33 + n, 0, 0, 3, -before, *(address.get(name, 0) for name in tables.ARRAYS)]
+    records = torch.tensor([cells], device=DEVICE)
+    tensor_of_chunk = torch.zeros(math.ceil(n / chunk), dtype=torch.int32, device=DEVICE)
+    sample.sample_kernel[(len(tensor_of_chunk),)](
+        records,
+        tensor_of_chunk,
+        counters,
+        chunk,
+        tables.key_schedule(-77),
+        PARAM_TYPE=tl.float32,
+        ALIGNED=True,
+        ANTITHETIC=False,
+        STOCHASTIC=False,
+        BLOCK=tables.BLOCK,
+        TARGET=tables.TARGET,
+        **tables.LAUNCH,
+    )
+    eps = normals(expected, 0, 2)
+    allowed = 4e-6 * expected["std"][0] * eps.abs().clamp(min=1) + 1e-6
+    assert ((model["param"][0].cpu().double() - expected["param"][0]).abs() <= allowed).all()
+
+
+def test_a_tensor_of_more_than_2_to_the_33_elements_is_covered():
+    numel = 2**33 + 20_000
+    layout = tables._Layout(
+        torch.device("cpu"),
+        (64, numel, 64),
+        (0, 0, 0),
+        (0, 1, 2),
+        ((0, 0, 0),) * len(tables.ARRAYS),
+        ((torch.float32, torch.float32),) * 3,
+        frozenset(),
+    )
+    (launch,) = tables._launches.__wrapped__(layout, 512)
+    cells = launch.records.get()
+    assert launch.chunk == 512 * tables.MOST_ITERATIONS
+    assert cells[:, multi_tensor.NUMEL.value].tolist() == [64, numel, 64]
+    assert cells[:, multi_tensor.FIRST_CHUNK.value].tolist() == [0, 1, 1 + math.ceil(numel / launch.chunk)]
+    assert len(launch.tensor_of_chunk.get()) == launch.chunks == 2 + math.ceil(numel / launch.chunk)
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA or ROCm device")
+def test_a_step_replays_from_a_cuda_graph_as_it_runs():
+    eager, captured = (make_model("cuda", (4096, 1000, 33)) for _ in range(2))
+    lists = ("param", "mean", "std", "grad")
+    scalars = (torch.tensor(0.3, device="cuda"), torch.tensor(0.1, device="cuda"), 50.0)
+
+    def run(model, counters):
+        prior = (model["prior_mean"], model["prior_std"])
+        where = (model.offsets, model.streams, 1, counters, True, False, 0.1, 0.1, 0.1, True, True, None, None)
+        kernels.step(*(model[n] for n in lists), [], [], *prior, *scalars, *where)
+
+    counters = [torch.zeros(3, dtype=torch.int64, device="cuda") for _ in range(2)]
+    for _ in range(5):
+        run(eager, counters[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(captured, counters[1])
+    torch.cuda.current_stream().wait_stream(stream)
+    # A gradient whose address is new in the capture.
+    captured["grad"][0] = captured["grad"][0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(captured, counters[1])
+    for _ in range(4):
+        graph.replay()
+    assert torch.equal(*counters)
+    for name in lists:
+        assert all(torch.equal(a, b) for a, b in zip(eager[name], captured[name], strict=True)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA or ROCm device")
+def test_a_step_never_waits_for_the_device():
+    model = make_model("cuda", (4096, 33))
+    step(model, Options(), TRITON)
+    scalars = (torch.tensor(0.3, device="cuda"), torch.tensor(0.1, device="cuda"), 50.0)
+    amp = (torch.tensor(2.0, device="cuda"), torch.tensor(0.0, device="cuda"))
+    counters = torch.zeros(3, dtype=torch.int64, device="cuda")
+    where = (model.offsets, model.streams, 1, counters, True, False, 0.1, 0.1, 0.1, True, True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            model["grad"][0] = model["grad"][0].clone()
+            state = (model[n] for n in ("param", "mean", "std", "grad"))
+            kernels.step(*state, [], [], model["prior_mean"], model["prior_std"], *scalars, *where, *amp)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- dispatch ----------------------------------------------------------------------------------------
+
+
+def test_auto_prefers_triton_on_gpus():
+    assert backends.AUTO["cuda"][0] == "triton"
+
+
+def test_without_the_interpreter_triton_refuses_cpu_tensors_and_says_what_helps():
+    code = "from distruction.ops import backends; print(backends.unavailable('triton', 'cpu'))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "TRITON_INTERPRET=1, set before Python starts" in run.stdout
+
+
+def test_the_environment_forces_triton(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT, "triton")
+    assert backends.resolve("auto", DEVICE) is kernels
+
+
+# --- trajectories ------------------------------------------------------------------------------------
+
+
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).to(DEVICE)
+    inputs = torch.randn(32, 6, generator=generator).to(DEVICE)
+    targets = torch.randint(3, (32,), generator=generator).to(DEVICE)
+    return model, inputs, targets
+
+
+@pytest.mark.parametrize("forgetting", [False, True], ids=["prepare", "forget"])
+@pytest.mark.parametrize("mc_samples", [1, 2])
+def test_fifty_steps_follow_the_reference(mc_samples, forgetting):
+    posteriors = []
+    for backend in ("reference", "triton"):
+        model, inputs, targets = problem()
+        options = {"std_init": 0.05, "data_per_step": 32.0, "mc_samples": mc_samples, "lr": 0.5}
+        if forgetting:
+            start = {n: p.detach().clone() for n, p in model.named_parameters()}
+            prior = distruction.Posterior(start, {n: torch.full_like(p, 0.05) for n, p in start.items()})
+            options |= {"prior": prior, "kl_weight": 0.1, "std_init": prior}
+        opt = distruction.BGD(model.named_parameters(), backend=backend, **options)
+        opt.train()
+        for _ in range(50 * mc_samples):
+            opt.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+            (-loss if forgetting else loss).backward()
+            opt.step()
+        opt.eval()
+        posteriors.append(opt.posterior())
+    expected, ours = posteriors
+    moved = 0.0
+    for name, mean in expected.means.items():
+        std = expected.stds[name]
+        assert ((ours.means[name] - mean).norm() / mean.norm()) <= 1e-5
+        assert ((ours.stds[name] - std).abs() / std).max() <= 1e-5
+        moved = max(moved, (std / 0.05).log().abs().max().item())
+    assert moved > 0.5

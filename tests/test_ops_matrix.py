@@ -1,0 +1,423 @@
+"""Every op, with every option, for every backend of `backends.TABLE`, against the float64 reference.
+
+Tolerances are the contract's, element by element: normals agree to 4e-6 * max(1, |eps|), and what follows from them
+to that times its sensitivity; the rest is the rounding of float32 operations: the implicit pull towards the prior, the
+longest chain, has eight.
+"""
+
+import math
+
+import pytest
+import torch
+from backends import PARAMETERS
+from workloads import SEED, Model, Options, make_model, normals, sample, step
+
+from distruction import ops
+from distruction.ops import cpp, reference
+from distruction.ops.reference.kl import kl_terms
+
+# The interpreter computes both sides of a choice, as a GPU does.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+EPS = 4e-6
+ROUNDING = 8 * 2.0**-24
+
+
+@pytest.fixture(params=PARAMETERS)
+def backend(request, monkeypatch):
+    reason = request.param.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    if request.param.instruction_set:
+        monkeypatch.setenv(cpp.ENVIRONMENT, request.param.instruction_set)
+    return request.param
+
+
+def error_of_normals(eps):
+    return EPS * eps.abs().clamp(min=1)
+
+
+def error_of_store(theta, dtype, stochastic=False):
+    """The rounding of a value to its type: half a unit in the last place, a whole one if it is stochastic."""
+    info = torch.finfo(dtype)
+    return theta.abs() * info.eps * (1.0 if stochastic else 0.5) + info.smallest_normal * info.eps
+
+
+def assert_close(ours, exact, allowed, what):
+    for i, (a, e, tolerance) in enumerate(zip(ours, exact, allowed, strict=True)):
+        excess = ((a.cpu().double() - e).abs() - tolerance).max().item() if e.numel() else -1.0
+        assert excess <= 0, f"{what}[{i}] is off by {excess:.3g} more than allowed"
+
+
+def check_step(backend, before, o, misaligned=False):
+    """One step of ``before`` by a backend: state, sample, statistics, counters and KL."""
+    exact, ours = before.to(dtype=torch.float64), before.to(backend.device, misaligned=misaligned)
+    expected = step(exact, o)
+    counters, kl = step(ours, o, backend)
+    assert counters == expected[0]
+    assert kl == pytest.approx(expected[1], rel=1e-5)
+    means, stds, params = [], [], []
+    for i, (mean, std, grad) in enumerate(zip(*(before[n] for n in ("mean", "std", "grad")), strict=True)):
+        mean, std, grad = mean.double(), std.double(), grad.double().abs()
+        largest = abs(o.loss_scale) * grad / (o.grad_scale or 1.0)
+        if o.statistics:
+            sums = before["m1"][i].double().abs() + before["m2"][i].double().abs()
+            largest = largest + abs(o.loss_scale) * sums
+        old, new = (normals(before, i, o.counters[0] + k, o.antithetic) for k in (0, 1))
+        # |delta log std| <= |delta a|, a = std * s2 / 2: its part by the normals and by rounding of its terms.
+        s2 = 0.5 * std * (largest * error_of_normals(old) + ROUNDING * largest * (1 + old.abs()))
+        stds.append(exact["std"][i] * (s2 + ROUNDING))
+        step_size = o.lr * std**2 * largest
+        moved = step_size.clamp(max=o.max_mean_step * std) + before["prior_mean"][i].double().abs() + mean.abs()
+        means.append(ROUNDING * moved)
+        theta = means[-1] + stds[-1] * new.abs() + exact["std"][i] * error_of_normals(new)
+        value = exact["param"][i]
+        dtype = before["param"][i].dtype
+        params.append(theta + ROUNDING * value.abs() + error_of_store(value, dtype, o.stochastic_rounding))
+    assert_close(ours["mean"], exact["mean"], means, "mean")
+    assert_close(ours["std"], exact["std"], stds, "std")
+    assert_close(ours["param"], exact["param"], params, "param")
+    for name in ("m1", "m2") if o.statistics else ():
+        assert not any(t.any() for t in ours[name])
+
+
+STEPS = {
+    "plain": Options(),
+    "statistics": Options(statistics=True, counters=(5, 2, 0)),
+    "no prior": Options(prior=False),
+    "no prior, statistics": Options(prior=False, statistics=True, counters=(5, 2, 0)),
+    "antithetic, first of a pair": Options(antithetic=True, counters=(4, 0, 0)),
+    "antithetic, second of a pair": Options(antithetic=True, counters=(5, 0, 0)),
+    "draw beyond 32 bits": Options(counters=(2**32 - 1, 0, 0)),
+    "grad_scale": Options(grad_scale=3.0, found_inf=0.0),
+    "grad_scale, statistics": Options(grad_scale=3.0, found_inf=0.0, statistics=True, counters=(5, 2, 0)),
+    "fixed mean": Options(learn_mean=False),
+    "fixed std": Options(learn_std=False),
+    "fixed mean, no prior": Options(learn_mean=False, prior=False),
+    "unbounded": Options(max_mean_step=math.inf, max_log_std_step=math.inf, max_std=math.inf, loss_scale=5.0),
+    "wide bounds": Options(max_mean_step=3.0, max_log_std_step=2.0, max_std=math.inf),
+    "prior alone": Options(kl_weight=1.0),
+    "maximize": Options(loss_scale=-50.0),
+}
+
+
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_step(backend, options):
+    check_step(backend, make_model("cpu"), options)
+
+
+@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize(
+    ("param", "grad", "stochastic"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float16, torch.float16, False),
+        (torch.float32, torch.bfloat16, False),
+    ],
+)
+def test_step_in_every_type(backend, param, grad, stochastic, misaligned):
+    model = make_model("cpu", param=param, grad=grad)
+    check_step(backend, model, Options(stochastic_rounding=stochastic), misaligned)
+
+
+def test_tensors_of_many_types_in_one_call(backend):
+    model = make_model("cpu")
+    for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16) * 2):
+        model["param"][i], model["grad"][-1 - i] = model["param"][i].to(dtype), model["grad"][-1 - i].to(dtype)
+    check_step(backend, model, Options())
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_accumulate(backend, antithetic):
+    before = make_model("cpu", grad=torch.bfloat16)
+    exact, ours = before.to(dtype=torch.float64), before.to(backend.device)
+
+    def run(model, op, *backend_name):
+        device = model["mean"][0].device
+        counters = torch.tensor([7, 1, 0], device=device)
+        lists = (model[name] for name in ("param", "m1", "m2", "grad", "mean", "std"))
+        generator = (model.offsets, model.streams, SEED, counters, antithetic, False)
+        op(*lists, *generator, *(torch.tensor(x, device=device) for x in (2.0, 0.0)), *backend_name)
+        assert counters.tolist() == [8, 2, 0]
+
+    run(exact, reference.accumulate)
+    run(ours, ops.accumulate, backend.name)
+    for i, grad in enumerate(before["grad"]):
+        old, new = (normals(before, i, d, antithetic) for d in (7, 8))
+        grad, std = 0.5 * grad.double().abs(), before["std"][i].double()
+        largest = grad + before["m1"][i].abs() + before["m2"][i].abs()
+        assert_close([ours["m1"][i]], [exact["m1"][i]], [ROUNDING * largest], "m1")
+        allowed = grad * error_of_normals(old) + ROUNDING * (1 + old.abs()) * largest
+        assert_close([ours["m2"][i]], [exact["m2"][i]], [allowed], "m2")
+        allowed = std * error_of_normals(new) + ROUNDING * (before["mean"][i].abs() + std * new.abs())
+        assert_close([ours["param"][i]], [exact["param"][i]], [allowed], "param")
+
+
+@pytest.mark.parametrize("draw", [4, 5])
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16])
+def test_updates_draw_what_sample_draws(backend, param, antithetic, draw):
+    model = make_model(backend.device, param=param)
+    options = Options(antithetic=antithetic, stochastic_rounding=param == torch.bfloat16, counters=(draw, 0, 0))
+    counters, _ = step(model, options, backend)
+    drawn = model.to(backend.device)
+    sample(drawn, counters, antithetic, options.stochastic_rounding, backend)
+    assert counters[0] == draw + 1
+    assert all(torch.equal(a, b) for a, b in zip(model["param"], drawn["param"], strict=True))
+
+
+@pytest.mark.parametrize("draw", [2, 3, 2**33 + 3])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_normals(backend, draw, antithetic):
+    n = 100_003
+    model = Model(
+        {
+            "param": [torch.empty(n, device=backend.device)],
+            "mean": [torch.zeros(n, device=backend.device)],
+            "std": [torch.ones(n, device=backend.device)],
+        },
+        (5,),
+        (4,),
+    )
+    sample(model, [draw, 0, 0], antithetic, backend=backend)
+    eps = normals(model, 0, draw, antithetic)
+    assert_close(model["param"], [eps], [error_of_normals(eps)], "eps")
+
+
+@pytest.mark.parametrize("cut", [1, 4, 1023, 4096])
+def test_shards_and_split_lists_update_as_the_whole(backend, cut):
+    whole = make_model(backend.device, (5001,), offsets=(6,), streams=(9,))
+    parts = {name: [t[0][:cut].clone(), t[0][cut:].clone()] for name, t in whole.tensors.items()}
+    both = Model(parts, (6, 6 + cut), (9, 9))
+    each = [Model({name: [t[k].clone()] for name, t in parts.items()}, (both.offsets[k],), (9,)) for k in range(2)]
+    _, kl = step(whole, Options(), backend)
+    _, kl_of_both = step(both, Options(), backend)
+    kls = [step(part, Options(), backend)[1] for part in each]
+    for name in ("mean", "std", "param"):
+        joined = torch.cat(both[name])
+        assert torch.equal(joined, torch.cat([part[name][0] for part in each])), name
+        if backend.instruction_set == "scalar":  # its compiler fuses multiplications and additions as it likes
+            assert torch.allclose(joined, whole[name][0], rtol=1e-6, atol=0), name
+        else:
+            assert torch.equal(joined, whole[name][0]), name
+    # Sums of up to four elements may be float32, and a cut may divide such a group.
+    assert kl_of_both == pytest.approx(kl, rel=1e-8)
+    assert sum(kls) == pytest.approx(kl, rel=1e-8)
+
+
+def test_twice_the_same_bits(backend):
+    models = [make_model(backend.device) for _ in range(2)]
+    results = [step(model, Options(statistics=True), backend) for model in models]
+    assert results[0] == results[1]
+    for name, tensors in models[0].tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, models[1][name], strict=True)), name
+
+
+def edge_floats():
+    """float16 and bfloat16 numbers as float32, their neighbours, and the midpoints between them; infinities, NaN."""
+    halves = torch.arange(-(2**15), 2**15, 17).short()
+    values = torch.cat([halves.view(torch.float16).float(), halves.view(torch.bfloat16).float()])
+    values = values[values.isfinite()]
+    halfway = (
+        (values.view(torch.int32) + 0x1000).view(torch.float32),
+        (values.view(torch.int32) + 0x8000).view(torch.float32),
+    )
+    around = torch.cat([values, *halfway])
+    infinity = torch.tensor(math.inf)
+    edges = torch.cat([around, torch.nextafter(around, infinity), torch.nextafter(around, -infinity)])
+    special = torch.tensor([math.inf, -math.inf, math.nan, 65519.99, 65520.0, -65520.0])
+    # The sample mean + 0 * eps is the mean but for subnormal numbers, which GPUs flush.
+    return torch.cat([edges[(edges.abs() >= 2.0**-126) | (edges == 0)], special])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stores_round_to_nearest_even(backend, dtype):
+    mean = edge_floats()
+    tensors = {"param": [torch.empty_like(mean, dtype=dtype)], "mean": [mean], "std": [torch.zeros_like(mean)]}
+    model = Model(tensors, (0,), (0,)).to(backend.device)
+    model.tensors["param"] = [torch.empty_like(model["mean"][0], dtype=dtype)]
+    sample(model, [0, 0, 0], backend=backend)
+    out, expected = model["param"][0].cpu(), mean.to(dtype)
+    number = ~mean.isnan()
+    # mean + 0 * eps turns -0 into +0 or keeps it, by the sign of eps.
+    assert torch.equal(out[number].float(), expected[number].float())
+    assert out[~number].isnan().all()
+
+
+def test_stochastic_rounding_is_the_references(backend):
+    mean = edge_floats()
+    mean = mean[mean.isfinite()]
+    models = []
+    for device in (backend.device, "cpu"):
+        out = torch.empty_like(mean, dtype=torch.bfloat16, device=device)
+        state = {"mean": [mean.to(device)], "std": [torch.zeros_like(mean, device=device)]}
+        models.append(Model({"param": [out], **state}, (3,), (0,)))
+    sample(models[0], [4, 0, 0], stochastic_rounding=True, backend=backend)
+    sample(models[1], [4, 0, 0], stochastic_rounding=True)
+    out, expected = (m["param"][0].cpu().float() for m in models)
+    assert torch.equal(out, expected)
+    assert not torch.equal(out, mean.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_gradient_is_read_exactly(backend, dtype):
+    grad = torch.arange(-(2**15), 2**15).short().view(dtype).to(backend.device)
+    param, m1, m2, mean, std = (torch.zeros(grad.shape, device=backend.device) for _ in range(5))
+    counters = torch.zeros(3, dtype=torch.int64, device=backend.device)
+    lists = ([t] for t in (param, m1, m2, grad, mean, std))
+    ops.accumulate(*lists, [0], [0], 1, counters, False, False, None, None, backend.name)
+    number = ~grad.isnan()
+    exact = grad.float()
+    if backend.device == "cuda" or backend.name == "triton":
+        # bfloat16's subnormal numbers may be flushed; float16's are normal in float32.
+        number &= (exact.abs() >= 2.0**-126) | (exact == 0)
+    assert torch.equal(m1[number], exact[number])
+    assert m1[grad.isnan()].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 17, 512, 513])
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16])
+def test_nothing_outside_a_tensor_is_written(backend, n, param):
+    model = make_model(backend.device, (n + 64,), param=param)
+    before = model.to(backend.device)
+    inner = Model({name: [t[0][32 : 32 + n]] for name, t in model.tensors.items()}, (0,), (0,))
+    step(inner, Options(statistics=True), backend)
+    for name, (t,) in model.tensors.items():
+        assert torch.equal(t[:32], before[name][0][:32]), name
+        assert torch.equal(t[32 + n :], before[name][0][32 + n :]), name
+        assert name in ("grad", "prior_mean", "prior_std") or not torch.equal(t, before[name][0])
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_of_its_element(backend, value, bounded, statistics):
+    model = make_model(backend.device, (100, 33))
+    model["grad"][0][17] = value
+    before = model.to(backend.device)
+    bound = 0.1 if bounded else math.inf
+    options = Options(statistics=statistics, loss_scale=1.0, max_mean_step=bound, max_log_std_step=bound, max_std=bound)
+    counters, kl = step(model, options, backend)
+    assert counters == [6, 0, 1]
+    assert math.isfinite(kl)
+    for name in ("mean", "std"):
+        changed = (model[name][0] != before[name][0]).nonzero().flatten().tolist()
+        assert 17 not in changed
+        assert len(changed) > 90
+
+
+def test_found_inf_changes_nothing(backend):
+    model = make_model(backend.device)
+    model["grad"][4][7] = math.inf
+    before = model.to(backend.device)
+    counters, kl = step(model, Options(statistics=True, found_inf=1.0, counters=(5, 2, 0)), backend)
+    assert counters == [5, 2, 0]
+    for name, tensors in model.tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before[name], strict=True)), name
+    exact = before.to("cpu", torch.float64)
+    lists = zip(*(exact[n] for n in ("mean", "std", "prior_mean", "prior_std")), strict=True)
+    assert kl == pytest.approx(sum(kl_terms(*t)[0].sum().item() for t in lists), rel=1e-5)
+
+
+@pytest.mark.parametrize("bound", [0.1, math.inf])
+def test_an_unbounded_update_keeps_std_positive(backend, bound):
+    model = make_model(backend.device, (4096,))
+    model["grad"][0].mul_(1e6)
+    exact = model.to("cpu", torch.float64)
+    options = Options(prior=False, max_mean_step=bound, max_log_std_step=bound, max_std=math.inf)
+    step(model, options, backend)
+    step(exact, options)
+    std = model["std"][0].cpu()
+    assert (std > 0).all()
+    # d log std / d log eps is at most 1, and eps near zero has an absolute error.
+    eps = normals(exact, 0, 5)
+    relative = error_of_normals(eps) / eps.abs() + 1e-6
+    assert ((std.double() / exact["std"][0]).log().abs() <= relative).all()
+
+
+def kl_lists(device):
+    ratio = torch.cat([torch.logspace(-3, 3, 31), 1 + torch.logspace(-6, -0.3, 15), 1 - torch.logspace(-6, -0.3, 15)])
+    prior_std = torch.full_like(ratio, 0.037)
+    std = (ratio.double() * 0.037).float()
+    moved = torch.linspace(-2, 2, len(ratio)) * (torch.arange(len(ratio)) % 3)
+    return [t.to(device) for t in (0.4 + 0.05 * moved, std, torch.full_like(ratio, 0.4), prior_std)]
+
+
+def test_kl_keeps_its_digits(backend):
+    lists = kl_lists(backend.device)
+    n = len(lists[0])
+    # One tensor per element in one call would hide an error in the sum; the step's partial sums are tested above.
+    for i in range(0, n, 3):
+        one = [[t[i : i + 1].clone()] for t in lists]
+        kl, (grad_mean,), (grad_std,) = ops.gaussian_kl(*one, backend=backend.name)
+        exact = reference.gaussian_kl(*([t.cpu().double() for t in tensors] for tensors in one))
+        assert kl.item() == pytest.approx(exact[0].item(), rel=1e-5, abs=1e-20)
+        assert grad_mean.item() == pytest.approx(exact[1][0].item(), rel=1e-5, abs=1e-12)
+        assert grad_std.item() == pytest.approx(exact[2][0].item(), rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_gaussian_kl(backend, misaligned):
+    model = make_model("cpu").to(backend.device, misaligned=misaligned)
+    lists = [model[n] for n in ("mean", "std", "prior_mean", "prior_std")]
+    kl, grad_mean, grad_std = ops.gaussian_kl(*lists, backend=backend.name)
+    exact = reference.gaussian_kl(*([t.cpu().double() for t in tensors] for tensors in lists))
+    assert kl.dtype == torch.float64
+    assert kl.item() == pytest.approx(exact[0].item(), rel=1e-5)
+    for i, (pm, ps, m, s) in enumerate(zip(*(lists[k] for k in (2, 3, 0, 1)), strict=True)):
+        pm, ps, m, s = (t.cpu().double() for t in (pm, ps, m, s))
+        assert_close([grad_mean[i]], [exact[1][i]], [ROUNDING * (m.abs() + pm.abs()) / ps**2], "grad_mean")
+        assert_close([grad_std[i]], [exact[2][i]], [ROUNDING * (s / ps**2 + 1 / s)], "grad_std")
+
+
+def test_kl_of_a_vanishing_std_is_infinite(backend):
+    zero, one = torch.zeros(8, device=backend.device), torch.ones(8, device=backend.device)
+    kl, _, _ = ops.gaussian_kl([zero], [zero.clone()], [zero.clone()], [one], backend=backend.name)
+    assert kl.item() == math.inf
+
+
+def test_empty_tensors_and_scalars(backend):
+    model = make_model(backend.device, (0, 1, 0))
+    model = Model(
+        {name: [t[0], t[1].reshape(()), t[2]] for name, t in model.tensors.items()}, model.offsets, model.streams
+    )
+    counters, kl = step(model, Options(), backend)
+    assert counters == [6, 0, 0]
+    assert math.isfinite(kl)
+    nothing = make_model(backend.device, (0, 0))
+    assert step(nothing, Options(), backend) == ([6, 0, 0], 0.0)
+
+
+def test_refusals_name_the_tensor_and_a_remedy(backend):
+    model = make_model(backend.device, (12, 12))
+    model["grad"][1] = torch.randn(24, device=backend.device)[::2]
+    with pytest.raises(ValueError, match=r"grad\[1\].*not contiguous.*reference"):
+        step(model, Options(), backend)
+    model = make_model(backend.device, (12,))
+    with pytest.raises(ValueError, match=r"mean\[0\] is torch.float64.*reference"):
+        step(model.to(backend.device, torch.float64), Options(), backend)
+    model["param"][0] = model["param"][0].double()
+    with pytest.raises(ValueError, match=r"param\[0\] is torch.float64"):
+        step(model, Options(), backend)
+
+
+def test_autograd_sees_the_writes(backend):
+    model = make_model(backend.device, (12,))
+    versions = {name: t[0]._version for name, t in model.tensors.items()}
+    step(model, Options(statistics=True), backend)
+    changed = {name for name, t in model.tensors.items() if t[0]._version != versions[name]}
+    assert changed == {"param", "mean", "std", "m1", "m2"}
+
+
+def test_opcheck(backend):
+    model = make_model(backend.device, (3, 70))
+    for t in model["mean"] + model["std"]:
+        t.requires_grad_()
+    lists = tuple(model[n] for n in ("mean", "std", "prior_mean", "prior_std"))
+    torch.library.opcheck(ops.gaussian_kl.default, lists, {"backend": backend.name})
+    model = make_model(backend.device, (3, 70))
+    counters = torch.tensor([1, 0, 0], device=backend.device)
+    arguments = (model["param"], model["mean"], model["std"], [0, 0], [0, 1], 1, counters, False, False)
+    torch.library.opcheck(ops.sample.default, arguments, {"backend": backend.name})
