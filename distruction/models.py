@@ -54,7 +54,7 @@ def create(
     if overlay and not Path(pretrained).is_file():
         raise UsageError(f"no pretrained weights at {pretrained}; save timm.create_model({name!r}, pretrained=True)'s")
     try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
         # timm leaves weights that the file lacks random, with a warning. (Its .npz files have names of their own.)
         found = set() if not overlay or str(pretrained).endswith(".npz") else set(load_state_dict(str(pretrained)))
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
