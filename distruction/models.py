@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -53,10 +54,19 @@ def create(
     if overlay and not Path(pretrained).is_file():
         raise UsageError(f"no pretrained weights at {pretrained}; save timm.create_model({name!r}, pretrained=True)'s")
     try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        # timm leaves weights that the file lacks random, with a warning. (Its .npz files have names of their own.)
+        found = set() if not overlay or str(pretrained).endswith(".npz") else set(load_state_dict(str(pretrained)))
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"the pretrained weights of {name} from {pretrained} cannot be used: {reason}") from error
+    head = {f"{model.default_cfg['classifier']}.{kind}" for kind in ("weight", "bias")}
+    lacking = sorted(set(model.state_dict()) - head - found) if found else []
+    if lacking:
+        raise UsageError(
+            f"{pretrained} cannot be used for {name}: it has no {', '.join(lacking[:3])}; is it of {name}?"
+        )
+    return model
 
 
 def resize_inputs(model: nn.Module, size: int) -> None:

@@ -113,6 +113,8 @@ def test_presets_are_grids(name):
         ("seeds = [", "is not TOML"),
         ("seed = [0]", "'seed' is unknown"),
         ("seeds = [0]", "has no network"),
+        (TINY.replace("[0, 1]", "[0, -1]"), "seeds must be integers >= 0"),
+        (re.sub("methods = .*", "methods = []", TINY), "methods is empty"),
         (TINY.replace('"ssd"', '"sdd"'), "method 'sdd' is unknown; choose baseline"),
         (TINY.replace("count = 20", ""), "has no count"),
         (TINY.replace('targets = ["3"]', ""), "has no targets"),
@@ -246,6 +248,7 @@ def test_failures_are_recorded_and_listed(finished, tmp_path):
     assert len(cells) == 18
     page = (out / "report" / "index.html").read_text()
     assert "4 jobs failed" in page
+    assert "cell digits full-class 3 finetune seed 0" in json.loads((out / "report" / "failures.json").read_text())
     assert "NonFiniteError" in page
 
 

@@ -111,8 +111,12 @@ def parse(text: str, where: str) -> Grid:
     for name in ("seeds", "network", "scenario"):
         if not table.get(name):
             raise UsageError(f"{where} has no {name}")
+    if not all(isinstance(seed, int) and seed >= 0 for seed in table["seeds"]):
+        raise UsageError(f"{where}: seeds must be integers >= 0, not {table['seeds']}")
     settings = table.get("method", {})
     names = tuple(table.get("methods", methods.REGISTRY))
+    if not names:
+        raise UsageError(f"{where}: methods is empty; leave it out for all of them")
     for name in {*names, *settings}:
         methods.get(name)
     for name, given in settings.items():

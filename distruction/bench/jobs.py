@@ -104,6 +104,9 @@ def cells(grid: Grid, context: Context) -> list[Job]:
     found: dict[str, Job] = {}
     for scenario in grid.scenarios:
         for target in scenario.targets:
+            # The forget set must be known to exist before hours of training start.
+            first = _cell(grid, context, scenario, target, grid.methods[0], {}, grid.seeds[0])
+            make_split(first.facts["model"], first.facts["split"], context)
             for name in grid.methods:
                 if scenario.name not in methods.get(name).scenarios:
                     continue
@@ -160,8 +163,6 @@ def _cell(
         "seed": seed,
     }
     split = {"scenario": scenario.name, "target": target, "count": scenario.count}
-    # The forget set must be known to exist before hours of training start.
-    make_split(model, split, context)
     facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
     facts["retrained"] = {"model": model, "split": split}
     if methods.get(method).needs_posterior:

@@ -77,6 +77,7 @@ def _write(
         sections.append({"heading": heading, "note": note, "tables": parts, "figures": pictures})
     (out / "summary.csv").write_text(tables.comma_separated(by_scenario))
     write_json(out / "results.json", _numbers(found))
+    write_json(out / "failures.json", {title: message for title, message in outcome.failures.values()})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((resources.files(__package__) / "page.html").read_text())
     shown = {metric for table in by_scenario.values() for row in table.values() for metric in row}
