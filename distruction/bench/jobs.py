@@ -176,7 +176,7 @@ def _cell(
 
 @functools.cache
 def _data(name: str, root: Path | None) -> tuple[Images, Images]:
-    return load(name)
+    return load(name, root)
 
 
 @functools.cache
