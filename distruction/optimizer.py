@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from . import ops
+from .distributed import all_reduce_
 from .errors import NonFiniteError, UsageError
 from .posterior import Posterior
+from .sharding import Pieces, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
 
 _POSITIVE = ("data_per_step", "max_mean_step", "max_log_std_step", "max_std")
 _ALWAYS_FUSED = "its step is always one fused op; choose an implementation with backend="
@@ -57,7 +60,11 @@ class BGD(torch.optim.Optimizer):
         learn_mean, learn_std: whether to update them.
         stochastic_rounding: round samples stochastically into bfloat16 parameters.
         maximize: ascend the loss.
-        seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone.
+        seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone, so all
+            ranks of a distributed run hold the same sample, whole or in shards (`torch.distributed.tensor.DTensor`).
+        sample_group: process group (``torch.distributed.group.WORLD``, say) whose ranks each draw ``mc_samples``
+            samples of their own: an update averages the statistics of size * ``mc_samples`` samples and of the
+            ranks' batches. The model's gradients must not be averaged over these ranks by anything else.
         backend: see `distruction.ops`.
 
     Raises:
@@ -93,23 +100,26 @@ class BGD(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         maximize: bool = False,
         seed: int = 0,
+        sample_group: Any = None,
         backend: str = "auto",
         **unknown: Any,
     ) -> None:
         for name in unknown:
             raise UsageError(f"BGD has no option {name!r}: {_REFUSED.get(name, 'see help(BGD) for those it has')}")
         if isinstance(std_init, Posterior):
-            largest = max(s.max().item() for s in std_init.stds.values())
+            cap = std_init.largest_std()
         elif 0 < std_init < math.inf:
-            largest = float(std_init)
+            cap = float(std_init)
         else:
             raise UsageError(f"std_init must be > 0 and finite, not {std_init}; 0.05 suits weights of order 0.1")
         self._initial = std_init
         self._prior = prior
+        self._sample_group = sample_group
         self._training = False
         # What a step changes besides tensors; a dict because torch.compile (2.8) cannot set an optimizer's attribute.
-        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": None}
+        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": []}
         self._counters: list[Tensor | None] = []
+        self._leads: dict[int, int] = {}
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._streams = 0
         defaults = {
@@ -120,7 +130,7 @@ class BGD(torch.optim.Optimizer):
             "kl_weight": kl_weight,
             "max_mean_step": max_mean_step,
             "max_log_std_step": max_log_std_step,
-            "max_std": largest if max_std is None else max_std,
+            "max_std": cap if max_std is None else max_std,
             "learn_mean": learn_mean,
             "learn_std": learn_std,
             "stochastic_rounding": stochastic_rounding,
@@ -183,6 +193,13 @@ class BGD(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if p.is_complex():
                 raise UsageError(f"parameter {names[i] if names else i} is complex; BGD is defined for real weights")
+            if self._sample_group is not None and is_sharded(p):
+                sampling = set(dist.get_process_group_ranks(self._sample_group))
+                if len(shared := sampling.intersection(p.device_mesh.mesh.flatten().tolist())) > 1:
+                    raise UsageError(
+                        f"parameter {names[i] if names else i} is spread over ranks {sorted(shared)} of sample_group, "
+                        "so that they must hold one sample; leave sample_group out, or name a group across the shards"
+                    )
 
     # --- modes -----------------------------------------------------------------------------------
 
@@ -201,13 +218,17 @@ class BGD(torch.optim.Optimizer):
         Raises:
             NonFiniteError: an update since the last check was not finite (the means are in place all the same).
         """
+        self._hold_means()
+        self.raise_if_nonfinite()
+
+    @torch.no_grad()
+    def _hold_means(self) -> None:
         for group in self.param_groups:
             group["training"] = False
             for p in group["params"]:
                 if p in self.state:
-                    p.copy_(self.state[p]["mean"])
+                    local(p).copy_(local(self.state[p]["mean"]))
         self._training = False
-        self.raise_if_nonfinite()
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
@@ -219,10 +240,14 @@ class BGD(torch.optim.Optimizer):
         self.train()
         try:
             yield
-            self._now["gradients_at_sample"] = True
-        finally:
+        except BaseException:
+            # Other ranks may not be here, so nothing that waits for them.
             if not was_training:
-                self.eval()
+                self._hold_means()
+            raise
+        self._now["gradients_at_sample"] = True
+        if not was_training:
+            self.eval()
 
     # --- the step --------------------------------------------------------------------------------
 
@@ -246,6 +271,10 @@ class BGD(torch.optim.Optimizer):
         """
         if closure is None:
             if not (self._training or self._now["gradients_at_sample"]):
+                if not self.state and all(group["lr"] == 0 for group in self.param_groups):
+                    # torch.distributed.checkpoint asks in this way for a state to load into.
+                    self._fill_state()
+                    return None
                 raise UsageError(
                     "the parameters hold the means, so their gradients say nothing about std: call opt.train() before "
                     "the forward pass (and opt.eval() before evaluation), or pass a closure to step"
@@ -263,9 +292,12 @@ class BGD(torch.optim.Optimizer):
                     with torch.enable_grad():
                         loss = closure()
                     self._consume()
-            finally:
+            except BaseException:
                 if not was_training:
-                    self.eval()
+                    self._hold_means()
+                raise
+            if not was_training:
+                self.eval()
         return loss
 
     def _consume(self) -> None:
@@ -273,113 +305,181 @@ class BGD(torch.optim.Optimizer):
         self._check_gradients()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        total: Tensor | None = None
+        self._now["gradients_at_sample"] = False
+        elsewhere: set[int] = set()
+        if self._sample_group is not None:
+            overflow, elsewhere = self._agree(found_inf)
+            if overflow:
+                return
+        kls = []
         for index, group in enumerate(self.param_groups):
             group["calls"] += 1
             last = group["calls"] >= group["mc_samples"]
             if last:
                 group["calls"] = 0
-            several = group["mc_samples"] > 1
-            active = [p for p in group["params"] if p.grad is not None or (several and "m1" in self.state.get(p, {}))]
+            several = self._has_statistics(group)
+            active = [
+                p
+                for p in group["params"]
+                if p.grad is not None or id(p) in elsewhere or (several and "m1" in self.state.get(p, {}))
+            ]
             if not active:
                 continue
-            device = active[0].device
-            state = [self._state(index, p) for p in active]
-            grads = [_contiguous(p.grad) if p.grad is not None else torch.zeros_like(p) for p in active]
-            outs = [
-                p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in active
-            ]
-            if several:
-                for s in state:
-                    if "m1" not in s:
-                        s["m1"], s["m2"] = torch.zeros_like(s["mean"]), torch.zeros_like(s["mean"])
-            mean, std = [s["mean"] for s in state], [s["std"] for s in state]
-            m1, m2 = ([s["m1"] for s in state], [s["m2"] for s in state]) if several else ([], [])
-            counters = self._counters_of(index, device)
-            generator = (
-                [0] * len(active),
-                self._streams_of(group, active),
-                group["seed"],
-                counters,
-                group["antithetic"],
-                group["stochastic_rounding"],
-            )
-            amp = (
-                None if grad_scale is None else grad_scale.to(device),
-                None if found_inf is None else found_inf.to(device),
-                group["backend"],
-            )
-            if last:
-                prior = [self._prior[name] for name in self._names_of(group, active)] if self._prior else []
-                kl = ops.step(
-                    outs,
-                    mean,
-                    std,
-                    grads,
-                    m1,
-                    m2,
-                    [m.to(device) for m, _ in prior],
-                    [s.to(device) for _, s in prior],
-                    self._scalar(index, "lr", device),
-                    self._scalar(index, "kl_weight", device),
-                    -group["data_per_step"] if group["maximize"] else group["data_per_step"],
-                    *generator,
-                    group["max_mean_step"],
-                    group["max_log_std_step"],
-                    group["max_std"],
-                    group["learn_mean"],
-                    group["learn_std"],
-                    *amp,
-                )
-                if prior:
-                    total = kl if total is None else total + kl.to(total.device)
-            else:
-                ops.accumulate(outs, m1, m2, grads, mean, std, *generator, *amp)
-            for p, out in zip(active, outs, strict=True):
-                if out is not p:
-                    p.copy_(out)
+            counters = self._counters_of(index, active[0].device)
+            layouts = _by_layout(active)
+            for number, params in enumerate(layouts, 1):
+                # One draw number serves the group: only the last call may advance it.
+                own = counters if number == len(layouts) else counters.clone()
+                kl = self._take(index, params, own, last, grad_scale, found_inf)
+                if own is not counters:
+                    counters[2] |= own[2]
+                if last and self._prior is not None:
+                    kls.append((kl, params[0]))
             # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
             taken = {id(p) for p in active}
             self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in taken])
-        self._now["gradients_at_sample"] = False
-        if total is not None:
-            self._now["kl"] = total
+        if kls:
+            self._now["kl"] = kls
         on_cpu = all(c is None or c.device.type == "cpu" for c in self._counters)
         if on_cpu and not torch.compiler.is_compiling():
             self.raise_if_nonfinite()
 
+    def _take(
+        self,
+        index: int,
+        params: list[Tensor],
+        counters: Tensor,
+        last: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """Accumulate the gradients of ``params`` or, with the last sample, update; returns the KL of what is here."""
+        group, device = self.param_groups[index], counters.device
+        state = [self._state(index, p) for p in params]
+        pieces = Pieces(params, self._streams_of(group, params))
+        held, buffers = zip(*(_held_and_out(p) for p in params), strict=True)
+        outs, grads = pieces.of(buffers), pieces.of([_gradient(p) for p in params])
+        mean, std = pieces.of([s["mean"] for s in state]), pieces.of([s["std"] for s in state])
+        m1: list[Tensor] = []
+        m2: list[Tensor] = []
+        if self._has_statistics(group):
+            for s in state:
+                _add_statistics(s)
+            m1, m2 = pieces.of([s["m1"] for s in state]), pieces.of([s["m2"] for s in state])
+        generator = (
+            pieces.offsets,
+            pieces.streams,
+            group["seed"],
+            counters,
+            group["antithetic"],
+            group["stochastic_rounding"],
+        )
+        amp = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
+        kl = None
+        if not last or self._sample_group is not None:
+            ops.accumulate(outs, m1, m2, grads, mean, std, *generator, *amp, group["backend"])
+            if not outs:
+                _advance(counters, False, amp[1])
+        if last:
+            if self._sample_group is not None:
+                # All samples are in the statistics now; the step takes one more gradient, so it gets a zero.
+                all_reduce_([*m1, *m2], self._sample_group)
+                ranks = dist.get_world_size(self._sample_group)
+                counters[0] += (ranks - 1) * group["mc_samples"] - 1
+                counters[1] = counters[1] * ranks - 1
+                grads, amp = [torch.zeros_like(g) for g in grads], [None, None]
+            prior = [self._prior[name] for name in self._names_of(group, params)] if self._prior is not None else []
+            kl = ops.step(
+                outs,
+                mean,
+                std,
+                grads,
+                m1,
+                m2,
+                pieces.of([m.to(device) for m, _ in prior]) if prior else [],
+                pieces.of([s.to(device) for _, s in prior]) if prior else [],
+                self._scalar(index, "lr", device),
+                self._scalar(index, "kl_weight", device),
+                -group["data_per_step"] if group["maximize"] else group["data_per_step"],
+                *generator,
+                group["max_mean_step"],
+                group["max_log_std_step"],
+                group["max_std"],
+                group["learn_mean"],
+                group["learn_std"],
+                *amp,
+                group["backend"],
+            )
+            if not outs:
+                _advance(counters, True, amp[1])
+        _copy_back(buffers, held)
+        return kl
+
+    def _agree(self, found_inf: Tensor | None) -> tuple[bool, set[int]]:
+        """Whether a gradient overflowed on any rank of ``sample_group``, and what has a gradient on any of them."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        flags = torch.tensor([False, *(p.grad is not None for p in params)], dtype=torch.int32, device=params[0].device)
+        if found_inf is not None:
+            flags[0] = found_inf.to(flags.device).reshape(()) != 0
+        overflow, *present = largest(flags, [self._sample_group]).tolist()
+        return bool(overflow), {id(p) for p, there in zip(params, present, strict=True) if there}
+
     @property
     def kl(self) -> Tensor | None:
-        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior."""
-        kl: Tensor | None = self._now["kl"]
-        return kl
+        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior.
+
+        Of sharded parameters it is summed when it is asked for, by all ranks together.
+        """
+        kls: list[tuple[Tensor, Tensor]] = self._now["kl"]
+        if not kls:
+            return None
+        parts = [sum_over_shards(kl, of) for kl, of in kls]
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
     def raise_if_nonfinite(self) -> None:
         """Raise if an update since the last call was refused because it was not finite; waits for the device.
 
+        Where parameters are sharded or ``sample_group`` is given, all ranks call it and all raise.
+
         Raises:
-            NonFiniteError: names the parameters whose gradient is not finite now.
+            NonFiniteError: says after which update, and names the parameters whose gradient is not finite now.
         """
-        flagged = [i for i, c in enumerate(self._counters) if c is not None and c[2].item()]
+        params = [p for group in self.param_groups for p in group["params"]]
+        groups = [*groups_of(params), *([] if self._sample_group is None else [self._sample_group])]
+        flags = [c is not None and c[2].item() for c in self._counters]
+        if groups:
+            device = local(params[0]).device
+            flags = largest(torch.tensor(flags, dtype=torch.int32, device=device), groups).tolist()
+        flagged = [i for i, flag in enumerate(flags) if flag]
+        if not flagged:
+            return
+        labels, bad = [], []
         for i in flagged:
-            self._counters[i][2] = 0  # type: ignore[index]
-        if flagged:
-            bad = [
-                name
-                for i in flagged
-                for name, p in zip(self._labels(self.param_groups[i]), self.param_groups[i]["params"], strict=True)
-                if p.grad is not None and not p.grad.isfinite().all()
-            ]
-            where = f"the gradient of {', '.join(bad[:5])}" if bad else "an update"
-            raise NonFiniteError(
-                f"{where} is NaN or infinite; the elements concerned kept their mean and std. Lower lr or std_init, "
-                "or look for the cause in the loss"
-            )
+            if (counters := self._counters[i]) is not None:
+                counters[2] = 0
+            labels += self._labels(self.param_groups[i])
+            bad += [p.grad is not None and not local(p.grad).isfinite().all() for p in self.param_groups[i]["params"]]
+        if groups:
+            bad = largest(torch.tensor(bad, dtype=torch.int32, device=device), groups).tolist()
+        names = [label for label, is_bad in zip(labels, bad, strict=True) if is_bad]
+        where = f"the gradient of {', '.join(names[:5])}" if names else "an update"
+        raise NonFiniteError(
+            f"{where} is NaN or infinite (found after update {self._updates(flagged[0])}); the elements concerned "
+            "kept their mean and std. Lower lr or std_init, or look for the cause in the loss"
+        )
+
+    def _updates(self, index: int) -> int:
+        """Updates made so far, told by the draws that they used."""
+        samples = self.param_groups[index]["mc_samples"]
+        if self._sample_group is not None:
+            samples *= dist.get_world_size(self._sample_group)
+        counters = self._counters[index]
+        return 0 if counters is None else (int(counters[0]) - self._leads[index]) // samples
 
     # --- state -----------------------------------------------------------------------------------
 
     def posterior(self) -> Posterior:
-        """A copy of the current means and stds by parameter name.
+        """A copy of the current means and stds by parameter name, sharded where the parameters are.
 
         Raises:
             UsageError: the optimizer was made without parameter names.
@@ -399,53 +499,99 @@ class BGD(torch.optim.Optimizer):
 
         The prior is not in it: pass the same one when the optimizer is made again.
         """
+        if self._sample_group is not None and any(group["calls"] for group in self.param_groups):
+            raise UsageError(
+                "between the samples of one update each rank holds statistics of its own (sample_group): take the "
+                "state_dict after the update"
+            )
         self._sync_counters()
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a `state_dict`; the parameters then hold what they held when it was made (sample or means)."""
+        self._check_state(state_dict)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; ours is float32 whatever the parameter is.
         params = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(indices, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                self.state[p][key] = value.to(p.device, copy=True)
+                placed = shard_like(value, p)
+                self.state[p][key] = placed.clone() if placed is value else placed
         self._counters = [None] * len(self.param_groups)
         self._scalars = {}
         if self.param_groups[0]["training"]:
             self.train()
         else:
-            self._training = False
-            for p in params:
-                if p in self.state:
-                    p.copy_(self.state[p]["mean"])
+            self._hold_means()
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that cannot be this optimizer's, before anything has changed."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(params) != len(indices):
+            return  # torch says so
+        for index, p in zip(indices, params, strict=True):
+            if any(is_sharded(t) and not is_sharded(p) for t in state_dict["state"].get(index, {}).values()):
+                raise UsageError(
+                    "the state is sharded and the parameters are not: save it with torch.distributed.checkpoint's "
+                    "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))"
+                )
+        for group in state_dict["param_groups"]:
+            held = [state_dict["state"].get(i, {}) for i in group["params"]]
+            if group["accumulated"] and not any("m1" in state for state in held):
+                raise UsageError(
+                    f"the state was saved after {group['accumulated']} of {group['mc_samples']} samples of an update, "
+                    "but their statistics are not in it; load it before the optimizer's first train()"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._sample_group is not None:
+            raise UsageError("an optimizer with sample_group cannot be copied or pickled; copy its state_dict")
         self._sync_counters()
         keys = ("_initial", "_prior", "_training", "_now", "_streams")
         return {**super().__getstate__(), **{k: getattr(self, k) for k in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._sample_group = None
+        self._leads = {}
         self._counters = [None] * len(self.param_groups)
         self._scalars = {}
         self._step_supports_amp_scaling = True
 
     def _sync_counters(self) -> None:
         self.raise_if_nonfinite()
-        for group, counters in zip(self.param_groups, self._counters, strict=True):
+        for index, counters in enumerate(self._counters):
             if counters is not None:
-                group["draw"], group["accumulated"], _ = counters.tolist()
+                group = self.param_groups[index]
+                draw, group["accumulated"], _ = counters.tolist()
+                group["draw"] = draw - self._leads[index]
 
     def _counters_of(self, index: int, device: torch.device) -> Tensor:
         counters = self._counters[index]
         if counters is None:
             group = self.param_groups[index]
-            counters = torch.tensor([group["draw"], group["accumulated"], 0], device=device)
+            self._leads[index] = self._lead(group)
+            counters = torch.tensor([group["draw"] + self._leads[index], group["accumulated"], 0], device=device)
             self._counters[index] = counters
         return counters
+
+    def _lead(self, group: dict[str, Any]) -> int:
+        """How many samples of an update are drawn by the ranks before this one."""
+        return 0 if self._sample_group is None else dist.get_rank(self._sample_group) * group["mc_samples"]
+
+    def _has_statistics(self, group: dict[str, Any]) -> bool:
+        return group["mc_samples"] > 1 or self._sample_group is not None
+
+    def _fill_state(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    state = self._state(index, p)
+                    if self._has_statistics(group):
+                        _add_statistics(state)
 
     def _scalar(self, index: int, name: str, device: torch.device) -> Tensor:
         """A group's option as a float32 scalar tensor on the device, written only when it changed."""
@@ -465,8 +611,7 @@ class BGD(torch.optim.Optimizer):
             group = self.param_groups[index]
             if isinstance(self._initial, Posterior):
                 mean, std = self._initial[self._names_of(group, [p])[0]]
-                state["mean"] = mean.to(p.device, copy=True)
-                state["std"] = std.to(p.device, copy=True)
+                state["mean"], state["std"] = shard_like(mean, p).clone(), shard_like(std, p).clone()
             else:
                 state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
                 state["std"] = torch.full_like(state["mean"], self._initial)
@@ -478,22 +623,21 @@ class BGD(torch.optim.Optimizer):
             return
         index = next(i for i, g in enumerate(self.param_groups) if g is group)
         state = [self._state(index, p) for p in params]
-        outs = [p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+        pieces = Pieces(params, self._streams_of(group, params))
+        held, outs = zip(*(_held_and_out(p) for p in params), strict=True)
         ops.sample(
-            outs,
-            [s["mean"] for s in state],
-            [s["std"] for s in state],
-            [0] * len(params),
-            self._streams_of(group, params),
+            pieces.of(outs),
+            pieces.of([s["mean"] for s in state]),
+            pieces.of([s["std"] for s in state]),
+            pieces.offsets,
+            pieces.streams,
             group["seed"],
             self._counters_of(index, params[0].device),
             group["antithetic"],
             group["stochastic_rounding"],
             group["backend"],
         )
-        for p, out in zip(params, outs, strict=True):
-            if out is not p:
-                p.copy_(out)
+        _copy_back(outs, held)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -516,5 +660,46 @@ class BGD(torch.optim.Optimizer):
         return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
 
 
-def _contiguous(grad: Tensor) -> Tensor:
-    return grad.detach().contiguous()
+def _by_layout(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parameters in lists that are spread over ranks in one way, so that a sum over each list has one meaning."""
+    lists: dict[Any, list[Tensor]] = {}
+    for p in params:
+        lists.setdefault(layout(p), []).append(p)
+    return list(lists.values())
+
+
+def _held_and_out(p: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank holds of ``p``, and where an op may write it: the same, or a contiguous buffer."""
+    held = local(p)
+    if held.is_contiguous():
+        return held, held
+    return held, torch.empty_like(held, memory_format=torch.contiguous_format)
+
+
+def _copy_back(outs: Sequence[Tensor], held: Sequence[Tensor]) -> None:
+    for out, t in zip(outs, held, strict=True):
+        if out is not t:
+            t.copy_(out)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """What this rank holds of the gradient, contiguous and without history; zero where there is none."""
+    if p.grad is None:
+        return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+    grad: Any = p.grad.detach()
+    if is_sharded(p) and layout(grad) != layout(p):
+        grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return local(grad).contiguous()
+
+
+def _add_statistics(state: dict[str, Tensor]) -> None:
+    for name in ("m1", "m2"):
+        if name not in state:
+            state[name] = torch.zeros_like(state["mean"])
+
+
+def _advance(counters: Tensor, last: bool, found_inf: Tensor | None) -> None:
+    """What an op does to ``counters``, for a rank whose shards are all empty."""
+    taken = 1 if found_inf is None else (found_inf.reshape(()) == 0).long()
+    counters[0] += taken
+    counters[1] = counters[1] * (1 - taken) if last else counters[1] + taken
