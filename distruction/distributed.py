@@ -19,6 +19,12 @@ def start() -> None:
         dist.init_process_group()
 
 
+def stop() -> None:
+    """Leave them again."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     """This process's number; 0 when it is alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -27,6 +33,43 @@ def rank() -> int:
 def size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether ``error`` is what a collective raises when another rank died, was too late or left it."""
+    if not dist.is_available():
+        return False
+    # Gloo raises bare RuntimeErrors, told by the source file in their text.
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/transport" in str(error))
+
+
+def agree(value: int, device: torch.device) -> bool:
+    """Whether ``value`` is the same on all ranks."""
+    if size() == 1:
+        return True
+    both = torch.tensor([value, -value], device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return bool(both[0] == -both[1])
+
+
+def of_first_rank(value: int, device: torch.device) -> int:
+    """Rank 0's ``value`` on all ranks."""
+    if size() == 1:
+        return value
+    told = torch.tensor(value, device=device)
+    dist.broadcast(told, 0)
+    return int(told)
+
+
+def gather_rows(rows: Tensor, start: int, total: int) -> Tensor:
+    """Rows ``start ..`` from this rank and the others from theirs; gradients flow to this rank's rows alone."""
+    if size() == 1:
+        return rows
+    whole = rows.new_zeros(total, *rows.shape[1:])
+    stop = start + len(rows)
+    whole[start:stop] = rows.detach()
+    dist.all_reduce(whole)
+    return torch.cat([whole[:start], rows, whole[stop:]])
 
 
 def all_reduce_(tensors: Sequence[Tensor], group: Any = None) -> None:

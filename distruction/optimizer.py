@@ -212,23 +212,23 @@ class BGD(torch.optim.Optimizer):
         self._training = True
 
     @torch.no_grad()
-    def eval(self) -> None:
+    def eval(self, *, check: bool = True) -> None:
         """Let the parameters hold the means.
+
+        Args:
+            check: call `raise_if_nonfinite`, which waits for the device and may wait for other ranks.
 
         Raises:
             NonFiniteError: an update since the last check was not finite (the means are in place all the same).
         """
-        self._hold_means()
-        self.raise_if_nonfinite()
-
-    @torch.no_grad()
-    def _hold_means(self) -> None:
         for group in self.param_groups:
             group["training"] = False
             for p in group["params"]:
                 if p in self.state:
                     local(p).copy_(local(self.state[p]["mean"]))
         self._training = False
+        if check:
+            self.raise_if_nonfinite()
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
@@ -243,7 +243,7 @@ class BGD(torch.optim.Optimizer):
         except BaseException:
             # Other ranks may not be here, so nothing that waits for them.
             if not was_training:
-                self._hold_means()
+                self.eval(check=False)
             raise
         self._now["gradients_at_sample"] = True
         if not was_training:
@@ -294,7 +294,7 @@ class BGD(torch.optim.Optimizer):
                     self._consume()
             except BaseException:
                 if not was_training:
-                    self._hold_means()
+                    self.eval(check=False)
                 raise
             if not was_training:
                 self.eval()
@@ -524,7 +524,7 @@ class BGD(torch.optim.Optimizer):
         if self.param_groups[0]["training"]:
             self.train()
         else:
-            self._hold_means()
+            self.eval(check=False)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that cannot be this optimizer's, before anything has changed."""

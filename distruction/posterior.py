@@ -108,6 +108,10 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Standard deviations by parameter name."""
         return self._stds
 
+    def is_sharded(self) -> bool:
+        """Whether the tensors are spread over ranks."""
+        return any(is_sharded(t) for t in self._means.values())
+
     def largest_std(self) -> float:
         """The largest standard deviation of any element, on any rank."""
         here = [local(s).max() for s in self._stds.values() if local(s).numel()]
@@ -232,7 +236,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         A sharded posterior is gathered one tensor at a time, by all ranks together, and rank 0 alone writes it.
         """
         tensors = {f"mean.{n}": t for n, t in self._means.items()} | {f"std.{n}": t for n, t in self._stds.items()}
-        if any(is_sharded(t) for t in tensors.values()):
+        if self.is_sharded():
             for name, t in tensors.items():
                 whole = gather(t)
                 if distributed.rank() == 0:

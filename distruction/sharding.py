@@ -13,16 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UsageError
 
 if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, distribute_tensor
 else:
 
     class DTensor:  # type: ignore[no-redef]
         """Stands in where PyTorch was built without torch.distributed: no tensor is one."""
+
+    class FSDPModule:  # type: ignore[no-redef]
+        """Likewise: no module is one."""
 
 
 Run = tuple[int, int, int]
@@ -120,6 +124,16 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
         return whole.to(like.device)
     part = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return part.clone()
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole parameters that a forward pass without a backward left in a ``fully_shard``-ed model.
+
+    The next forward pass would use them in place of what an optimizer wrote into the shards since.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather(t: Tensor) -> Tensor:
