@@ -496,6 +496,13 @@ def test_damaged_parquet(tmp_path, damage, message):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.usefixtures("pyarrow")
+def test_parquet_without_rows(tmp_path):
+    write_parquet(tmp_path, ["image", "label"], ["a", "b"], train=0, test=0)
+    with pytest.raises(UsageError, match=r"the Parquet files in .* have no rows"):
+        load(".", tmp_path)
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)

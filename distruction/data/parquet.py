@@ -43,6 +43,8 @@ def read(place: Path, side: int | None) -> Raw:
                 raise UsageError(f"{path} has other class names than the files before it; keep data sets apart")
             names = names or found
         counts.append(len(labels))
+    if not labels:
+        raise UsageError(f"the Parquet files in {place} have no rows")
     pixels, targets = decode(sources, side), torch.tensor(labels, dtype=torch.int64)
     if names is None:
         names = tuple(map(str, range(int(targets.max()) + 1)))
