@@ -4,6 +4,7 @@ import builtins
 import gzip
 import os
 import pickle
+import resource
 import shutil
 import tarfile
 from pathlib import Path
@@ -222,6 +223,50 @@ def test_dotted_names_are_refused(tmp_path):
     (tmp_path / "cifar-100-python/train").write_bytes(content)
     with pytest.raises(UsageError, match=r"asks for numpy\.ndarray\.__class__"):
         load("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        # The memo's entry 2**31 - 1; a bytearray of 2**40 bytes; a list in itself; a string that never ends.
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.",
+        b"\x80\x02}U\x04data]q\x00h\x00as.",
+        b"\x80\x02T\xff\xff\xff\x7fabc",
+    ],
+)
+def test_hostile_pickles_cost_nothing(tmp_path, content):
+    write_cifar(tmp_path, "cifar100")
+    (tmp_path / "cifar-100-python/test").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match=r"damaged|not a dictionary|not a uint8 array"):
+        load("cifar100", tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_mutated_pickles_are_read_or_refused(tmp_path):
+    write_cifar(tmp_path, "cifar100", train=12, test=6)
+    path = tmp_path / "cifar-100-python/train"
+    whole = path.read_bytes()
+    # What is not pixels: the opcodes before and behind them.
+    pixels = whole.index(dataset_files.cifar_files("cifar100", train=12, test=6)[2]["train"][0].tobytes())
+    places = [i for i in range(len(whole)) if not pixels <= i < pixels + 12 * 3072]
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        content = bytearray(whole)
+        for place in rng.choice(places, rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            train, _ = load("cifar100", tmp_path)
+        except UsageError:
+            refused += 1
+        else:
+            assert train.images.shape[1:] == (3, 32, 32)
+            assert len(train.images) == len(train.labels)
+            assert train.labels.max() < 100
+    assert refused > 50
 
 
 def edit(change):

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,10 +55,18 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds dictionaries, lists, strings, numbers and arrays of bytes; nothing that a pickle names is imported."""
+class _Unpickler(pickle._Unpickler):
+    """Builds dictionaries, lists, strings, numbers and arrays of bytes; nothing that a pickle names is imported.
 
-    _STANDINS: Mapping[tuple[str, str], Any] = {
+    Written in Python, because the one in C allocates a table of any size that a damaged file asks for.
+    """
+
+    # That opcode allocates what it is asked for, too.
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
+    _STANDINS: ClassVar[Mapping[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy", "ndarray"): _Array,
@@ -215,9 +223,11 @@ def _unpickle(file: Any, path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Bytes as text, in lists too, and an array as NumPy's."""
+    """Bytes as text, in a list too, and an array as NumPy's."""
     if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, _Array):
-        return value.value
+        return [_text(v) for v in value]
+    return value.value if isinstance(value, _Array) else _text(value)
+
+
+def _text(value: Any) -> Any:
     return value.decode("latin1") if isinstance(value, bytes) else value
