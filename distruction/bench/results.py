@@ -50,7 +50,7 @@ COLUMNS: dict[str, Column] = {
     "logits_forget": Column("logits on D_f", "distance of centred logits to retraining's", "low", "distance", 2),
     "logits_retain": Column("logits on D_r", "the same on the measured retain set", "low", "distance", 2),
     "zrf": Column("ZRF", "1 − JS to an untrained model on the forget set", "retrain", "distance", 3),
-    "relearn_steps": Column("relearn steps", "of training on the forget set until its accuracy is back", "retrain", "distance"),
+    "relearn_steps": Column("relearn steps", "of training on the forget set until it is back", "retrain", "distance"),
     "kl": Column("KL", "KL(q ‖ p) in nats", "low", "distance"),
     "seconds": Column("seconds", "wall time of the unlearning alone", "low", "cost"),
     "peak_memory_mib": Column("MiB", "most memory held beyond what was held before", "low", "cost", 0),
