@@ -23,7 +23,7 @@ from . import distributed
 from .errors import NonFiniteError, RankError, UsageError
 from .optimizer import BGD
 from .posterior import Posterior, learnable
-from .sharding import is_sharded, layout, reshard
+from .sharding import groups_of, is_sharded, largest, layout, local, reshard
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -139,7 +139,7 @@ class Checkpoint:
         return posterior, progress
 
     def save(self, optimizer: BGD, history: list[Step]) -> None:
-        """Write the optimizer's posterior and the history atomically, on rank 0; of a sharded one all ranks call it."""
+        """Write the optimizer's posterior and the history atomically."""
         posterior = optimizer.posterior()
         draw = optimizer.state_dict()["param_groups"][0]["draw"]
         posterior.metadata["checkpoint"] = {
@@ -148,8 +148,7 @@ class Checkpoint:
             "history": [asdict(s) for s in history],
         }
         assert self.path is not None
-        if distributed.rank() == 0 or posterior.is_sharded():
-            posterior.save(self.path)
+        posterior.save(self.path)
 
     def remove(self) -> None:
         """Delete the file: the run is done."""
@@ -229,12 +228,16 @@ class Batching:
 class Gradients:
     """Makes each rank's gradients those of the whole batch: by the model's wrapper, or by an all-reduce.
 
+    Attributes:
+        sharded: whether parameters are sharded over the ranks.
+
     Raises:
         UsageError: the model is sharded otherwise than by ``fully_shard`` over all ranks.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        params = list(learnable(model).values())
+        self._params = learnable(model)
+        params = list(self._params.values())
         sharded = [p for p in params if is_sharded(p)]
         wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
         for p in sharded:
@@ -245,6 +248,7 @@ class Gradients:
                     "prepare and forget know data parallel models alone (DistributedDataParallel, fully_shard over "
                     "all ranks); for others use BGD in a loop of your own"
                 )
+        self.sharded = bool(sharded)
         # Both wrappers average over the ranks where a sum is due.
         self._scale = distributed.size() if sharded or wrapped else 1
         self._ours = [] if wrapped or distributed.size() == 1 else [p for p in params if not is_sharded(p)]
@@ -256,6 +260,19 @@ class Gradients:
         distributed.all_reduce_(grads)
         if self._scale > 1 and grads:
             torch._foreach_div_(grads, self._scale)
+
+    @torch.no_grad()
+    def nonfinite(self) -> list[str]:
+        """Names of the parameters whose gradient is NaN or infinite, on any rank."""
+        held = {n: local(p.grad) for n, p in self._params.items() if p.grad is not None}
+        flags = torch.zeros(len(held), dtype=torch.int32, device=next(iter(self._params.values())).device)
+        filled = [i for i, g in enumerate(held.values()) if g.numel()]
+        if filled:
+            # One read of the gradients in a few launches; a maximum keeps NaN, and needs an element.
+            norms = torch._foreach_norm([g for g in held.values() if g.numel()], math.inf)
+            flags[filled] = (~torch.stack(norms).isfinite()).int()
+        largest(flags, groups_of(self._params.values()))
+        return [name for name, flag in zip(held, flags.tolist(), strict=True) if flag]
 
 
 def run(
@@ -324,6 +341,12 @@ def run(
                             "means. Lower lr, data_per_step or std_init, or look for the cause in the data"
                         )
                     gradients.backward(loss)
+                    if names := gradients.nonfinite():
+                        raise NonFiniteError(
+                            f"the gradient of {', '.join(names[:5])} is NaN or infinite at step {len(history) + 1}; "
+                            "the weights are the last good means. Lower lr, data_per_step or std_init, or look for "
+                            "the cause in the data"
+                        )
                     measured.append((loss.detach(), (logits.argmax(dim=-1) == batch.targets).float().mean()))
                     return loss
 
@@ -344,8 +367,9 @@ def run(
                     callback(history[-1])
                 bar.update(task, completed=len(history), description=f"{title} loss {history[-1].loss:.3f}")
                 if checkpoint.path is not None and len(history) < steps:
-                    due = time.monotonic() - saved >= checkpoint.seconds
-                    if distributed.of_first_rank(due, device):
+                    due = distributed.rank() == 0 and time.monotonic() - saved >= checkpoint.seconds
+                    # Shards are gathered by all ranks together; else rank 0 needs nobody.
+                    if distributed.of_first_rank(due, device) if gradients.sharded else due:
                         checkpoint.save(optimizer, history)
                         saved = time.monotonic()
         except BaseException as error:
