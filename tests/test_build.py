@@ -140,7 +140,7 @@ def test_kernels_pass_the_sanitizers(tree):
     # A write past the end, to know that the sanitizer is at work.
     probe = (
         "import torch; from distruction.ops import cpp; x = torch.zeros(5); y = torch.zeros(64)\n"
-        "m, _keep = cpp.native.model('cpp', {'mean': [y], 'std': [y]}, param=[x], "
+        "m, _keep = cpp.native.model({'mean': [y], 'std': [y]}, param=[x], "
         "counters=torch.zeros(3, dtype=torch.int64))\n"
         "cpp._kernels.launch('sample', m, x.device)\n"
     )

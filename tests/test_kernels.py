@@ -161,7 +161,7 @@ def planned(model):
 
 
 def test_one_launch_for_each_type_and_one_for_what_is_not_aligned():
-    aligned = make_model(DEVICE, (64, 0, 1000, 8))
+    aligned = make_model(DEVICE, (64, 0, 1000, 8), offsets=(0, 0, 4, 0))
     assert [launch.tensors for launch, _ in planned(aligned)] == [(0, 2, 3)]
     mixed = make_model(DEVICE, (64, 64, 66), offsets=(0, 4, 0))
     mixed["param"][1] = mixed["param"][1].bfloat16()
@@ -173,7 +173,7 @@ def test_one_launch_for_each_type_and_one_for_what_is_not_aligned():
 
 
 def test_tables_are_built_once_while_the_addresses_hold():
-    model = make_model(DEVICE, (64, 32))
+    model = make_model(DEVICE, (64, 32), offsets=(0, 4))
     ((_, first),) = planned(model)
     ((_, again),) = planned(model)
     assert all(first[name] is again[name] for name in ("records", "tensor_of_chunk", "fresh"))
@@ -184,7 +184,7 @@ def test_tables_are_built_once_while_the_addresses_hold():
 
 
 def test_a_graph_holds_the_addresses_that_are_new_and_refuses_a_new_model(monkeypatch):
-    model = make_model(DEVICE, (64, 32))
+    model = make_model(DEVICE, (64, 32), offsets=(0, 4))
     ((_, first),) = planned(model)
     monkeypatch.setattr(tables, "_capturing", lambda device: True)
     model["grad"][1] = model["grad"][1].clone()
@@ -192,7 +192,7 @@ def test_a_graph_holds_the_addresses_that_are_new_and_refuses_a_new_model(monkey
     assert captured["records"] is first["records"]
     assert captured["fresh"].tolist() == [g.data_ptr() for g in model["grad"]]
     with pytest.raises(RuntimeError, match="run the same step once before the capture"):
-        planned(make_model(DEVICE, (64, 32)))
+        planned(make_model(DEVICE, (64, 32), offsets=(0, 4)))
 
 
 def test_addresses_and_indices_beyond_32_bits():
