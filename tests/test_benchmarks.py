@@ -70,9 +70,9 @@ def test_quantiles_are_numpys():
 
 
 def test_ratios_and_files(tmp_path):
-    times = {"distruction (cpp)": 0.1, "eager": 1.5, harness.LIMIT: 0.08}
+    times = {"distruction (cpp)": 0.1, "eager": 1.5, harness.TRIAD: 0.08}
     timings = {name: harness.Timing(t, t, t, 3) for name, t in times.items()}
-    rows = harness.rows_of(timings, baseline="eager", model="m", parameters=10, threads=1, op="sample")
+    rows = harness.rows_of(timings, baseline="eager", limit=harness.TRIAD, model="m", parameters=10, threads=1, op="sample")
     assert (rows[0].median, rows[0].speedup, rows[0].of_limit) == (100.0, 15.0, 0.8)
     harness.write(tmp_path / "x", rows, {"command": "c", **harness.environment(torch.device("cpu"))})
     assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["speedup"] == 15.0

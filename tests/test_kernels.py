@@ -20,7 +20,8 @@ import triton.language as tl
 from backends import Backend
 
 from distruction import kernels
-from distruction.kernels import multi_tensor, philox, sample, tables
+from distruction.kernels import multi_tensor, philox, tables
+from distruction.kernels.sample import sample_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = Backend("triton", DEVICE)
@@ -207,7 +208,7 @@ def test_addresses_and_indices_beyond_32_bits():
     cells = [2**33 + n, 0, 0, 3, -before, *(address.get(name, 0) for name in tables.ARRAYS)]
     records = torch.tensor([cells], device=DEVICE)
     tensor_of_chunk = torch.zeros(math.ceil(n / chunk), dtype=torch.int32, device=DEVICE)
-    sample.sample_kernel[(len(tensor_of_chunk),)](
+    sample_kernel[(len(tensor_of_chunk),)](
         records,
         tensor_of_chunk,
         counters,
@@ -322,23 +323,28 @@ def test_the_environment_forces_triton(monkeypatch):
 
 
 def problem():
+    """A classifier of two tensors: the interpreter's time goes by their number."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).to(DEVICE)
+    layers = (torch.nn.Linear(6, 8, bias=False), torch.nn.Tanh(), torch.nn.Linear(8, 4, bias=False))
+    model = torch.nn.Sequential(*layers).to(DEVICE)
     inputs = torch.randn(32, 6, generator=generator).to(DEVICE)
-    targets = torch.randint(3, (32,), generator=generator).to(DEVICE)
+    targets = torch.randint(4, (32,), generator=generator).to(DEVICE)
     return model, inputs, targets
 
 
-@pytest.mark.parametrize("forgetting", [False, True], ids=["prepare", "forget"])
-@pytest.mark.parametrize("mc_samples", [1, 2])
+TRAJECTORY = 1e-5
+"""Relative, after fifty updates."""
+
+
+@pytest.mark.parametrize(("mc_samples", "forgetting"), [(1, False), (2, True)], ids=["prepare", "forget"])
 def test_fifty_steps_follow_the_reference(mc_samples, forgetting):
     posteriors = []
     for backend in ("reference", "triton"):
         model, inputs, targets = problem()
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
         options = {"std_init": 0.05, "data_per_step": 32.0, "mc_samples": mc_samples, "lr": 0.5}
         if forgetting:
-            start = {n: p.detach().clone() for n, p in model.named_parameters()}
             prior = distruction.Posterior(start, {n: torch.full_like(p, 0.05) for n, p in start.items()})
             options |= {"prior": prior, "kl_weight": 0.1, "std_init": prior}
         opt = distruction.BGD(model.named_parameters(), backend=backend, **options)
@@ -351,10 +357,12 @@ def test_fifty_steps_follow_the_reference(mc_samples, forgetting):
         opt.eval()
         posteriors.append(opt.posterior())
     expected, ours = posteriors
-    moved = 0.0
+    mean_moved = std_moved = 0.0
     for name, mean in expected.means.items():
         std = expected.stds[name]
-        assert ((ours.means[name] - mean).norm() / mean.norm()) <= 1e-5
-        assert ((ours.stds[name] - std).abs() / std).max() <= 1e-5
-        moved = max(moved, (std / 0.05).log().abs().max().item())
-    assert moved > 0.5
+        assert ((ours.means[name] - mean).norm() / mean.norm()) <= TRAJECTORY
+        assert ((ours.stds[name] - std).abs() / std).max() <= TRAJECTORY
+        mean_moved = max(mean_moved, ((mean - start[name]).norm() / mean.norm()).item())
+        std_moved = max(std_moved, (std / 0.05).log().abs().max().item())
+    # Far beyond the tolerance, or the start alone would pass.
+    assert min(mean_moved, std_moved) > 1000 * TRAJECTORY
