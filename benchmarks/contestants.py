@@ -1,8 +1,9 @@
 """What is timed: the ops of this library and their peers, on the tensors of a whole model, for CPU and GPU alike.
 
 The peers do the same work by other means. `Op.make` gives an op's contestants: ours, one per backend, and the
-peers, of which "eager" is the baseline; `training_steps` gives whole training steps. All share the tensors of one `Workload`, whose values stay harmless
-(small steps, no subnormal numbers), since time does not depend on them.
+peers, of which "eager" is the baseline; `training_steps` gives whole training steps. An op's contestants share the
+tensors of one `Workload`, whose values stay harmless (small steps, no subnormal numbers), since time does not depend
+on them.
 """
 
 import contextlib
@@ -469,7 +470,7 @@ class Op:
 
     def make(self, w: Workload, backends: Sequence[str]) -> dict[str, Contestant]:
         """The contestants by name; a peer whose package is not installed is left out."""
-        made = {}
+        made: dict[str, Contestant] = {}
         for name, maker in self.makers(backends).items():
             with contextlib.suppress(ImportError):
                 made |= {name + suffix: run for suffix, run in maker(w).items()}

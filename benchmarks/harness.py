@@ -220,7 +220,7 @@ class Row:
     low: float
     high: float
     rounds: int
-    speedup: float  # the baseline's median / this one's
+    speedup: float | None  # the baseline's median / this one's
     of_limit: float | None  # the median of a triad or copy of the op's bytes / this one's
     host: float | None = None  # `host_time`
     launches: int | None = None
@@ -238,9 +238,10 @@ def rows_of(
     op: str,
     details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """The results of one `measure`, which timed ``baseline`` and ``limit`` among others.
+    """The results of one `measure`.
 
     Args:
+        baseline, limit: the contestants that the ratios are to; ``None`` for one that was not timed.
         details: contestant to further fields of its row.
     """
     return [
@@ -254,12 +255,16 @@ def rows_of(
             low=_milliseconds(t.low),
             high=_milliseconds(t.high),
             rounds=t.rounds,
-            speedup=round(timings[baseline].median / t.median, 3),
-            of_limit=None if limit is None else round(timings[limit].median / t.median, 3),
+            speedup=_ratio(timings, baseline, t),
+            of_limit=_ratio(timings, limit, t),
             **(details or {}).get(name, {}),
         )
         for name, t in timings.items()
     ]
+
+
+def _ratio(timings: Mapping[str, Timing], of: str | None, to: Timing) -> float | None:
+    return None if of is None or of not in timings else round(timings[of].median / to.median, 3)
 
 
 def _milliseconds(seconds: float) -> float:
