@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +33,27 @@ ARRAYS = ("param", "mean", "std", "m1", "m2", "prior_mean", "prior_std")
 
 INTERPRETED = not isinstance(finish_kernel, triton.JITFunction)
 """Whether Triton interprets the kernels, on the CPU: TRITON_INTERPRET=1 was set when they were defined."""
+
+
+@triton.jit
+def _count(end, out):
+    for i in range(tl.load(end)):
+        tl.store(out, i + 1)
+
+
+@functools.cache
+def interpreter_fails() -> str | None:
+    """Why Triton's interpreter cannot run the kernels' loops, or ``None`` where it can."""
+    out = torch.zeros((), dtype=torch.int32)
+    try:
+        _count[(1,)](torch.tensor(2, dtype=torch.int32), out)
+    except Exception as error:
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {np.__version__} ({error}); "
+            "older versions of Triton want numpy<2.4"
+        )
+    return None if out.item() == 2 else f"the interpreter of Triton {triton.__version__} miscounts a loop"
+
 
 TARGET = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
 

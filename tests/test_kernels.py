@@ -11,6 +11,7 @@ from workloads import Options, make_model, normals, step
 
 import distruction
 from distruction.ops import backends, reference
+from distruction.ops.reference.philox import philox as reference_philox
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -85,6 +86,14 @@ def our_normals(radius_words, angle_words):
     out = [torch.empty(n, device=DEVICE) for _ in range(3)]
     normals_kernel[(n // 1024,)](*words, *out, N=1024, TARGET=tables.TARGET)
     return [t[: len(radius_words)].cpu() for t in out]
+
+
+def test_words_are_the_references_bit_for_bit():
+    n = 1024
+    counters = torch.randint(2**32, (4, n), generator=torch.Generator().manual_seed(0))
+    out = torch.empty(4, n, dtype=torch.int64, device=DEVICE)
+    words_kernel[(1,)](counters.to(DEVICE), out, tables.key_schedule(-77), N=n)
+    assert torch.equal(out.cpu(), torch.stack(reference_philox(tuple(counters), -77)))
 
 
 @triton.jit
