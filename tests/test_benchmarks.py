@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks import contestants, gpu, harness
+from benchmarks import contestants, gpu, harness, profile
 from distruction.ops import backends
 
 ROOT = Path(__file__).parents[1]
@@ -264,6 +265,42 @@ def test_the_tests_outcome_is_counted(tmp_path, monkeypatch):
     counts = gpu.run_tests(session)
     assert counts == {"passed": 4, "failures": 2, "errors": 1, "skipped": 3}
     assert "the tests" in session.failed
+
+
+# --- the profile -------------------------------------------------------------------------------------
+
+needs_cpp = pytest.mark.skipif(
+    backends.unavailable("cpp", "cpu") is not None, reason=str(backends.unavailable("cpp", "cpu"))
+)
+
+
+@needs_cpp
+def test_the_profile_names_the_larger_of_arithmetic_and_memory():
+    times = profile.limits("step with prior", 2 * profile.IN_CACHE, 2, rounds=3)
+    assert set(times) == {profile.MEMORY, profile.CACHE, harness.TRIAD}
+    assert all(t > 0 for t in times.values())
+    known = {profile.MEMORY: 10.0, profile.CACHE: 8.0, harness.TRIAD: 5.0}
+    text = profile.lines_of("an op", known, [(60.0, "update_piece")])
+    assert "arithmetic is the limit, 80% of the time" in text
+    assert "  60.0 %  update_piece" in text
+
+
+def test_what_is_worked_off_in_the_cache_is_as_much_but_the_same():
+    workload = profile.in_cache(8 * profile.IN_CACHE, 2)
+    assert workload.numel == 8 * profile.IN_CACHE
+    assert [t.data_ptr() for t in workload.std] == [workload.std[i].data_ptr() for i in (0, 0, 0, 0, 4, 4, 4, 4)]
+
+
+@needs_cpp
+@pytest.mark.skipif(shutil.which("perf") is None, reason="perf is not installed")
+def test_perf_finds_the_kernels_functions():
+    run = contestants.our_step(profile.in_cache(64 * profile.IN_CACHE, 1), "cpp", True)[""]
+    try:
+        shares = profile.functions(run, 1.0)
+    except RuntimeError as refused:
+        pytest.skip(str(refused))
+    assert any("update_piece" in name for _, name in shares)
+    assert 0 < sum(share for share, _ in shares) <= 101
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)
