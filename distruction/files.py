@@ -1,12 +1,16 @@
-"""Files that are there whole or not at all, and whose bytes depend on their contents alone."""
+"""Files that are there whole or not at all, whose bytes depend on their contents alone, and which a checksum guards."""
 
+import glob
 import json
 import os
+import re
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,9 +19,13 @@ _KEY = "distruction"
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it over ``path``."""
+    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it over ``path``.
+
+    A process that is killed at any moment leaves the old file or the new one, and at worst a temporary file, which
+    `remove_leftovers` deletes.
+    """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=_SUFFIX)
     try:
         os.close(handle)
         write(name)
@@ -28,6 +36,31 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete temporary files of writers of ``path`` that were killed; there must be no other writer now."""
+    path = Path(path)
+    for name in path.parent.glob(f"{glob.escape(_prefix(path))}*{_SUFFIX}"):
+        name.unlink(missing_ok=True)
+
+
+_SUFFIX = ".tmp"
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}."
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power failure, where folders can be synced."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:
@@ -39,13 +72,27 @@ def _umask() -> int:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, format: str, facts: Mapping[str, Any]
 ) -> None:
-    """Write a safetensors file atomically; ``format`` and the JSON-able ``facts`` go into its header.
+    """Write a safetensors file atomically; ``format``, the JSON-able ``facts`` and a checksum go into its header.
 
     They share one header entry, because safetensors writes several in random order.
+
+    Raises:
+        OSError: the disk is full, the folder is missing or read-only, ...; the file is as it was before.
     """
-    header = {_KEY: json.dumps({"format": format, **facts})}
+    path = Path(path)
     copies = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    write_atomically(path, lambda name: save_file(copies, name, header))
+    facts = json.loads(json.dumps(facts))  # as they will be read: tuples are lists, keys are strings
+    header = {_KEY: json.dumps({"format": format, "crc32": _checksum(format, facts, copies), **facts})}
+
+    def write(name: str) -> None:
+        try:
+            save_file(copies, name, header)
+        except SafetensorError as error:
+            # It wraps the operating system's errors, whose number is in the text.
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), str(path)) from error
+
+    write_atomically(path, write)
 
 
 def load_tensors(
@@ -57,11 +104,37 @@ def load_tensors(
         ValueError: the file is damaged, or of another format; says which.
     """
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            found = facts.pop("format", None)
-            if found == format:
-                return {n: file.get_tensor(n) for n in file.keys()}, facts  # noqa: SIM118 (not a dict)
-    except (SafetensorError, TypeError, AttributeError, ValueError, OSError) as error:
+            found, checksum = facts.pop("format", None), facts.pop("crc32", None)
+            # Copies, because safetensors maps the file, which somebody may overwrite or cut.
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()} if found == format else {}  # noqa: SIM118
+    except (SafetensorError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    raise ValueError(f"{path} has format {found!r}, expected {format!r}")
+    if found != format:
+        raise ValueError(_another_format(path, found, format))
+    if checksum != _checksum(format, facts, tensors):
+        raise ValueError(f"{path} is damaged: its checksum is wrong")
+    return {n: t.to(device) for n, t in tensors.items()}, facts
+
+
+def _another_format(path: str | os.PathLike[str], found: Any, expected: str) -> str:
+    kind, _, version = expected.rpartition("-")
+    theirs = found.rpartition("-") if isinstance(found, str) else ("", "", "")
+    if theirs[0] == kind and theirs[2].isdecimal():
+        if int(theirs[2]) > int(version):
+            return f"{path} has format {found!r}, newer than {expected!r}; upgrade distruction"
+        return f"{path} has format {found!r}, of an older version of distruction that wrote no {expected!r}"
+    return f"{path} has format {found!r}, expected {expected!r}"
+
+
+def _checksum(format: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the format, the facts, and names, types, shapes and bytes of the tensors.
+
+    A damaged bit in the data would otherwise load as a weight that is wrong by a little or a lot.
+    """
+    crc = zlib.crc32(json.dumps([format, facts], sort_keys=True).encode())
+    for name, t in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name}:{t.dtype}:{tuple(t.shape)};".encode(), crc)
+        crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc

@@ -100,7 +100,7 @@ def forget(
             mc_samples=mc_samples,
             prior=prior,
             kl_weight=kl_weight,
-            max_std=max(s.max().item() for s in prior.stds.values()),
+            max_std=prior.largest_std(),
             seed=seed,
             backend=backend,
         )

@@ -6,6 +6,7 @@ in `distruction.ops.reference.step`.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,10 @@ from torch import Tensor
 from . import ops
 from .errors import NonFiniteError, UsageError
 from .posterior import Posterior
+
+STREAMED_ELEMENTS = 2**24
+"""Elements of a prior that is not at hand in float32 which are restored at a time, in whole tensors: 64 MiB each for
+mean and std."""
 
 _POSITIVE = ("data_per_step", "max_mean_step", "max_log_std_step", "max_std")
 _ALWAYS_FUSED = "its step is always one fused op; choose an implementation with backend="
@@ -48,7 +53,8 @@ class BGD(torch.optim.Optimizer):
             ``step(closure)``. More than one keeps two more buffers per parameter.
         antithetic: draw eps and -eps in turn, which cancels noise in the statistics of an even K.
         prior: the frozen posterior of preparation. With it the objective is
-            (1 - kl_weight) * data_per_step * loss + kl_weight * KL(q || prior).
+            (1 - kl_weight) * data_per_step * loss + kl_weight * KL(q || prior). A prior that is compressed or on
+            another device (`Posterior.compress`, `Posterior.to`) stays so, and each step restores it piece by piece.
         kl_weight: lambda in [0, 1], float or scalar tensor; used with ``prior`` only.
         max_mean_step: trust region, largest |change of mean| per step in units of std (infinity: off).
         max_log_std_step: trust region, largest |change of log std| per step (infinity: off).
@@ -59,6 +65,10 @@ class BGD(torch.optim.Optimizer):
         maximize: ascend the loss.
         seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone.
         backend: see `distruction.ops`.
+        release_gradients: take each parameter's gradient inside ``backward`` as soon as it is complete, and drop it:
+            the same bits without the gradients' memory. Each backward pass is then one Monte Carlo sample, followed
+            by one ``step()``; gradient accumulation, clipping and GradScaler, which need the gradients of the whole
+            model, do not go with it. Where ``backward`` raises, part of the model is updated: load a state_dict.
 
     Raises:
         UsageError: an option is out of range, or names are needed and missing.
@@ -94,12 +104,13 @@ class BGD(torch.optim.Optimizer):
         maximize: bool = False,
         seed: int = 0,
         backend: str = "auto",
+        release_gradients: bool = False,
         **unknown: Any,
     ) -> None:
         for name in unknown:
             raise UsageError(f"BGD has no option {name!r}: {_REFUSED.get(name, 'see help(BGD) for those it has')}")
         if isinstance(std_init, Posterior):
-            largest = max(s.max().item() for s in std_init.stds.values())
+            largest = std_init.largest_std()
         elif 0 < std_init < math.inf:
             largest = float(std_init)
         else:
@@ -112,6 +123,12 @@ class BGD(torch.optim.Optimizer):
         self._counters: list[Tensor | None] = []
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._streams = 0
+        self._release_gradients = release_gradients
+        # By group: the parameters whose gradients were released since the last step, and before it; the counters after
+        # each, and its KL.
+        self._taken: list[list[tuple[Tensor, Tensor, Tensor | None]]] = []
+        self._released: list[list[tuple[Tensor, Tensor, Tensor | None]]] = []
+        self._position: dict[Tensor, int] = {}
         defaults = {
             "lr": lr,
             "data_per_step": data_per_step,
@@ -149,6 +166,11 @@ class BGD(torch.optim.Optimizer):
         self._streams = group["first_stream"] + len(group["params"])
         group["training"] = self._training
         self._counters.append(None)
+        self._taken.append([])
+        self._released.append([])
+        self._position |= {p: i for i, p in enumerate(group["params"])}
+        if self._release_gradients:
+            self._release_from(len(self.param_groups) - 1)
         if self._training:
             self._draw(group, group["params"])
 
@@ -176,7 +198,7 @@ class BGD(torch.optim.Optimizer):
                 if names is None:
                     raise UsageError(f"{what} goes by parameter names: pass model.named_parameters() to BGD")
                 for name, p in zip(names, group["params"], strict=True):
-                    if p.requires_grad and (name not in source or source.means[name].shape != p.shape):
+                    if p.requires_grad and source.shapes.get(name) != p.shape:
                         raise UsageError(
                             f"{what} has no parameter {name} of shape {tuple(p.shape)}; is it of this model?"
                         )
@@ -273,80 +295,167 @@ class BGD(torch.optim.Optimizer):
         self._check_gradients()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if self._release_gradients and (grad_scale is not None or found_inf is not None):
+            raise UsageError(
+                "a GradScaler needs the gradients of the whole model before the update, which release_gradients has "
+                "made by then; use bfloat16, or release_gradients=False"
+            )
         total: Tensor | None = None
         for index, group in enumerate(self.param_groups):
-            group["calls"] += 1
-            last = group["calls"] >= group["mc_samples"]
-            if last:
-                group["calls"] = 0
+            last = _is_last(group)
+            group["calls"] = 0 if last else group["calls"] + 1
             several = group["mc_samples"] > 1
-            active = [p for p in group["params"] if p.grad is not None or (several and "m1" in self.state.get(p, {}))]
-            if not active:
-                continue
-            device = active[0].device
-            state = [self._state(index, p) for p in active]
-            grads = [_contiguous(p.grad) if p.grad is not None else torch.zeros_like(p) for p in active]
-            outs = [
-                p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in active
+            taken, self._taken[index] = self._taken[index], []
+            self._released[index] = taken
+            released = {id(p) for p, _, _ in taken}
+            active = [
+                p
+                for p in group["params"]
+                if id(p) not in released and (p.grad is not None or (several and "m1" in self.state.get(p, {})))
             ]
-            if several:
-                for s in state:
-                    if "m1" not in s:
-                        s["m1"], s["m2"] = torch.zeros_like(s["mean"]), torch.zeros_like(s["mean"])
-            mean, std = [s["mean"] for s in state], [s["std"] for s in state]
-            m1, m2 = ([s["m1"] for s in state], [s["m2"] for s in state]) if several else ([], [])
-            counters = self._counters_of(index, device)
-            generator = (
-                [0] * len(active),
-                self._streams_of(group, active),
-                group["seed"],
-                counters,
-                group["antithetic"],
-                group["stochastic_rounding"],
-            )
-            amp = (
-                None if grad_scale is None else grad_scale.to(device),
-                None if found_inf is None else found_inf.to(device),
-                group["backend"],
-            )
-            if last:
-                prior = [self._prior[name] for name in self._names_of(group, active)] if self._prior else []
-                kl = ops.step(
-                    outs,
-                    mean,
-                    std,
-                    grads,
-                    m1,
-                    m2,
-                    [m.to(device) for m, _ in prior],
-                    [s.to(device) for _, s in prior],
-                    self._scalar(index, "lr", device),
-                    self._scalar(index, "kl_weight", device),
-                    -group["data_per_step"] if group["maximize"] else group["data_per_step"],
-                    *generator,
-                    group["max_mean_step"],
-                    group["max_log_std_step"],
-                    group["max_std"],
-                    group["learn_mean"],
-                    group["learn_std"],
-                    *amp,
-                )
-                if prior:
+            if not active and not taken:
+                continue
+            counters = self._counters_of(index, (active or [taken[0][0]])[0].device)
+            pieces = self._pieces(group, active, last)
+            ends = [after for _, after, _ in taken]
+            kls = [kl for _, _, kl in taken]
+            for piece in pieces:
+                # Each piece starts from the same draw; one piece that is the whole group needs no copy.
+                after = _fork(counters) if len(pieces) > 1 or taken else counters
+                kls.append(self._take(index, piece, after, last, grad_scale, found_inf))
+                ends.append(after)
+            if ends[0] is not counters:
+                _join(counters, ends)
+            for kl in kls:
+                if kl is not None:
                     total = kl if total is None else total + kl.to(total.device)
-            else:
-                ops.accumulate(outs, m1, m2, grads, mean, std, *generator, *amp)
-            for p, out in zip(active, outs, strict=True):
-                if out is not p:
-                    p.copy_(out)
             # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
-            taken = {id(p) for p in active}
-            self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in taken])
+            drawn = released | {id(p) for p in active}
+            self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in drawn])
         self._now["gradients_at_sample"] = False
         if total is not None:
             self._now["kl"] = total
         on_cpu = all(c is None or c.device.type == "cpu" for c in self._counters)
         if on_cpu and not torch.compiler.is_compiling():
             self.raise_if_nonfinite()
+
+    def _take(
+        self,
+        index: int,
+        params: Sequence[Tensor],
+        counters: Tensor,
+        last: bool,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Tensor | None:
+        """Take the gradients of parameters of one group and draw their next sample; the KL after an update with prior.
+
+        Args:
+            index: the group's.
+            params: with a gradient, or without one in this sample but with one in an earlier sample of the update.
+            counters: of the group; advanced in place.
+            last: whether this sample completes the update.
+            grad_scale, found_inf: a GradScaler's.
+        """
+        group = self.param_groups[index]
+        device = params[0].device
+        state = [self._state(index, p) for p in params]
+        grads = [_contiguous(p.grad) if p.grad is not None else torch.zeros_like(p) for p in params]
+        outs = [p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+        several = group["mc_samples"] > 1
+        if several:
+            for s in state:
+                if "m1" not in s:
+                    s["m1"], s["m2"] = torch.zeros_like(s["mean"]), torch.zeros_like(s["mean"])
+        mean, std = [s["mean"] for s in state], [s["std"] for s in state]
+        m1, m2 = ([s["m1"] for s in state], [s["m2"] for s in state]) if several else ([], [])
+        generator = (
+            [0] * len(params),
+            self._streams_of(group, params),
+            group["seed"],
+            counters,
+            group["antithetic"],
+            group["stochastic_rounding"],
+        )
+        amp = (
+            None if grad_scale is None else grad_scale.to(device),
+            None if found_inf is None else found_inf.to(device),
+            group["backend"],
+        )
+        kl: Tensor | None = None
+        if last:
+            names = self._names_of(group, params) if self._prior is not None else []
+            prior = [self._prior.fetch(name, device) for name in names] if self._prior is not None else []
+            total = ops.step(
+                outs,
+                mean,
+                std,
+                grads,
+                m1,
+                m2,
+                [m for m, _ in prior],
+                [s for _, s in prior],
+                self._scalar(index, "lr", device),
+                self._scalar(index, "kl_weight", device),
+                -group["data_per_step"] if group["maximize"] else group["data_per_step"],
+                *generator,
+                group["max_mean_step"],
+                group["max_log_std_step"],
+                group["max_std"],
+                group["learn_mean"],
+                group["learn_std"],
+                *amp,
+            )
+            kl = total if prior else None
+        else:
+            ops.accumulate(outs, m1, m2, grads, mean, std, *generator, *amp)
+        for p, out in zip(params, outs, strict=True):
+            if out is not p:
+                p.copy_(out)
+        return kl
+
+    def _pieces(self, group: dict[str, Any], params: list[Tensor], last: bool) -> list[list[Tensor]]:
+        """The parameters to take in one op: all of them, unless the prior has to be restored or fetched."""
+        if not params or not last or self._prior is None or self._prior.at_hand(params[0].device):
+            return [params] if params else []
+        pieces: list[list[Tensor]] = [[]]
+        room = STREAMED_ELEMENTS
+        for p in params:
+            if pieces[-1] and p.numel() > room:
+                pieces.append([])
+                room = STREAMED_ELEMENTS
+            pieces[-1].append(p)
+            room -= p.numel()
+        return pieces
+
+    def _release_from(self, index: int) -> None:
+        """Let ``backward`` take and drop the gradients of a group, as long as this optimizer lives."""
+        optimizer = weakref.ref(self)
+
+        def release(p: Tensor) -> None:
+            alive = optimizer()
+            if alive is not None and alive._training:
+                alive._release(index, p)
+
+        handles = [
+            p.register_post_accumulate_grad_hook(release) for p in self.param_groups[index]["params"] if p.requires_grad
+        ]
+        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    @torch.no_grad()
+    def _release(self, index: int, p: Tensor) -> None:
+        if any(p is q for q, _, _ in self._taken[index]):
+            raise UsageError(
+                "a second backward pass reached a parameter before step(): with release_gradients each backward pass "
+                "is one Monte Carlo sample, so call step() after each; to accumulate gradients use "
+                "release_gradients=False"
+            )
+        if p.grad is not None and p.grad.is_sparse:
+            self._check_gradients()
+        counters = _fork(self._counters_of(index, p.device))
+        kl = self._take(index, [p], counters, _is_last(self.param_groups[index]))
+        p.grad = None
+        self._taken[index].append((p, counters, kl))
 
     @property
     def kl(self) -> Tensor | None:
@@ -368,7 +477,8 @@ class BGD(torch.optim.Optimizer):
                 name
                 for i in flagged
                 for name, p in zip(self._labels(self.param_groups[i]), self.param_groups[i]["params"], strict=True)
-                if p.grad is not None and not p.grad.isfinite().all()
+                if (p.grad is not None and not p.grad.isfinite().all())
+                or any(p is q and after[2].item() for q, after, _ in self._released[i])
             ]
             where = f"the gradient of {', '.join(bad[:5])}" if bad else "an update"
             raise NonFiniteError(
@@ -412,8 +522,7 @@ class BGD(torch.optim.Optimizer):
         for index, p in zip(indices, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 self.state[p][key] = value.to(p.device, copy=True)
-        self._counters = [None] * len(self.param_groups)
-        self._scalars = {}
+        self._reset()
         if self.param_groups[0]["training"]:
             self.train()
         else:
@@ -424,16 +533,29 @@ class BGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._sync_counters()
-        keys = ("_initial", "_prior", "_training", "_now", "_streams")
+        keys = ("_initial", "_prior", "_training", "_now", "_streams", "_release_gradients")
         return {**super().__getstate__(), **{k: getattr(self, k) for k in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._counters = [None] * len(self.param_groups)
-        self._scalars = {}
+        self._reset()
+        # load_state_dict comes here as well, with parameters that have their hooks.
+        if state.get("_release_gradients"):
+            for index in range(len(self.param_groups)):
+                self._release_from(index)
         self._step_supports_amp_scaling = True
 
+    def _reset(self) -> None:
+        """Forget what was derived from the groups and the state."""
+        self._counters = [None] * len(self.param_groups)
+        self._taken = [[] for _ in self.param_groups]
+        self._released = [[] for _ in self.param_groups]
+        self._position = {p: i for group in self.param_groups for i, p in enumerate(group["params"])}
+        self._scalars = {}
+
     def _sync_counters(self) -> None:
+        if any(self._taken):
+            raise UsageError("backward has updated a part of the model (release_gradients): call step() first")
         self.raise_if_nonfinite()
         for group, counters in zip(self.param_groups, self._counters, strict=True):
             if counters is not None:
@@ -464,9 +586,8 @@ class BGD(torch.optim.Optimizer):
         if not state:
             group = self.param_groups[index]
             if isinstance(self._initial, Posterior):
-                mean, std = self._initial[self._names_of(group, [p])[0]]
-                state["mean"] = mean.to(p.device, copy=True)
-                state["std"] = std.to(p.device, copy=True)
+                mean, std = self._initial.fetch(self._names_of(group, [p])[0], p.device)
+                state["mean"], state["std"] = mean.clone(), std.clone()
             else:
                 state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
                 state["std"] = torch.full_like(state["mean"], self._initial)
@@ -501,19 +622,34 @@ class BGD(torch.optim.Optimizer):
                 if p.grad is not None and p.grad.is_sparse:
                     raise UsageError(f"the gradient of {name} is sparse; BGD needs dense gradients (sparse=False)")
 
-    def _positions(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[int]:
-        position = {id(p): i for i, p in enumerate(group["params"])}
-        return [position[id(p)] for p in params]
-
     def _streams_of(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[int]:
-        return [group["first_stream"] + i for i in self._positions(group, params)]
+        return [group["first_stream"] + self._position[p] for p in params]
 
     def _names_of(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[str]:
-        return [group["param_names"][i] for i in self._positions(group, params)]
+        return [group["param_names"][self._position[p]] for p in params]
 
     @staticmethod
     def _labels(group: dict[str, Any]) -> list[str]:
         return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def _is_last(group: dict[str, Any]) -> bool:
+    """Whether the current sample completes the group's update."""
+    return group["calls"] + 1 >= group["mc_samples"]
+
+
+def _fork(counters: Tensor) -> Tensor:
+    """Counters for a part of a group, which starts from the same draw."""
+    own = counters.clone()
+    own[2] = 0
+    return own
+
+
+def _join(counters: Tensor, ends: Sequence[Tensor]) -> None:
+    """Advance a group's counters to where its parts ended: they agree but for the flag of a refused update."""
+    flag = counters[2].clone()
+    counters.copy_(torch.stack(list(ends)).amax(0))
+    counters[2] |= flag
 
 
 def _contiguous(grad: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import PosteriorError
+from .compression import BLOCK, STORAGE, LogCodes, Restored, Stored, restore, store, stored
+from .errors import PosteriorError, UsageError
 from .files import load_tensors, save_tensors
 
-FORMAT = "distruction-posterior-1"
+FORMAT = "distruction-posterior-2"
 
 
 def learnable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -34,7 +35,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     """Independent Gaussians N(mean, std**2), one per parameter element, by parameter name.
 
-    A mapping from parameter name to ``(mean, std)``, both float32 in the parameter's shape.
+    A mapping from parameter name to ``(mean, std)``, both float32 in the parameter's shape. What `compress` made
+    is restored at each access.
 
     Args:
         means: parameter name to mean.
@@ -72,7 +74,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                     raise PosteriorError(f"{name}: {what} holds NaN or infinity; prepare the posterior again")
             if not (std > 0).all():
                 raise PosteriorError(f"{name}: std must be > 0, its smallest value is {std.min().item():g}")
-        self._means, self._stds = dict(means), dict(stds)
+        self._means, self._stds = stored(means), stored(stds)
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
@@ -83,7 +85,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         return cls(means, stds)
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        return self._means[name], self._stds[name]
+        return restore(self._means[name]), restore(self._stds[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._means)
@@ -97,23 +99,79 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     @property
     def means(self) -> Mapping[str, Tensor]:
         """Means by parameter name."""
-        return self._means
+        return Restored(self._means)
 
     @property
     def stds(self) -> Mapping[str, Tensor]:
         """Standard deviations by parameter name."""
-        return self._stds
+        return Restored(self._stds)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shapes by parameter name."""
+        return {n: m.shape for n, m in self._means.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its tensors hold."""
+        return sum(t.nbytes for t in self._tensors())
 
     def numel(self) -> int:
         """Number of Gaussians."""
         return sum(m.numel() for m in self._means.values())
 
+    def largest_std(self) -> float:
+        """The largest standard deviation."""
+        return max(s.max().item() for s in self.stds.values() if s.numel())
+
     def to(self, device: str | torch.device) -> "Posterior":
-        """This posterior with its tensors on ``device``; tensors already there are shared."""
-        moved = copy.copy(self)
-        moved._means = {n: t.to(device) for n, t in self._means.items()}
-        moved._stds = {n: t.to(device) for n, t in self._stds.items()}
-        return moved
+        """This posterior on ``device``: tensors already there are shared, compressed ones stay so."""
+        return self._map(lambda t: t.to(device))
+
+    def pin_memory(self) -> "Posterior":
+        """This posterior in page-locked memory of the CPU, from which a GPU fetches faster."""
+        return self._map(lambda t: t.pin_memory())
+
+    def compress(self, *, std: str = "log8", mean: str = "float32") -> "Posterior":
+        """This posterior in fewer bytes, restored to float32 wherever it is read.
+
+        As the prior of `BGD` or `distruction.forget` it stays compressed: 5 bytes per parameter instead of 8, or 3 with
+        ``mean="bfloat16"``.
+
+        Args:
+            std: ``log8``, 8-bit codes on a log scale whose error `distruction.compression` bounds; ``bfloat16``
+                (relative error up to 0.4 %); or ``float32``.
+            mean: ``float32``, or ``bfloat16``: an error of up to 0.4 % of the mean, which may be many std.
+
+        Raises:
+            UsageError: an unknown way to store.
+        """
+        for what, storage, allowed in (("std", std, STORAGE), ("mean", mean, STORAGE[:2])):
+            if storage not in allowed:
+                raise UsageError(f"{what}={storage!r} is unknown; choose {', '.join(allowed)}")
+        compressed = copy.copy(self)
+        compressed._means = {n: store(t, mean) for n, t in self._means.items()}
+        compressed._stds = {n: store(t, std) for n, t in self._stds.items()}
+        return compressed
+
+    def fetch(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ``(mean, std)`` of a parameter on ``device``: moved as they are stored, then restored there."""
+        mean, std = (t[name].to(device, non_blocking=True) for t in (self._means, self._stds))
+        return restore(mean), restore(std)
+
+    def at_hand(self, device: torch.device) -> bool:
+        """Whether `fetch` takes no memory: all is in float32 on ``device``."""
+        return all(isinstance(t, Tensor) and t.dtype == torch.float32 and t.device == device for t in self._tensors())
+
+    def _tensors(self) -> Iterator[Stored]:
+        yield from self._means.values()
+        yield from self._stds.values()
+
+    def _map(self, function: Callable[[Stored], Stored]) -> "Posterior":
+        mapped = copy.copy(self)
+        mapped._means = {n: function(t) for n, t in self._means.items()}
+        mapped._stds = {n: function(t) for n, t in self._stds.items()}
+        return mapped
 
     def kl(self, prior: "Posterior", *, backend: str = "auto") -> Tensor:
         """KL(self || prior) in nats, a float64 scalar (paper, section 3.2).
@@ -121,13 +179,13 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         Raises:
             PosteriorError: the two are over different parameters.
         """
-        _check_same(self._means, prior._means, "the prior")
+        _check_same(self.shapes, prior.shapes, "the prior")
         names = list(self)
         return ops.gaussian_kl(
-            [self._means[n] for n in names],
-            [self._stds[n] for n in names],
-            [prior._means[n] for n in names],
-            [prior._stds[n] for n in names],
+            [self.means[n] for n in names],
+            [self.stds[n] for n in names],
+            [prior.means[n] for n in names],
+            [prior.stds[n] for n in names],
             backend=backend,
         )[0]
 
@@ -136,16 +194,19 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
         Args:
             model: its learnable parameters must have this posterior's names and shapes.
-            same_weights: require also that the model's weights are the means (to the parameter's precision).
+            same_weights: require also that the model's weights are the means (to the lower of both precisions).
 
         Raises:
             PosteriorError: with the first few names, shapes or the parameter that differ.
         """
         params = learnable(model)
-        _check_same(params, self._means, "the posterior")
+        _check_same({n: p.shape for n, p in params.items()}, self.shapes, "the posterior")
         if same_weights:
             for name, p in params.items():
-                if not torch.equal(p.detach(), self._means[name].to(p.device, p.dtype)):
+                kept = self._means[name]
+                assert isinstance(kept, Tensor)
+                coarser = kept.dtype if p.dtype == torch.float32 else p.dtype
+                if not torch.equal(p.detach().to(coarser), kept.to(p.device, coarser)):
                     raise PosteriorError(
                         f"the posterior was prepared for other weights: {name} differs from its mean; load the "
                         "model that it was prepared for, or call posterior.mean_(model) to put its means in"
@@ -156,7 +217,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Write the means into the model's parameters."""
         self.check(model)
         for name, p in learnable(model).items():
-            p.copy_(self._means[name])
+            p.copy_(self.means[name])
 
     @torch.no_grad()
     def sample_(self, model: nn.Module, *, seed: int, draw: int = 0, backend: str = "auto") -> None:
@@ -171,11 +232,11 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         self.check(model)
         params = learnable(model)
         device = next(iter(params.values())).device
-        here = self.to(device)
+        here = [self.fetch(n, device) for n in params]
         ops.sample(
             list(params.values()),
-            [here._means[n] for n in params],
-            [here._stds[n] for n in params],
+            [mean for mean, _ in here],
+            [std for _, std in here],
             [0] * len(params),
             list(range(len(params))),
             seed,
@@ -185,10 +246,30 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             backend,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file atomically: ``mean.NAME`` and ``std.NAME`` in float32, metadata as JSON."""
-        tensors = {f"mean.{n}": t for n, t in self._means.items()} | {f"std.{n}": t for n, t in self._stds.items()}
-        save_tensors(path, tensors, format=FORMAT, facts={"names": list(self), "metadata": self.metadata})
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
+        """Write a safetensors file atomically; its header has the metadata and a checksum of everything.
+
+        Args:
+            path: the file.
+            compress: keep the stds alone, as 8-bit codes: about one byte per parameter. The means are then those of
+                the model's checkpoint, which `load` needs and checks by their SHA-256.
+
+        Raises:
+            UsageError: ``compress`` and the means are in bfloat16, so that they are no checkpoint's.
+            OSError: the disk is full, the folder is read-only, ...; the file is as it was before.
+        """
+        facts: dict[str, Any] = {"names": list(self), "metadata": self.metadata}
+        tensors: dict[str, Tensor] = {}
+        if compress:
+            if any(t.dtype != torch.float32 for t in self._means.values() if isinstance(t, Tensor)):
+                raise UsageError("the means are in bfloat16, not the checkpoint's; save before compress(mean='bfloat16')")
+            facts |= {"means": fingerprint(self.means), "block": BLOCK}
+            for name, std in self.compress()._stds.items():
+                assert isinstance(std, LogCodes)
+                tensors |= {f"codes.{name}": std.codes, f"low.{name}": std.low, f"step.{name}": std.step}
+        else:
+            tensors |= {f"mean.{n}": t for n, t in self.means.items()} | {f"std.{n}": t for n, t in self.stds.items()}
+        save_tensors(path, tensors, format=FORMAT, facts=facts)
 
     @classmethod
     def load(
@@ -201,13 +282,14 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Read a file written by `save`, checked wholly before anything is returned.
 
         Args:
-            path: the file.
+            path: the file. The stds of a compressed one stay compressed in memory; see `compress`.
             map_location: device of the tensors.
-            model: when given, the posterior must belong to it (see `check`).
+            model: when given, the posterior must belong to it (see `check`). A compressed file needs it, with the
+                weights that it was prepared for: copies of them are the means.
 
         Raises:
             FileNotFoundError: there is no such file.
-            PosteriorError: truncated, of another format, inconsistent, or of another model.
+            PosteriorError: damaged, of another format, inconsistent, or of another model or (compressed) other weights.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -215,16 +297,57 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             )
         try:
             tensors, facts = load_tensors(path, format=FORMAT, device=str(map_location))
-            names, metadata = facts["names"], facts["metadata"]
-            means, stds = ({n: tensors.pop(f"{kind}.{n}") for n in names} for kind in ("mean", "std"))
+            stds: Mapping[str, Tensor]
+            names, metadata = facts["names"], dict(facts["metadata"])
+            if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+                raise ValueError("its header names no parameters")
+            if "means" in facts:
+                means, stds = None, Restored({n: _codes(tensors, n, facts["block"]) for n in names})
+            else:
+                means = {n: tensors.pop(f"mean.{n}") for n in names}
+                stds = {n: tensors.pop(f"std.{n}") for n in names}
         except (ValueError, KeyError, TypeError) as error:
             raise PosteriorError(f"{path} cannot be read as a posterior: {error}; prepare it again") from error
         if tensors:
             raise PosteriorError(f"{path} holds tensors that its header does not name: {sorted(tensors)[:3]}")
-        posterior = cls(means, stds, metadata)
-        if model is not None:
-            posterior.check(model)
-        return posterior
+        if means is not None:
+            posterior = cls(means, stds, metadata)
+            if model is not None:
+                posterior.check(model)
+            return posterior
+        if model is None:
+            raise PosteriorError(
+                f"{path} is compressed: its means are the weights that it was prepared for; pass the model that holds "
+                "them as model="
+            )
+        params = learnable(model)
+        shapes = {n: s.shape for n, s in stored(stds).items()}
+        _check_same({n: p.shape for n, p in params.items()}, shapes, "the posterior")
+        if fingerprint({n: params[n] for n in names}) != facts["means"]:
+            raise PosteriorError(
+                f"{path} was prepared for other weights: their SHA-256 differs from that of the model's; load the "
+                "model's checkpoint that preparation was given"
+            )
+        means = {n: params[n].detach().to(map_location, torch.float32, copy=True).contiguous() for n in names}
+        return cls(means, stds, metadata)
+
+
+def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
+    """Take the codes of a parameter out of a file's tensors.
+
+    Raises:
+        ValueError: they do not fit together.
+        KeyError: one is missing.
+    """
+    found = LogCodes(*(tensors.pop(f"{kind}.{name}") for kind in ("codes", "low", "step")))
+    blocks = -(-found.numel() // BLOCK)
+    if (
+        block != BLOCK
+        or found.codes.dtype != torch.uint8
+        or any(t.dtype != torch.float32 or t.shape != (blocks,) for t in (found.low, found.step))
+    ):
+        raise ValueError(f"the codes of {name} do not fit together")
+    return found
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
@@ -232,11 +355,11 @@ def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     return f"only in the first {only_a[:3]}, only in the second {only_b[:3]}"
 
 
-def _check_same(params: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
-    if set(params) != set(other):
-        raise PosteriorError(f"{what} belongs to another model: {_difference(params, other)}")
-    for name, p in params.items():
-        if p.shape != other[name].shape:
+def _check_same(shapes: Mapping[str, torch.Size], other: Mapping[str, torch.Size], what: str) -> None:
+    if set(shapes) != set(other):
+        raise PosteriorError(f"{what} belongs to another model: {_difference(shapes, other)}")
+    for name, shape in shapes.items():
+        if shape != other[name]:
             raise PosteriorError(
-                f"{what} belongs to another model: {name} is {tuple(p.shape)} here, {tuple(other[name].shape)} there"
+                f"{what} belongs to another model: {name} is {tuple(shape)} here, {tuple(other[name])} there"
             )
