@@ -262,7 +262,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         tensors: dict[str, Tensor] = {}
         if compress:
             if any(t.dtype != torch.float32 for t in self._means.values() if isinstance(t, Tensor)):
-                raise UsageError("the means are in bfloat16, not the checkpoint's; save before compress(mean='bfloat16')")
+                raise UsageError("the means are in bfloat16, no checkpoint's; save before compress(mean='bfloat16')")
             facts |= {"means": fingerprint(self.means), "block": BLOCK}
             for name, std in self.compress()._stds.items():
                 assert isinstance(std, LogCodes)
