@@ -6,8 +6,7 @@ A block of a positive tensor, consecutive elements of it, is kept as its smalles
     low  = min x,                    step = log(max x / min x) / 255
 
 The code is the nearest, so that |log(x' / x)| <= step / 2: the relative error is at most exp(step / 2) - 1 (and some
-1e-6 of float32's rounding). Where the values of a block span a factor of 30 that is 0.7 %; a
-constant block is exact.
+1e-6 of float32's rounding). Where the values of a block span a factor of 30 that is 0.7 %; a constant block is exact.
 """
 
 from collections.abc import Iterator, Mapping
