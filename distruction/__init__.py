@@ -1,6 +1,6 @@
 """Fast, honest machine unlearning for PyTorch: Bayesian Gradient Descent and DiStruction."""
 
-from .errors import DistructionError, NonFiniteError, PosteriorError, UsageError
+from .errors import DistructionError, NonFiniteError, PosteriorError, RankError, UsageError
 from .forget import ForgetReport, forget
 from .loss import GaussianKL, gaussian_kl
 from .optimizer import BGD
@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteError",
     "Posterior",
     "PosteriorError",
+    "RankError",
     "UsageError",
     "forget",
     "gaussian_kl",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from . import bench as benches
 from . import demo as demos
-from . import models, objectives, ops, report
+from . import distributed, models, objectives, ops, report
 from .data import forget_split, load, loader
 from .errors import DistructionError, UsageError
 from .forget import forget as forget_
@@ -47,7 +47,10 @@ CheckpointSeconds = Annotated[float, typer.Option(min=0, help="Seconds between t
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -60,6 +63,11 @@ def _output(path: Path, overwrite: bool) -> Path:
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist; create it first")
     return path
+
+
+def _alone(command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"`{command}` runs in one process; start prepare and forget alone with torchrun")
 
 
 @app.command()
@@ -79,6 +87,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a classifier from scratch."""
+    _alone("train")
     _output(out, overwrite)
     train_data, test_data = load(data)
     config: dict[str, Any] = {
@@ -134,6 +143,8 @@ def prepare(
         checkpoint_seconds=checkpoint_seconds,
         progress=progress,
     )
+    if distributed.rank() > 0:
+        return
     posterior.save(out)
     facts = posterior.metadata
     Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy {facts['sampled_accuracy']:.1f} %")
@@ -180,6 +191,8 @@ def forget(
         checkpoint_seconds=checkpoint_seconds,
         progress=progress,
     )
+    if distributed.rank() > 0:
+        return
     models.save(network, out, config)
     last = result.history[-1]
     Console().print(f"{out}: KL(q || p) {last.kl:.1f} nats after {last.steps} steps in {result.seconds:.1f} s")
@@ -193,6 +206,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Accuracy on the retained and the forgotten class, and membership inference."""
+    _alone("evaluate")
     network, _ = models.load(model, device=_device(device))
     train_data, test_data = load(data)
     row = demos.measure(network, train_data, test_data, forget_class)
@@ -211,6 +225,7 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """The main job on scikit-learn's digits: train, prepare, forget one class, compare with retraining."""
+    _alone("demo")
     runs = demos.run_demo(
         out,
         classes=forget_class,
@@ -248,6 +263,7 @@ def bench(
     progress: Progress = True,
 ) -> None:
     """Run the paper's experiments: scenarios x methods x seeds. Start it again to resume."""
+    _alone("bench")
     if (preset is None) == (grid is None):
         raise UsageError(f"pass either --preset ({', '.join(benches.PRESETS)}) or --grid FILE.toml")
     experiment = benches.preset(preset) if preset else benches.read(grid or Path())
@@ -281,6 +297,8 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        distributed.stop()
 
 
 if __name__ == "__main__":

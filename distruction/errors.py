@@ -15,3 +15,7 @@ class PosteriorError(DistructionError, ValueError):
 
 class NonFiniteError(DistructionError, FloatingPointError):
     """A loss or gradient became NaN or infinite; the weights are those of the last good mean."""
+
+
+class RankError(DistructionError, RuntimeError):
+    """Another process of a distributed run failed or cannot be reached."""

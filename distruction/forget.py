@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from . import objectives
+from . import distributed, objectives
 from .errors import UsageError
 from .optimizer import BGD
-from .posterior import Posterior
+from .posterior import Posterior, learnable
 from .training import Batches, Callback, Checkpoint, Step, cosine, run
 
 
@@ -69,6 +69,7 @@ def forget(
         PosteriorError: the posterior belongs to another model or to other weights.
         NonFiniteError: the loss became NaN or infinite; the model holds the last good means.
     """
+    distributed.start()
     if not 0 <= kl_weight <= 1:
         raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}")
     unlearn = objectives.resolve(objective, model)
@@ -89,11 +90,11 @@ def forget(
         checkpoint_seconds,
     )
     posterior.check(model, same_weights=point.load(model) is None)
-    prior = posterior.to(next(model.parameters()).device)
+    prior = posterior.like(model)
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
         return BGD(
-            [(n, p) for n, p in model.named_parameters() if p.requires_grad],
+            learnable(model).items(),
             lr=lr,
             std_init=prior if resumed is None else resumed,
             data_per_step=data_per_step,
@@ -109,10 +110,10 @@ def forget(
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(len(history), steps)
 
+    needs_inputs = getattr(unlearn, "needs_inputs", False)
+
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
-        if getattr(unlearn, "needs_inputs", False):
-            return unlearn(logits, targets, inputs)
-        return unlearn(logits, targets)
+        return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
 
     start = time.perf_counter()
     optimizer, history = run(
@@ -127,6 +128,7 @@ def forget(
         callback=callback,
         progress=progress,
         title="forget",
+        needs_inputs=needs_inputs,
     )
     seconds = time.perf_counter() - start
     result = optimizer.posterior()

@@ -4,6 +4,7 @@ Each returns the mean over the batch of a per-example loss to be minimised. An o
 logits is an object with ``needs_inputs = True`` and is called ``(logits, targets, inputs)``.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .posterior import unwrapped
+from .sharding import is_sharded
 
 Objective = Callable[..., Tensor]
 
@@ -98,9 +101,9 @@ class Entry:
 
 def _randomised(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with every module's parameters drawn anew from a fixed seed."""
-    import copy
-
-    teacher = copy.deepcopy(model)
+    if any(is_sharded(p) for p in model.parameters()):
+        raise UsageError("bad-teacher copies the model, which is sharded: pass objective=BadTeacher(teacher) instead")
+    teacher = copy.deepcopy(unwrapped(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for module in teacher.modules():

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from . import ops
+from . import distributed, ops
+from .distributed import all_reduce_
 from .errors import NonFiniteError, UsageError
 from .posterior import Posterior
+from .sharding import Pieces, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
 
 STREAMED_ELEMENTS = 2**24
 """Elements of a prior that is not at hand in float32 which are restored at a time, in whole tensors: 64 MiB each for
@@ -63,12 +66,17 @@ class BGD(torch.optim.Optimizer):
         learn_mean, learn_std: whether to update them.
         stochastic_rounding: round samples stochastically into bfloat16 parameters.
         maximize: ascend the loss.
-        seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone.
+        seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone, so all
+            ranks of a distributed run hold the same sample, whole or in shards (`torch.distributed.tensor.DTensor`).
+        sample_group: process group (``torch.distributed.group.WORLD``, say) whose ranks each draw ``mc_samples``
+            samples of their own: an update averages the statistics of size * ``mc_samples`` samples and of the
+            ranks' batches. The model's gradients must not be averaged over these ranks by anything else.
         backend: see `distruction.ops`.
         release_gradients: take each parameter's gradient inside ``backward`` as soon as it is complete, and drop it:
             the same bits without the gradients' memory. Each backward pass is then one Monte Carlo sample, followed
-            by one ``step()``; gradient accumulation, clipping and GradScaler, which need the gradients of the whole
-            model, do not go with it. Where ``backward`` raises, part of the model is updated: load a state_dict.
+            by one ``step()``; gradient accumulation, clipping, GradScaler and several ranks, which need the gradients
+            of the whole model, do not go with it. Where ``backward`` raises, part of the model is updated: load a
+            state_dict.
 
     Raises:
         UsageError: an option is out of range, or names are needed and missing.
@@ -103,6 +111,7 @@ class BGD(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         maximize: bool = False,
         seed: int = 0,
+        sample_group: Any = None,
         backend: str = "auto",
         release_gradients: bool = False,
         **unknown: Any,
@@ -110,25 +119,32 @@ class BGD(torch.optim.Optimizer):
         for name in unknown:
             raise UsageError(f"BGD has no option {name!r}: {_REFUSED.get(name, 'see help(BGD) for those it has')}")
         if isinstance(std_init, Posterior):
-            largest = std_init.largest_std()
+            cap = std_init.largest_std()
         elif 0 < std_init < math.inf:
-            largest = float(std_init)
+            cap = float(std_init)
         else:
             raise UsageError(f"std_init must be > 0 and finite, not {std_init}; 0.05 suits weights of order 0.1")
+        if release_gradients and distributed.size() > 1:
+            raise UsageError(
+                "release_gradients would take the gradients before the ranks have averaged them; with several ranks "
+                "use release_gradients=False (fully_shard divides the gradients' memory by the number of ranks)"
+            )
         self._initial = std_init
         self._prior = prior
+        self._release_gradients = release_gradients
+        self._sample_group = sample_group
         self._training = False
         # What a step changes besides tensors; a dict because torch.compile (2.8) cannot set an optimizer's attribute.
-        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": None}
+        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": []}
         self._counters: list[Tensor | None] = []
+        self._leads: dict[int, int] = {}
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._streams = 0
-        self._release_gradients = release_gradients
+        self._position: dict[Tensor, int] = {}
         # By group: the parameters whose gradients were released since the last step, and before it; the counters after
         # each, and its KL.
         self._taken: list[list[tuple[Tensor, Tensor, Tensor | None]]] = []
         self._released: list[list[tuple[Tensor, Tensor, Tensor | None]]] = []
-        self._position: dict[Tensor, int] = {}
         defaults = {
             "lr": lr,
             "data_per_step": data_per_step,
@@ -137,7 +153,7 @@ class BGD(torch.optim.Optimizer):
             "kl_weight": kl_weight,
             "max_mean_step": max_mean_step,
             "max_log_std_step": max_log_std_step,
-            "max_std": largest if max_std is None else max_std,
+            "max_std": cap if max_std is None else max_std,
             "learn_mean": learn_mean,
             "learn_std": learn_std,
             "stochastic_rounding": stochastic_rounding,
@@ -205,6 +221,13 @@ class BGD(torch.optim.Optimizer):
         for i, p in enumerate(group["params"]):
             if p.is_complex():
                 raise UsageError(f"parameter {names[i] if names else i} is complex; BGD is defined for real weights")
+            if self._sample_group is not None and is_sharded(p):
+                sampling = set(dist.get_process_group_ranks(self._sample_group))
+                if len(shared := sampling.intersection(p.device_mesh.mesh.flatten().tolist())) > 1:
+                    raise UsageError(
+                        f"parameter {names[i] if names else i} is spread over ranks {sorted(shared)} of sample_group, "
+                        "so that they must hold one sample; leave sample_group out, or name a group across the shards"
+                    )
 
     # --- modes -----------------------------------------------------------------------------------
 
@@ -217,8 +240,11 @@ class BGD(torch.optim.Optimizer):
         self._training = True
 
     @torch.no_grad()
-    def eval(self) -> None:
+    def eval(self, *, check: bool = True) -> None:
         """Let the parameters hold the means.
+
+        Args:
+            check: call `raise_if_nonfinite`, which waits for the device and may wait for other ranks.
 
         Raises:
             NonFiniteError: an update since the last check was not finite (the means are in place all the same).
@@ -227,9 +253,10 @@ class BGD(torch.optim.Optimizer):
             group["training"] = False
             for p in group["params"]:
                 if p in self.state:
-                    p.copy_(self.state[p]["mean"])
+                    local(p).copy_(local(self.state[p]["mean"]))
         self._training = False
-        self.raise_if_nonfinite()
+        if check:
+            self.raise_if_nonfinite()
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
@@ -241,10 +268,14 @@ class BGD(torch.optim.Optimizer):
         self.train()
         try:
             yield
-            self._now["gradients_at_sample"] = True
-        finally:
+        except BaseException:
+            # Other ranks may not be here, so nothing that waits for them.
             if not was_training:
-                self.eval()
+                self.eval(check=False)
+            raise
+        self._now["gradients_at_sample"] = True
+        if not was_training:
+            self.eval()
 
     # --- the step --------------------------------------------------------------------------------
 
@@ -268,6 +299,10 @@ class BGD(torch.optim.Optimizer):
         """
         if closure is None:
             if not (self._training or self._now["gradients_at_sample"]):
+                if not self.state and all(group["lr"] == 0 for group in self.param_groups):
+                    # torch.distributed.checkpoint asks in this way for a state to load into.
+                    self._fill_state()
+                    return None
                 raise UsageError(
                     "the parameters hold the means, so their gradients say nothing about std: call opt.train() before "
                     "the forward pass (and opt.eval() before evaluation), or pass a closure to step"
@@ -285,9 +320,12 @@ class BGD(torch.optim.Optimizer):
                     with torch.enable_grad():
                         loss = closure()
                     self._consume()
-            finally:
+            except BaseException:
                 if not was_training:
-                    self.eval()
+                    self.eval(check=False)
+                raise
+            if not was_training:
+                self.eval()
         return loss
 
     def _consume(self) -> None:
@@ -300,41 +338,46 @@ class BGD(torch.optim.Optimizer):
                 "a GradScaler needs the gradients of the whole model before the update, which release_gradients has "
                 "made by then; use bfloat16, or release_gradients=False"
             )
-        total: Tensor | None = None
+        self._now["gradients_at_sample"] = False
+        elsewhere: set[int] = set()
+        if self._sample_group is not None:
+            overflow, elsewhere = self._agree(found_inf)
+            if overflow:
+                return
+        kls = []
         for index, group in enumerate(self.param_groups):
             last = _is_last(group)
             group["calls"] = 0 if last else group["calls"] + 1
-            several = group["mc_samples"] > 1
-            taken, self._taken[index] = self._taken[index], []
-            self._released[index] = taken
-            released = {id(p) for p, _, _ in taken}
+            several = self._has_statistics(group)
+            released, self._taken[index] = self._taken[index], []
+            self._released[index] = released
+            done = {id(p) for p, _, _ in released}
             active = [
                 p
                 for p in group["params"]
-                if id(p) not in released and (p.grad is not None or (several and "m1" in self.state.get(p, {})))
+                if id(p) not in done
+                and (p.grad is not None or id(p) in elsewhere or (several and "m1" in self.state.get(p, {})))
             ]
-            if not active and not taken:
+            if not active and not released:
                 continue
-            counters = self._counters_of(index, (active or [taken[0][0]])[0].device)
-            pieces = self._pieces(group, active, last)
-            ends = [after for _, after, _ in taken]
-            kls = [kl for _, _, kl in taken]
-            for piece in pieces:
-                # Each piece starts from the same draw; one piece that is the whole group needs no copy.
-                after = _fork(counters) if len(pieces) > 1 or taken else counters
-                kls.append(self._take(index, piece, after, last, grad_scale, found_inf))
-                ends.append(after)
+            counters = self._counters_of(index, (active or [released[0][0]])[0].device)
+            lists = [piece for params in _by_layout(active) for piece in self._pieces(params, last)]
+            ends = [end for _, end, _ in released]
+            found = [(kl, p) for p, _, kl in released]
+            for params in lists:
+                # One draw number serves the group: each list starts from it.
+                end = counters if len(lists) == 1 and not released else _fork(counters)
+                found.append((self._take(index, params, end, last, grad_scale, found_inf), params[0]))
+                ends.append(end)
             if ends[0] is not counters:
                 _join(counters, ends)
-            for kl in kls:
-                if kl is not None:
-                    total = kl if total is None else total + kl.to(total.device)
+            if last and self._prior is not None:
+                kls += found
             # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
-            drawn = released | {id(p) for p in active}
-            self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in drawn])
-        self._now["gradients_at_sample"] = False
-        if total is not None:
-            self._now["kl"] = total
+            done |= {id(p) for p in active}
+            self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in done])
+        if kls:
+            self._now["kl"] = kls
         on_cpu = all(c is None or c.device.type == "cpu" for c in self._counters)
         if on_cpu and not torch.compiler.is_compiling():
             self.raise_if_nonfinite()
@@ -342,59 +385,58 @@ class BGD(torch.optim.Optimizer):
     def _take(
         self,
         index: int,
-        params: Sequence[Tensor],
+        params: list[Tensor],
         counters: Tensor,
         last: bool,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Tensor | None:
-        """Take the gradients of parameters of one group and draw their next sample; the KL after an update with prior.
-
-        Args:
-            index: the group's.
-            params: with a gradient, or without one in this sample but with one in an earlier sample of the update.
-            counters: of the group; advanced in place.
-            last: whether this sample completes the update.
-            grad_scale, found_inf: a GradScaler's.
-        """
-        group = self.param_groups[index]
-        device = params[0].device
+        """Accumulate the gradients of ``params`` or, with the last sample, update; returns the KL of what is here."""
+        group, device = self.param_groups[index], counters.device
         state = [self._state(index, p) for p in params]
-        grads = [_contiguous(p.grad) if p.grad is not None else torch.zeros_like(p) for p in params]
-        outs = [p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
-        several = group["mc_samples"] > 1
-        if several:
+        pieces = Pieces(params, self._streams_of(group, params))
+        held, buffers = zip(*(_held_and_out(p) for p in params), strict=True)
+        outs, grads = pieces.of(buffers), pieces.of([_gradient(p) for p in params])
+        mean, std = pieces.of([s["mean"] for s in state]), pieces.of([s["std"] for s in state])
+        m1: list[Tensor] = []
+        m2: list[Tensor] = []
+        if self._has_statistics(group):
             for s in state:
-                if "m1" not in s:
-                    s["m1"], s["m2"] = torch.zeros_like(s["mean"]), torch.zeros_like(s["mean"])
-        mean, std = [s["mean"] for s in state], [s["std"] for s in state]
-        m1, m2 = ([s["m1"] for s in state], [s["m2"] for s in state]) if several else ([], [])
+                _add_statistics(s)
+            m1, m2 = pieces.of([s["m1"] for s in state]), pieces.of([s["m2"] for s in state])
         generator = (
-            [0] * len(params),
-            self._streams_of(group, params),
+            pieces.offsets,
+            pieces.streams,
             group["seed"],
             counters,
             group["antithetic"],
             group["stochastic_rounding"],
         )
-        amp = (
-            None if grad_scale is None else grad_scale.to(device),
-            None if found_inf is None else found_inf.to(device),
-            group["backend"],
-        )
-        kl: Tensor | None = None
+        amp = [None if t is None else t.to(device) for t in (grad_scale, found_inf)]
+        kl = None
+        if not last or self._sample_group is not None:
+            ops.accumulate(outs, m1, m2, grads, mean, std, *generator, *amp, group["backend"])
+            if not outs:
+                _advance(counters, False, amp[1])
         if last:
+            if self._sample_group is not None:
+                # All samples are in the statistics now; the step takes one more gradient, so it gets a zero.
+                all_reduce_([*m1, *m2], self._sample_group)
+                ranks = dist.get_world_size(self._sample_group)
+                counters[0] += (ranks - 1) * group["mc_samples"] - 1
+                counters[1] = counters[1] * ranks - 1
+                grads, amp = [torch.zeros_like(g) for g in grads], [None, None]
             names = self._names_of(group, params) if self._prior is not None else []
             prior = [self._prior.fetch(name, device) for name in names] if self._prior is not None else []
-            total = ops.step(
+            kl = ops.step(
                 outs,
                 mean,
                 std,
                 grads,
                 m1,
                 m2,
-                [m for m, _ in prior],
-                [s for _, s in prior],
+                pieces.of([m for m, _ in prior]) if prior else [],
+                pieces.of([s for _, s in prior]) if prior else [],
                 self._scalar(index, "lr", device),
                 self._scalar(index, "kl_weight", device),
                 -group["data_per_step"] if group["maximize"] else group["data_per_step"],
@@ -405,19 +447,17 @@ class BGD(torch.optim.Optimizer):
                 group["learn_mean"],
                 group["learn_std"],
                 *amp,
+                group["backend"],
             )
-            kl = total if prior else None
-        else:
-            ops.accumulate(outs, m1, m2, grads, mean, std, *generator, *amp)
-        for p, out in zip(params, outs, strict=True):
-            if out is not p:
-                p.copy_(out)
+            if not outs:
+                _advance(counters, True, amp[1])
+        _copy_back(buffers, held)
         return kl
 
-    def _pieces(self, group: dict[str, Any], params: list[Tensor], last: bool) -> list[list[Tensor]]:
+    def _pieces(self, params: list[Tensor], last: bool) -> list[list[Tensor]]:
         """The parameters to take in one op: all of them, unless the prior has to be restored or fetched."""
-        if not params or not last or self._prior is None or self._prior.at_hand(params[0].device):
-            return [params] if params else []
+        if not last or self._prior is None or self._prior.at_hand(params[0].device):
+            return [params]
         pieces: list[list[Tensor]] = [[]]
         room = STREAMED_ELEMENTS
         for p in params:
@@ -457,39 +497,75 @@ class BGD(torch.optim.Optimizer):
         p.grad = None
         self._taken[index].append((p, counters, kl))
 
+    def _agree(self, found_inf: Tensor | None) -> tuple[bool, set[int]]:
+        """Whether a gradient overflowed on any rank of ``sample_group``, and what has a gradient on any of them."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        flags = torch.tensor([False, *(p.grad is not None for p in params)], dtype=torch.int32, device=params[0].device)
+        if found_inf is not None:
+            flags[0] = found_inf.to(flags.device).reshape(()) != 0
+        overflow, *present = largest(flags, [self._sample_group]).tolist()
+        return bool(overflow), {id(p) for p, there in zip(params, present, strict=True) if there}
+
     @property
     def kl(self) -> Tensor | None:
-        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior."""
-        kl: Tensor | None = self._now["kl"]
-        return kl
+        """KL(q || prior) after the last update, a float64 scalar tensor; ``None`` before or without a prior.
+
+        Of sharded parameters it is summed when it is asked for, by all ranks together.
+        """
+        kls: list[tuple[Tensor, Tensor]] = self._now["kl"]
+        if not kls:
+            return None
+        parts = [sum_over_shards(kl, of) for kl, of in kls]
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
     def raise_if_nonfinite(self) -> None:
         """Raise if an update since the last call was refused because it was not finite; waits for the device.
 
+        Where parameters are sharded or ``sample_group`` is given, all ranks call it and all raise.
+
         Raises:
-            NonFiniteError: names the parameters whose gradient is not finite now.
+            NonFiniteError: says after which update, and names the parameters whose gradient is not finite now.
         """
-        flagged = [i for i, c in enumerate(self._counters) if c is not None and c[2].item()]
+        params = [p for group in self.param_groups for p in group["params"]]
+        groups = [*groups_of(params), *([] if self._sample_group is None else [self._sample_group])]
+        flags = [c is not None and c[2].item() for c in self._counters]
+        if groups:
+            device = local(params[0]).device
+            flags = largest(torch.tensor(flags, dtype=torch.int32, device=device), groups).tolist()
+        flagged = [i for i, flag in enumerate(flags) if flag]
+        if not flagged:
+            return
+        labels, bad = [], []
         for i in flagged:
-            self._counters[i][2] = 0  # type: ignore[index]
-        if flagged:
-            bad = [
-                name
-                for i in flagged
-                for name, p in zip(self._labels(self.param_groups[i]), self.param_groups[i]["params"], strict=True)
-                if (p.grad is not None and not p.grad.isfinite().all())
-                or any(p is q and after[2].item() for q, after, _ in self._released[i])
+            if (counters := self._counters[i]) is not None:
+                counters[2] = 0
+            labels += self._labels(self.param_groups[i])
+            refused = [p for p, end, _ in self._released[i] if end[2].item()]
+            bad += [
+                (p.grad is not None and not local(p.grad).isfinite().all()) or any(p is q for q in refused)
+                for p in self.param_groups[i]["params"]
             ]
-            where = f"the gradient of {', '.join(bad[:5])}" if bad else "an update"
-            raise NonFiniteError(
-                f"{where} is NaN or infinite; the elements concerned kept their mean and std. Lower lr or std_init, "
-                "or look for the cause in the loss"
-            )
+        if groups:
+            bad = largest(torch.tensor(bad, dtype=torch.int32, device=device), groups).tolist()
+        names = [label for label, is_bad in zip(labels, bad, strict=True) if is_bad]
+        where = f"the gradient of {', '.join(names[:5])}" if names else "an update"
+        raise NonFiniteError(
+            f"{where} is NaN or infinite (found after update {self._updates(flagged[0])}); the elements concerned "
+            "kept their mean and std. Lower lr or std_init, or look for the cause in the loss"
+        )
+
+    def _updates(self, index: int) -> int:
+        """Updates made so far, told by the draws that they used."""
+        samples = self.param_groups[index]["mc_samples"]
+        if self._sample_group is not None:
+            samples *= dist.get_world_size(self._sample_group)
+        counters = self._counters[index]
+        return 0 if counters is None else (int(counters[0]) - self._leads[index]) // samples
 
     # --- state -----------------------------------------------------------------------------------
 
     def posterior(self) -> Posterior:
-        """A copy of the current means and stds by parameter name.
+        """A copy of the current means and stds by parameter name, sharded where the parameters are.
 
         Raises:
             UsageError: the optimizer was made without parameter names.
@@ -509,65 +585,111 @@ class BGD(torch.optim.Optimizer):
 
         The prior is not in it: pass the same one when the optimizer is made again.
         """
+        if self._sample_group is not None and any(group["calls"] for group in self.param_groups):
+            raise UsageError(
+                "between the samples of one update each rank holds statistics of its own (sample_group): take the "
+                "state_dict after the update"
+            )
         self._sync_counters()
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a `state_dict`; the parameters then hold what they held when it was made (sample or means)."""
+        self._check_state(state_dict)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; ours is float32 whatever the parameter is.
         params = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, p in zip(indices, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                self.state[p][key] = value.to(p.device, copy=True)
+                placed = shard_like(value, p)
+                self.state[p][key] = placed.clone() if placed is value else placed
         self._reset()
         if self.param_groups[0]["training"]:
             self.train()
         else:
-            self._training = False
-            for p in params:
-                if p in self.state:
-                    p.copy_(self.state[p]["mean"])
+            self.eval(check=False)
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that cannot be this optimizer's, before anything has changed."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        if len(params) != len(indices):
+            return  # torch says so
+        for index, p in zip(indices, params, strict=True):
+            if any(is_sharded(t) and not is_sharded(p) for t in state_dict["state"].get(index, {}).values()):
+                raise UsageError(
+                    "the state is sharded and the parameters are not: save it with torch.distributed.checkpoint's "
+                    "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))"
+                )
+        for group in state_dict["param_groups"]:
+            held = [state_dict["state"].get(i, {}) for i in group["params"]]
+            if group["accumulated"] and not any("m1" in state for state in held):
+                raise UsageError(
+                    f"the state was saved after {group['accumulated']} of {group['mc_samples']} samples of an update, "
+                    "but their statistics are not in it; load it before the optimizer's first train()"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._sample_group is not None:
+            raise UsageError("an optimizer with sample_group cannot be copied or pickled; copy its state_dict")
         self._sync_counters()
         keys = ("_initial", "_prior", "_training", "_now", "_streams", "_release_gradients")
         return {**super().__getstate__(), **{k: getattr(self, k) for k in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._reset()
-        # load_state_dict comes here as well, with parameters that have their hooks.
-        if state.get("_release_gradients"):
-            for index in range(len(self.param_groups)):
-                self._release_from(index)
         self._step_supports_amp_scaling = True
+        self._reset()
+        if "_initial" in state:  # a copy; load_state_dict comes here as well
+            self._sample_group = None
+            if self._release_gradients:
+                for index in range(len(self.param_groups)):
+                    self._release_from(index)
 
     def _reset(self) -> None:
         """Forget what was derived from the groups and the state."""
+        self._leads = {}
         self._counters = [None] * len(self.param_groups)
+        self._scalars = {}
+        self._position = {p: i for group in self.param_groups for i, p in enumerate(group["params"])}
         self._taken = [[] for _ in self.param_groups]
         self._released = [[] for _ in self.param_groups]
-        self._position = {p: i for group in self.param_groups for i, p in enumerate(group["params"])}
-        self._scalars = {}
 
     def _sync_counters(self) -> None:
         if any(self._taken):
             raise UsageError("backward has updated a part of the model (release_gradients): call step() first")
         self.raise_if_nonfinite()
-        for group, counters in zip(self.param_groups, self._counters, strict=True):
+        for index, counters in enumerate(self._counters):
             if counters is not None:
-                group["draw"], group["accumulated"], _ = counters.tolist()
+                group = self.param_groups[index]
+                draw, group["accumulated"], _ = counters.tolist()
+                group["draw"] = draw - self._leads[index]
 
     def _counters_of(self, index: int, device: torch.device) -> Tensor:
         counters = self._counters[index]
         if counters is None:
             group = self.param_groups[index]
-            counters = torch.tensor([group["draw"], group["accumulated"], 0], device=device)
+            self._leads[index] = self._lead(group)
+            counters = torch.tensor([group["draw"] + self._leads[index], group["accumulated"], 0], device=device)
             self._counters[index] = counters
         return counters
+
+    def _lead(self, group: dict[str, Any]) -> int:
+        """How many samples of an update are drawn by the ranks before this one."""
+        return 0 if self._sample_group is None else dist.get_rank(self._sample_group) * group["mc_samples"]
+
+    def _has_statistics(self, group: dict[str, Any]) -> bool:
+        return group["mc_samples"] > 1 or self._sample_group is not None
+
+    def _fill_state(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    state = self._state(index, p)
+                    if self._has_statistics(group):
+                        _add_statistics(state)
 
     def _scalar(self, index: int, name: str, device: torch.device) -> Tensor:
         """A group's option as a float32 scalar tensor on the device, written only when it changed."""
@@ -587,7 +709,7 @@ class BGD(torch.optim.Optimizer):
             group = self.param_groups[index]
             if isinstance(self._initial, Posterior):
                 mean, std = self._initial.fetch(self._names_of(group, [p])[0], p.device)
-                state["mean"], state["std"] = mean.clone(), std.clone()
+                state["mean"], state["std"] = shard_like(mean, p).clone(), shard_like(std, p).clone()
             else:
                 state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
                 state["std"] = torch.full_like(state["mean"], self._initial)
@@ -599,22 +721,21 @@ class BGD(torch.optim.Optimizer):
             return
         index = next(i for i, g in enumerate(self.param_groups) if g is group)
         state = [self._state(index, p) for p in params]
-        outs = [p if p.is_contiguous() else torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+        pieces = Pieces(params, self._streams_of(group, params))
+        held, outs = zip(*(_held_and_out(p) for p in params), strict=True)
         ops.sample(
-            outs,
-            [s["mean"] for s in state],
-            [s["std"] for s in state],
-            [0] * len(params),
-            self._streams_of(group, params),
+            pieces.of(outs),
+            pieces.of([s["mean"] for s in state]),
+            pieces.of([s["std"] for s in state]),
+            pieces.offsets,
+            pieces.streams,
             group["seed"],
             self._counters_of(index, params[0].device),
             group["antithetic"],
             group["stochastic_rounding"],
             group["backend"],
         )
-        for p, out in zip(params, outs, strict=True):
-            if out is not p:
-                p.copy_(out)
+        _copy_back(outs, held)
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -635,7 +756,7 @@ class BGD(torch.optim.Optimizer):
 
 def _is_last(group: dict[str, Any]) -> bool:
     """Whether the current sample completes the group's update."""
-    return group["calls"] + 1 >= group["mc_samples"]
+    return bool(group["calls"] + 1 >= group["mc_samples"])
 
 
 def _fork(counters: Tensor) -> Tensor:
@@ -652,5 +773,46 @@ def _join(counters: Tensor, ends: Sequence[Tensor]) -> None:
     counters[2] |= flag
 
 
-def _contiguous(grad: Tensor) -> Tensor:
-    return grad.detach().contiguous()
+def _by_layout(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parameters in lists that are spread over ranks in one way, so that a sum over each list has one meaning."""
+    lists: dict[Any, list[Tensor]] = {}
+    for p in params:
+        lists.setdefault(layout(p), []).append(p)
+    return list(lists.values())
+
+
+def _held_and_out(p: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank holds of ``p``, and where an op may write it: the same, or a contiguous buffer."""
+    held = local(p)
+    if held.is_contiguous():
+        return held, held
+    return held, torch.empty_like(held, memory_format=torch.contiguous_format)
+
+
+def _copy_back(outs: Sequence[Tensor], held: Sequence[Tensor]) -> None:
+    for out, t in zip(outs, held, strict=True):
+        if out is not t:
+            t.copy_(out)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    """What this rank holds of the gradient, contiguous and without history; zero where there is none."""
+    if p.grad is None:
+        return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+    grad: Any = p.grad.detach()
+    if is_sharded(p) and layout(grad) != layout(p):
+        grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return local(grad).contiguous()
+
+
+def _add_statistics(state: dict[str, Tensor]) -> None:
+    for name in ("m1", "m2"):
+        if name not in state:
+            state[name] = torch.zeros_like(state["mean"])
+
+
+def _advance(counters: Tensor, last: bool, found_inf: Tensor | None) -> None:
+    """What an op does to ``counters``, for a rank whose shards are all empty."""
+    taken = 1 if found_inf is None else (found_inf.reshape(()) == 0).long()
+    counters[0] += taken
+    counters[1] = counters[1] * (1 - taken) if last else counters[1] + taken

@@ -4,7 +4,6 @@ What stays through a run is counted. What comes and goes, activations and gradie
 backward pass on fake tensors, which have shapes and lifetimes but no memory, and following the bytes alive.
 """
 
-import copy
 import functools
 import math
 import warnings
@@ -238,12 +237,10 @@ def _restored(elements: Sequence[int], options: Options, streamed: bool) -> int:
     """Bytes of the piece of the prior that an update restores to float32 at a time."""
     kept = (options.prior_mean, options.prior_std)
     each = [4 if streamed or storage != "float32" else 0 for storage in kept]
-    if options.release_gradients:
-        piece = max(elements)
-    else:
-        piece = min(sum(elements), max(STREAMED_ELEMENTS, *elements))
+    largest = max(elements)
+    piece = largest if options.release_gradients else min(sum(elements), max(STREAMED_ELEMENTS, largest))
     moved = sum(_kept(piece, storage) for storage in kept if storage != "float32") if streamed else 0
-    root = 4 * max(elements) if options.prior_std == "log8" else 0  # a factor of the value that is decoded
+    root = 4 * largest if options.prior_std == "log8" else 0  # a factor of the value that is decoded
     return piece * sum(each) + moved + root
 
 
@@ -320,8 +317,8 @@ def peak_of_a_pass(
 ) -> int:
     """Most bytes that inputs, activations and gradients hold at one time in a forward and backward pass.
 
-    The model is in eval mode, as `prepare` and `forget` run it; the loss is the cross entropy of its output. The ops are
-    the CPU's: autograd needs a real GPU for those of one, and they save the same (attention without its matrix).
+    The model is in eval mode, as `prepare` and `forget` run it; the loss is the cross entropy of its output. The ops
+    are the CPU's: autograd needs a real GPU for those of one, and they save the same (attention without its matrix).
 
     Raises:
         UsageError: the model cannot take such a batch.

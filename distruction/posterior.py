@@ -3,24 +3,37 @@
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
-from . import ops
+from . import distributed, ops
 from .compression import BLOCK, STORAGE, LogCodes, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
 from .files import load_tensors, save_tensors
+from .sharding import Pieces, gather, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
 
 FORMAT = "distruction-posterior-2"
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel`` and ``torch.compile``, whose parameters have their own names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def learnable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of ``model`` that a posterior covers, by name: each with ``requires_grad``, tied ones once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -28,15 +41,16 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, t in tensors.items():
         digest.update(f"{name}:{tuple(t.shape)};".encode())
-        digest.update(t.detach().float().cpu().contiguous().numpy().data)
+        digest.update(gather(t.detach()).float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
 class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     """Independent Gaussians N(mean, std**2), one per parameter element, by parameter name.
 
-    A mapping from parameter name to ``(mean, std)``, both float32 in the parameter's shape. What `compress` made
-    is restored at each access.
+    A mapping from parameter name to ``(mean, std)``, both float32 in the parameter's shape. They may be sharded over
+    ranks (DTensor), as the parameters of a sharded model are; all ranks then call its methods together. What `compress`
+    made is restored at each access.
 
     Args:
         means: parameter name to mean.
@@ -63,17 +77,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             raise PosteriorError(
                 f"means and stds name different parameters: {_difference(means, stds)}; give both for each name"
             )
-        for name, mean in means.items():
-            std = stds[name]
-            if mean.shape != std.shape:
-                raise PosteriorError(f"{name}: mean is {tuple(mean.shape)} but std is {tuple(std.shape)}")
-            for what, t in (("mean", mean), ("std", std)):
-                if t.dtype != torch.float32:
-                    raise PosteriorError(f"{name}: {what} is {t.dtype}; convert it to torch.float32")
-                if not t.isfinite().all():
-                    raise PosteriorError(f"{name}: {what} holds NaN or infinity; prepare the posterior again")
-            if not (std > 0).all():
-                raise PosteriorError(f"{name}: std must be > 0, its smallest value is {std.min().item():g}")
+        _raise_together(_fault(means, stds), means.values())
         self._means, self._stds = stored(means), stored(stds)
         self.metadata: dict[str, Any] = dict(metadata or {})
 
@@ -116,13 +120,19 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Bytes that its tensors hold."""
         return sum(t.nbytes for t in self._tensors())
 
+    def is_sharded(self) -> bool:
+        """Whether the tensors are spread over ranks."""
+        return any(is_sharded(t) for t in self.means.values())
+
+    def largest_std(self) -> float:
+        """The largest standard deviation of any element, on any rank."""
+        here = [part.max() for part in map(local, self.stds.values()) if part.numel()]
+        value = torch.stack(here).max() if here else torch.zeros((), device=next(iter(self._stds.values())).device)
+        return largest(value, groups_of(self.means.values())).item()
+
     def numel(self) -> int:
         """Number of Gaussians."""
         return sum(m.numel() for m in self._means.values())
-
-    def largest_std(self) -> float:
-        """The largest standard deviation."""
-        return max(s.max().item() for s in self.stds.values() if s.numel())
 
     def to(self, device: str | torch.device) -> "Posterior":
         """This posterior on ``device``: tensors already there are shared, compressed ones stay so."""
@@ -144,8 +154,10 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             mean: ``float32``, or ``bfloat16``: an error of up to 0.4 % of the mean, which may be many std.
 
         Raises:
-            UsageError: an unknown way to store.
+            UsageError: an unknown way to store, or the posterior is sharded.
         """
+        if self.is_sharded():
+            raise UsageError("a sharded posterior cannot be compressed; compress posterior.gathered()")
         for what, storage, allowed in (("std", std, STORAGE), ("mean", mean, STORAGE[:2])):
             if storage not in allowed:
                 raise UsageError(f"{what}={storage!r} is unknown; choose {', '.join(allowed)}")
@@ -173,6 +185,32 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         mapped._stds = {n: function(t) for n, t in self._stds.items()}
         return mapped
 
+    def like(self, model: nn.Module) -> "Posterior":
+        """This posterior where ``model`` has its parameters: on their devices and, if they are sharded, as they are.
+
+        Each rank takes its part of a whole posterior without communication. A compressed one stays so, unless the
+        parameters are sharded.
+        """
+        self.check(model)
+        params = learnable(model)
+        placed = copy.copy(self)
+        if any(is_sharded(t) for t in [*params.values(), *self.means.values()]):
+            placed._means = {n: shard_like(t, params[n]) for n, t in self.means.items()}
+            placed._stds = {n: shard_like(t, params[n]) for n, t in self.stds.items()}
+        else:
+            placed._means = {n: t.to(params[n].device) for n, t in self._means.items()}
+            placed._stds = {n: t.to(params[n].device) for n, t in self._stds.items()}
+        return placed
+
+    def gathered(self) -> "Posterior":
+        """This posterior with whole tensors on every rank, on the CPU if it was sharded."""
+        whole = copy.copy(self)
+        whole._means, whole._stds = (
+            {n: gather(t).cpu() if isinstance(t, Tensor) and is_sharded(t) else t for n, t in tensors.items()}
+            for tensors in (self._means, self._stds)
+        )
+        return whole
+
     def kl(self, prior: "Posterior", *, backend: str = "auto") -> Tensor:
         """KL(self || prior) in nats, a float64 scalar (paper, section 3.2).
 
@@ -180,14 +218,21 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             PosteriorError: the two are over different parameters.
         """
         _check_same(self.shapes, prior.shapes, "the prior")
-        names = list(self)
-        return ops.gaussian_kl(
-            [self.means[n] for n in names],
-            [self.stds[n] for n in names],
-            [prior.means[n] for n in names],
-            [prior.stds[n] for n in names],
-            backend=backend,
-        )[0]
+        layouts: dict[Any, list[str]] = {}
+        for name, mean in self.means.items():
+            layouts.setdefault(layout(mean), []).append(name)
+        parts = []
+        for names in layouts.values():
+            means = [self.means[n] for n in names]
+            pieces = Pieces(means, [0] * len(names))
+            here = [means, *([t[n] for n in names] for t in (self.stds, prior.means, prior.stds))]
+            lists = [pieces.of(tensors) for tensors in here]
+            if lists[0]:
+                part = ops.gaussian_kl(*lists, backend=backend)[0]
+            else:
+                part = torch.zeros((), dtype=torch.float64, device=means[0].device)
+            parts.append(sum_over_shards(part, means[0]))
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
     def check(self, model: nn.Module, *, same_weights: bool = False) -> None:
         """Raise unless this posterior belongs to ``model``.
@@ -202,22 +247,26 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         params = learnable(model)
         _check_same({n: p.shape for n, p in params.items()}, self.shapes, "the posterior")
         if same_weights:
+            fault = None
             for name, p in params.items():
-                kept = self._means[name]
-                assert isinstance(kept, Tensor)
+                mean = self._means[name]
+                assert isinstance(mean, Tensor)
+                kept = shard_like(mean, p)
                 coarser = kept.dtype if p.dtype == torch.float32 else p.dtype
-                if not torch.equal(p.detach().to(coarser), kept.to(p.device, coarser)):
-                    raise PosteriorError(
+                if not torch.equal(local(p.detach()).to(coarser), local(kept).to(coarser)):
+                    fault = (
                         f"the posterior was prepared for other weights: {name} differs from its mean; load the "
                         "model that it was prepared for, or call posterior.mean_(model) to put its means in"
                     )
+                    break
+            _raise_together(fault, params.values())
 
     @torch.no_grad()
     def mean_(self, model: nn.Module) -> None:
         """Write the means into the model's parameters."""
         self.check(model)
         for name, p in learnable(model).items():
-            p.copy_(self.means[name])
+            local(p).copy_(local(shard_like(self.means[name], p)))
 
     @torch.no_grad()
     def sample_(self, model: nn.Module, *, seed: int, draw: int = 0, backend: str = "auto") -> None:
@@ -229,18 +278,18 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             draw: number of the sample, in [0, 2**32).
             backend: see `distruction.ops`.
         """
-        self.check(model)
         params = learnable(model)
-        device = next(iter(params.values())).device
-        here = [self.fetch(n, device) for n in params]
+        here = self.like(model)
+        pieces = Pieces(list(params.values()), list(range(len(params))))
+        outs = pieces.of([local(p) for p in params.values()])
         ops.sample(
-            list(params.values()),
-            [mean for mean, _ in here],
-            [std for _, std in here],
-            [0] * len(params),
-            list(range(len(params))),
+            outs,
+            pieces.of([here.means[n] for n in params]),
+            pieces.of([here.stds[n] for n in params]),
+            pieces.offsets,
+            pieces.streams,
             seed,
-            torch.tensor([draw, 0, 0], device=device),
+            torch.tensor([draw, 0, 0], device=next(iter(params.values())).device),
             False,
             False,
             backend,
@@ -254,10 +303,17 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             compress: keep the stds alone, as 8-bit codes: about one byte per parameter. The means are then those of
                 the model's checkpoint, which `load` needs and checks by their SHA-256.
 
+        A sharded posterior is gathered one tensor at a time, by all ranks together, and rank 0 alone writes it.
+
         Raises:
             UsageError: ``compress`` and the means are in bfloat16, so that they are no checkpoint's.
             OSError: the disk is full, the folder is read-only, ...; the file is as it was before.
         """
+        if self.is_sharded():
+            whole = self._on_first_rank()
+            if whole is not None:
+                whole.save(path, compress=compress)
+            return
         facts: dict[str, Any] = {"names": list(self), "metadata": self.metadata}
         tensors: dict[str, Tensor] = {}
         if compress:
@@ -284,8 +340,9 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         Args:
             path: the file. The stds of a compressed one stay compressed in memory; see `compress`.
             map_location: device of the tensors.
-            model: when given, the posterior must belong to it (see `check`). A compressed file needs it, with the
-                weights that it was prepared for: copies of them are the means.
+            model: when given, the posterior must belong to it (see `check`); of a sharded model each rank keeps its
+                part. A compressed file needs it, with the weights that it was prepared for: copies of them are the
+                means.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -312,9 +369,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             raise PosteriorError(f"{path} holds tensors that its header does not name: {sorted(tensors)[:3]}")
         if means is not None:
             posterior = cls(means, stds, metadata)
-            if model is not None:
-                posterior.check(model)
-            return posterior
+            return posterior if model is None else posterior._of(model)
         if model is None:
             raise PosteriorError(
                 f"{path} is compressed: its means are the weights that it was prepared for; pass the model that holds "
@@ -328,8 +383,29 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                 f"{path} was prepared for other weights: their SHA-256 differs from that of the model's; load the "
                 "model's checkpoint that preparation was given"
             )
-        means = {n: params[n].detach().to(map_location, torch.float32, copy=True).contiguous() for n in names}
-        return cls(means, stds, metadata)
+        whole = ((n, gather(params[n].detach())) for n in names)
+        means = {n: p.to(map_location, torch.float32, copy=True).contiguous() for n, p in whole}
+        return cls(means, stds, metadata)._of(model)
+
+    def _of(self, model: nn.Module) -> "Posterior":
+        """This posterior, checked to belong to the model; of a sharded one this rank's part."""
+        self.check(model)
+        return self.like(model) if any(is_sharded(p) for p in model.parameters()) else self
+
+    def _on_first_rank(self) -> "Posterior | None":
+        """The whole of a sharded posterior in the CPU's memory of rank 0; ``None`` elsewhere."""
+        first = distributed.rank() == 0
+        whole: list[dict[str, Stored]] = [{}, {}]
+        for kept, tensors in zip(whole, (self.means, self.stds), strict=True):
+            for name, t in tensors.items():
+                gathered = gather(t)
+                if first:
+                    kept[name] = gathered.cpu()
+        if not first:
+            return None
+        here = copy.copy(self)
+        here._means, here._stds = whole
+        return here
 
 
 def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
@@ -353,6 +429,30 @@ def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     only_a, only_b = sorted(set(a) - set(b)), sorted(set(b) - set(a))
     return f"only in the first {only_a[:3]}, only in the second {only_b[:3]}"
+
+
+def _fault(means: Mapping[str, Tensor], stds: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with these tensors or, of sharded ones, with the parts on this rank."""
+    for name, mean in means.items():
+        std = stds[name]
+        if mean.shape != std.shape:
+            return f"{name}: mean is {tuple(mean.shape)} but std is {tuple(std.shape)}"
+        for what, t in (("mean", mean), ("std", std)):
+            if t.dtype != torch.float32:
+                return f"{name}: {what} is {t.dtype}; convert it to torch.float32"
+            if not local(t).isfinite().all():
+                return f"{name}: {what} holds NaN or infinity; prepare the posterior again"
+        if not (local(std) > 0).all():
+            return f"{name}: std must be > 0, its smallest value is {local(std).min().item():g}"
+    return None
+
+
+def _raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
+    """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
+    tensors = list(tensors)
+    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
+    if largest(flag, groups_of(tensors)).item():
+        raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")
 
 
 def _check_same(shapes: Mapping[str, torch.Size], other: Mapping[str, torch.Size], what: str) -> None:

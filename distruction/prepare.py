@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import UsageError
 from .optimizer import BGD
 from .posterior import Posterior, fingerprint, learnable
@@ -62,6 +63,7 @@ def prepare(
         UsageError: an argument is out of range, the loader is empty or not labelled.
         NonFiniteError: the loss became NaN or infinite; says at which step.
     """
+    distributed.start()
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
     if evidence is None:
@@ -83,7 +85,7 @@ def prepare(
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
         return BGD(
-            [(n, p) for n, p in model.named_parameters() if p.requires_grad],
+            learnable(model).items(),
             lr=lr,
             std_init=std_init if resumed is None else resumed,
             data_per_step=evidence / max(steps, 1),

@@ -1,5 +1,11 @@
-"""The loop that `prepare` and `forget` share: seeded batches, progress, checkpoints, and weights that end as means."""
+"""The loop that `prepare` and `forget` share: seeded batches, progress, checkpoints, and weights that end as means.
 
+Under ``torchrun`` every rank runs it. A step's batch is spread over the ranks, and the loss is that of the whole
+batch: each rank computes the logits of its rows, and all of them the loss from all logits, so that the gradients of
+the ranks add up to the gradient of one process on the same batch, however unevenly it was split.
+"""
+
+import hashlib
 import math
 import os
 import time
@@ -13,9 +19,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .errors import NonFiniteError, UsageError
+from . import distributed
+from .errors import NonFiniteError, RankError, UsageError
 from .optimizer import BGD
-from .posterior import Posterior
+from .posterior import Posterior, learnable
+from .sharding import is_sharded, layout, reshard
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -56,7 +64,8 @@ def seeded_batches(loader: Batches, *, seed: int, start: int, stop: int) -> Iter
     """Batches ``start .. stop`` of an endless repetition of ``loader``, the same ones however often a run resumed.
 
     PyTorch's global generator is seeded at each epoch, which fixes a shuffling loader's order, and again before each
-    batch is handed out, which fixes what the model draws (dropout, random labels).
+    batch is handed out, which fixes what the model draws (dropout, random labels). A distributed sampler is told the
+    epoch.
 
     Raises:
         UsageError: the loader is empty.
@@ -65,6 +74,9 @@ def seeded_batches(loader: Batches, *, seed: int, start: int, stop: int) -> Iter
     epoch = 0
     while step < stop:
         torch.manual_seed(seed_of(seed, 0, epoch))
+        for sampler in _samplers(loader):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
         empty = True
         for batch in loader:
             empty = False
@@ -108,7 +120,10 @@ class Checkpoint:
 
     def load(self, model: nn.Module) -> tuple[Posterior, dict[str, Any]] | None:
         """The posterior and progress to resume from, or ``None`` to start from the beginning."""
-        if self.path is None or not Path(self.path).is_file():
+        there = self.path is not None and Path(self.path).is_file()
+        if not distributed.agree(there, next(model.parameters()).device):
+            raise UsageError(f"only some ranks see the checkpoint {self.path}; put it where all of them can read it")
+        if self.path is None or not there:
             return None
         posterior = Posterior.load(self.path, model=model)
         progress = posterior.metadata.get("checkpoint")
@@ -124,7 +139,7 @@ class Checkpoint:
         return posterior, progress
 
     def save(self, optimizer: BGD, history: list[Step]) -> None:
-        """Write the optimizer's posterior and the history atomically."""
+        """Write the optimizer's posterior and the history atomically, on rank 0; of a sharded one all ranks call it."""
         posterior = optimizer.posterior()
         draw = optimizer.state_dict()["param_groups"][0]["draw"]
         posterior.metadata["checkpoint"] = {
@@ -133,12 +148,114 @@ class Checkpoint:
             "history": [asdict(s) for s in history],
         }
         assert self.path is not None
-        posterior.save(self.path)
+        if distributed.rank() == 0 or posterior.is_sharded():
+            posterior.save(self.path)
 
     def remove(self) -> None:
         """Delete the file: the run is done."""
-        if self.path is not None:
+        if self.path is not None and distributed.rank() == 0:
             Path(self.path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's batch, spread over the ranks.
+
+    Attributes:
+        inputs: rows of this rank for the forward pass; a stand-in row where ``count`` is 0.
+        count: how many of them are of the batch.
+        start: where they stand in the whole batch.
+        targets: (batch,) of the whole batch.
+        whole_inputs: of the whole batch; this rank's where nobody needs them all.
+    """
+
+    inputs: Tensor
+    count: int
+    start: int
+    targets: Tensor
+    whole_inputs: Tensor
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """The logits of the whole batch from each rank's."""
+        return distributed.gather_rows(logits[: self.count], self.start, len(self.targets))
+
+
+class Batching:
+    """Makes a `Batch` of what the loader gives: a global batch on each rank, or each rank's own part of one.
+
+    A loader with a distributed sampler (``torch.utils.data.DistributedSampler``, timm's, accelerate's) gives each rank
+    a part, and the parts together are the batch; any other gives every rank the whole batch, which is then split.
+    """
+
+    def __init__(self, loader: Batches, device: torch.device, *, needs_inputs: bool) -> None:
+        self._in_parts = any(
+            getattr(s, name, 1) > 1 for s in _samplers(loader) for name in ("num_replicas", "num_processes")
+        )
+        self._device = device
+        self._needs_inputs = needs_inputs
+        self._checked = distributed.size() == 1
+
+    def __call__(self, batch: Any) -> Batch:
+        """The batch, on the model's device.
+
+        Raises:
+            UsageError: not labelled, or the ranks' loaders give different batches without a distributed sampler.
+        """
+        inputs, targets = _labelled(batch, self._device)
+        rank, size = distributed.rank(), distributed.size()
+        if size > 1 and self._in_parts:
+            return self._from_parts(inputs, targets)
+        if not self._checked:
+            digest = hashlib.sha256(targets.cpu().numpy().tobytes()).digest()
+            if not distributed.agree(int.from_bytes(digest[:7], "big"), self._device):
+                raise UsageError(
+                    "the ranks' loaders give different batches: give every rank the same loader, whose batches are "
+                    "then split between the ranks, or one with torch.utils.data.DistributedSampler"
+                )
+            self._checked = True
+        start, stop = (i * len(targets) // size for i in (rank, rank + 1))
+        own = inputs[start:stop] if stop > start else inputs[:1]
+        return Batch(own, stop - start, start, targets, inputs)
+
+    def _from_parts(self, inputs: Tensor, targets: Tensor) -> Batch:
+        counts = torch.zeros(distributed.size(), dtype=torch.int64, device=self._device)
+        counts[distributed.rank()] = len(targets)
+        distributed.all_reduce_([counts])
+        start, total = int(counts[: distributed.rank()].sum()), int(counts.sum())
+        whole_inputs = distributed.gather_rows(inputs, start, total) if self._needs_inputs else inputs
+        return Batch(inputs, len(targets), start, distributed.gather_rows(targets, start, total), whole_inputs)
+
+
+class Gradients:
+    """Makes each rank's gradients those of the whole batch: by the model's wrapper, or by an all-reduce.
+
+    Raises:
+        UsageError: the model is sharded otherwise than by ``fully_shard`` over all ranks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        params = list(learnable(model).values())
+        sharded = [p for p in params if is_sharded(p)]
+        wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+        for p in sharded:
+            mesh, placements = layout(p)
+            if mesh.size() != distributed.size() or sum(not place.is_replicate() for place in placements) != 1:
+                raise UsageError(
+                    f"a parameter is placed as {tuple(placements)} on {mesh.size()} of {distributed.size()} ranks; "
+                    "prepare and forget know data parallel models alone (DistributedDataParallel, fully_shard over "
+                    "all ranks); for others use BGD in a loop of your own"
+                )
+        # Both wrappers average over the ranks where a sum is due.
+        self._scale = distributed.size() if sharded or wrapped else 1
+        self._ours = [] if wrapped or distributed.size() == 1 else [p for p in params if not is_sharded(p)]
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward from the loss of the whole batch."""
+        (loss * self._scale if self._scale > 1 else loss).backward()
+        grads = [p.grad for p in self._ours if p.grad is not None]
+        distributed.all_reduce_(grads)
+        if self._scale > 1 and grads:
+            torch._foreach_div_(grads, self._scale)
 
 
 def run(
@@ -154,84 +271,110 @@ def run(
     callback: Callback | None,
     progress: bool,
     title: str,
+    needs_inputs: bool = False,
 ) -> tuple[BGD, list[Step]]:
     """Take ``steps`` BGD steps, resuming from the checkpoint where there is one.
 
     Args:
-        loss_fn: ``(logits, targets, inputs) -> mean loss``.
+        loss_fn: ``(logits, targets, inputs) -> mean loss`` over the whole batch.
         make_optimizer: makes the optimizer, starting from a checkpoint's posterior when given one.
         schedule: sets the optimizer's options before each step from the history so far.
+        needs_inputs: ``loss_fn`` uses the inputs.
 
     Returns:
         The optimizer, in eval mode, and the history. The model holds the means, also when an exception leaves here.
+
+    Raises:
+        RankError: another rank failed or was lost.
     """
     if steps < 1:
         raise UsageError(f"steps must be >= 1, not {steps}")
     resumed = checkpoint.load(model)
     optimizer = make_optimizer(resumed[0] if resumed else None)
     history = [Step(**s) for s in resumed[1]["history"]] if resumed else []
+    device = next(model.parameters()).device
+    if not distributed.agree(len(history), device):
+        raise UsageError(f"the ranks see different checkpoints at {checkpoint.path}; put it on a shared file system")
     if resumed:
         for group in optimizer.param_groups:
             group["draw"] = resumed[1]["draw"]
-    device = next(model.parameters()).device
+    gradients = Gradients(model)
+    batching = Batching(loader, device, needs_inputs=needs_inputs)
+    reshard(model)
     saved = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with deterministic(model), Progress(*columns, disable=not progress, transient=True) as bar:
+    hidden = not progress or distributed.rank() > 0
+    with deterministic(model), Progress(*columns, disable=hidden, transient=True) as bar:
         task = bar.add_task(title, total=steps, completed=len(history))
         try:
-            for batch in seeded_batches(loader, seed=seed, start=len(history), stop=steps):
-                inputs, targets = _labelled(batch, device)
+            for loaded in seeded_batches(loader, seed=seed, start=len(history), stop=steps):
+                batch = batching(loaded)
                 schedule(optimizer, history)
                 measured: list[tuple[Tensor, Tensor]] = []
 
-                def closure(
-                    inputs: Tensor = inputs, targets: Tensor = targets, measured: list[tuple[Tensor, Tensor]] = measured
-                ) -> Tensor:
+                def closure(batch: Batch = batch, measured: list[tuple[Tensor, Tensor]] = measured) -> Tensor:
                     optimizer.zero_grad(set_to_none=True)
-                    logits = model(inputs)
+                    logits = batch.whole(model(batch.inputs))
                     if measured == [] and not history:
-                        _check_targets(logits, targets)
-                    loss = loss_fn(logits, targets, inputs)
+                        _check_targets(logits, batch.targets)
+                    loss = loss_fn(logits, batch.targets, batch.whole_inputs)
                     if not torch.isfinite(loss):
                         raise NonFiniteError(
                             f"the loss is {loss.item()} at step {len(history) + 1}; the weights are the last good "
                             "means. Lower lr, data_per_step or std_init, or look for the cause in the data"
                         )
-                    loss.backward()
-                    measured.append((loss.detach(), (logits.argmax(dim=-1) == targets).float().mean()))
+                    gradients.backward(loss)
+                    measured.append((loss.detach(), (logits.argmax(dim=-1) == batch.targets).float().mean()))
                     return loss
 
                 optimizer.step(closure)
                 group = optimizer.param_groups[0]
+                kl = optimizer.kl
                 history.append(
                     Step(
                         step=len(history) + 1,
                         steps=steps,
                         loss=torch.stack([m[0] for m in measured]).mean().item(),
                         accuracy=100.0 * torch.stack([m[1] for m in measured]).mean().item(),
-                        kl=0.0 if optimizer.kl is None else optimizer.kl.item(),
+                        kl=0.0 if kl is None else kl.item(),
                         kl_weight=float(group["kl_weight"]),
                     )
                 )
                 if callback is not None:
                     callback(history[-1])
                 bar.update(task, completed=len(history), description=f"{title} loss {history[-1].loss:.3f}")
-                if (
-                    checkpoint.path is not None
-                    and len(history) < steps
-                    and time.monotonic() - saved >= checkpoint.seconds
-                ):
-                    checkpoint.save(optimizer, history)
-                    saved = time.monotonic()
-        finally:
+                if checkpoint.path is not None and len(history) < steps:
+                    due = time.monotonic() - saved >= checkpoint.seconds
+                    if distributed.of_first_rank(due, device):
+                        checkpoint.save(optimizer, history)
+                        saved = time.monotonic()
+        except BaseException as error:
             optimizer.zero_grad(set_to_none=True)
-            optimizer.eval()
+            # Without the check, which would wait for ranks that may be gone.
+            optimizer.eval(check=False)
+            if distributed.is_lost(error):
+                raise RankError(
+                    f"another rank failed or cannot be reached at step {len(history) + 1} (its own message says why): "
+                    f"{error}. Start all ranks again"
+                    + ("" if checkpoint.path is None else f"; they resume from {checkpoint.path}")
+                ) from error
+            raise
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.eval()
     return optimizer, history
 
 
 def cosine(step: int, steps: int) -> float:
     """Cosine decay from 1 at step 0 towards 0 at step ``steps``."""
     return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    """The loader's samplers and those inside of them."""
+    for name in ("sampler", "batch_sampler"):
+        if (inner := getattr(loader, name, None)) is not None:
+            yield inner
+            yield from _samplers(inner)
 
 
 def _labelled(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def make(width=64):
 
 
 def test_bytes_per_parameter(tmp_path):
-    model, posterior, _ = make(1024)
+    _, posterior, _ = make(1024)
     n = posterior.numel()
     assert posterior.nbytes == 8 * n
     assert 5 <= posterior.compress().nbytes / n < 5.02
@@ -103,7 +103,7 @@ def test_a_compressed_file_shares_its_means_with_the_checkpoint(tmp_path):
     assert torch.equal(again.means["0.weight"], posterior.means["0.weight"])
     with pytest.raises(PosteriorError, match="was prepared for other weights: their SHA-256 differs"):
         Posterior.load(path, model=model)
-    with pytest.raises(PosteriorError, match="is compressed: .* pass the model that holds them as model="):
+    with pytest.raises(PosteriorError, match=r"is compressed: .* pass the model that holds them as model="):
         Posterior.load(path)
     with pytest.raises(PosteriorError, match="belongs to another model"):
         Posterior.load(path, model=nn.Linear(3, 4))
@@ -118,9 +118,9 @@ def test_a_compressed_file_shares_its_means_with_the_checkpoint(tmp_path):
 
 def test_unknown_storage():
     _, posterior, _ = make()
-    with pytest.raises(UsageError, match="std='float16' is unknown; choose float32, bfloat16, log8"):
+    with pytest.raises(UsageError, match=r"std='float16' is unknown; choose float32, bfloat16, log8"):
         posterior.compress(std="float16")
-    with pytest.raises(UsageError, match="mean='log8' is unknown; choose float32, bfloat16$"):
+    with pytest.raises(UsageError, match=r"mean='log8' is unknown; choose float32, bfloat16$"):
         posterior.compress(mean="log8")
 
 

@@ -1,0 +1,167 @@
+"""Parameters sharded over ranks (DTensor, as ``fully_shard`` makes them): what this rank holds, and reductions.
+
+Draws go by an element's flat index in the whole parameter, so a shard is handed to the ops as its contiguous
+ranges of that index, each with its offset. A shard along the first dimension (FSDP's) is one range; along a later
+dimension it is one range per leading index.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import UsageError
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:
+
+    class DTensor:  # type: ignore[no-redef]
+        """Stands in where PyTorch was built without torch.distributed: no tensor is one."""
+
+    class FSDPModule:  # type: ignore[no-redef]
+        """Likewise: no module is one."""
+
+
+Run = tuple[int, int, int]
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor (replicated ones included)."""
+    return isinstance(t, DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """What this rank holds of ``t``, sharing its memory; an ordinary tensor itself. Call it under ``no_grad``."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def layout(t: Tensor) -> Any:
+    """Equal for tensors that are spread in the same way; ``None`` for an ordinary one."""
+    return (t.device_mesh, t.placements) if isinstance(t, DTensor) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _runs(shape: torch.Size, mesh: Any, placements: Any) -> tuple[Run, ...]:
+    if any(p.is_partial() for p in placements):
+        raise UsageError(f"a parameter is placed as {placements}; redistribute it to Shard or Replicate")
+    last = max((p.dim for p in placements if not p.is_replicate()), default=-1)
+    # An index over the dimensions up to the last sharded one, spread as the parameter is, tells where its parts are.
+    index = torch.arange(math.prod(shape[: last + 1])).view(shape[: last + 1])
+    rows = distribute_tensor(index, mesh, placements, src_data_rank=None).to_local().flatten().cpu()
+    length = math.prod(shape[last + 1 :])
+    if rows.numel() * length == 0:
+        return ()
+    breaks = ((rows.diff() != 1).nonzero().flatten() + 1).tolist()
+    return tuple(
+        (a * length, int(rows[a]) * length, (b - a) * length) for a, b in itertools.pairwise([0, *breaks, rows.numel()])
+    )
+
+
+def runs(t: "DTensor") -> tuple[Run, ...]:
+    """The contiguous ranges of ``t`` on this rank: (start in the flat shard, start in the flat whole, length).
+
+    Raises:
+        UsageError: ``t`` holds partial sums.
+    """
+    return _runs(t.shape, t.device_mesh, tuple(t.placements))
+
+
+class Pieces:
+    """How some parameters fall into the contiguous pieces that the ops take; whole ones stay as they are.
+
+    Args:
+        params: parameters, any of which may be a DTensor.
+        streams: generator stream of each.
+
+    Attributes:
+        offsets, streams: of each piece, as the ops take them.
+    """
+
+    def __init__(self, params: Sequence[Tensor], streams: Sequence[int]) -> None:
+        self._runs = [runs(p) if isinstance(p, DTensor) else None for p in params]
+        self.offsets: list[int] = []
+        self.streams: list[int] = []
+        for stream, cuts in zip(streams, self._runs, strict=True):
+            starts = [0] if cuts is None else [start for _, start, _ in cuts]
+            self.offsets += starts
+            self.streams += [stream] * len(starts)
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces of ``tensors``, one tensor per parameter, as views.
+
+        A tensor is spread as its parameter is, or is that shard itself, contiguous; an ordinary tensor of the
+        parameter's whole shape is cut as well.
+        """
+        pieces: list[Tensor] = []
+        for t, cuts in zip(tensors, self._runs, strict=True):
+            if cuts is None:
+                pieces.append(t)
+            elif isinstance(t, DTensor):
+                flat = t.to_local().view(-1)
+                pieces += [flat[here : here + length] for here, _, length in cuts]
+            else:
+                flat = t.view(-1)
+                whole = flat.numel() != sum(length for _, _, length in cuts)
+                pieces += [flat[i : i + length] for here, start, length in cuts for i in [start if whole else here]]
+        return pieces
+
+
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole`` as ``like`` is spread, on its device: this rank's part, taken without communication.
+
+    A sharded tensor stays as it is, or is gathered by all ranks together for an ordinary ``like``.
+    """
+    if not isinstance(like, DTensor):
+        return gather(whole).to(like.device)
+    if isinstance(whole, DTensor):
+        return whole.to(like.device)
+    part = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole parameters that a forward pass without a backward left in a ``fully_shard``-ed model.
+
+    The next forward pass would use them in place of what an optimizer wrote into the shards since.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather(t: Tensor) -> Tensor:
+    """The whole tensor on each rank; every rank that holds a part has to call it."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def sum_over_shards(value: Tensor, of: Tensor) -> Tensor:
+    """``value`` summed over the ranks that hold different parts of ``of``; replicas count once."""
+    if isinstance(of, DTensor):
+        value = value.clone()
+        for dim, placement in enumerate(of.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(value, group=of.device_mesh.get_group(dim))
+    return value
+
+
+def groups_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The process groups over which ``tensors`` are spread, in the same order on each rank."""
+    seen = []
+    for t in tensors:
+        if isinstance(t, DTensor) and t.device_mesh not in seen:
+            seen.append(t.device_mesh)
+            yield from t.device_mesh.get_all_groups()
+
+
+def largest(value: Tensor, groups: Iterable[Any]) -> Tensor:
+    """The elementwise maximum of ``value`` over the ranks of all ``groups``, in place."""
+    for group in groups:
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    return value
