@@ -1,12 +1,15 @@
 """Files that are there whole or not at all, whose bytes depend on their contents alone, and which a checksum guards."""
 
+import errno
 import glob
 import json
 import os
 import re
+import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,20 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
         Path(name).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def check_writable(path: str | os.PathLike[str], nbytes: int = 0) -> None:
+    """Raise, before any work is done, unless a file of ``nbytes`` can be written at ``path`` now.
+
+    Raises:
+        OSError: the folder is missing or read-only, or the disk is too full.
+    """
+    folder = Path(path).parent
+    with tempfile.TemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        what = f"{os.strerror(errno.ENOSPC)}: {nbytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        raise OSError(errno.ENOSPC, what, str(path))
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
@@ -103,19 +120,47 @@ def load_tensors(
     Raises:
         ValueError: the file is damaged, or of another format; says which.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            found, checksum = facts.pop("format", None), facts.pop("crc32", None)
-            # Copies, because safetensors maps the file, which somebody may overwrite or cut.
-            tensors = {n: file.get_tensor(n).clone() for n in file.keys()} if found == format else {}  # noqa: SIM118
-    except (SafetensorError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if found != format:
-        raise ValueError(_another_format(path, found, format))
+    with _reading(path) as file:
+        facts, checksum = _header(file, path, format)
+        # Copies, because safetensors maps the file, which somebody may overwrite or cut.
+        tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118 (not a dict)
     if checksum != _checksum(format, facts, tensors):
         raise ValueError(f"{path} is damaged: its checksum is wrong")
     return {n: t.to(device) for n, t in tensors.items()}, facts
+
+
+def load_facts(path: str | os.PathLike[str], *, format: str) -> dict[str, Any]:
+    """The facts of such a file, without its tensors and hence not checked against its checksum.
+
+    Raises:
+        ValueError: the file is damaged, or of another format; says which.
+    """
+    with _reading(path) as file:
+        return _header(file, path, format)[0]
+
+
+class _AnotherFormat(Exception):
+    """Of a file that is whole and not what was asked for."""
+
+
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except _AnotherFormat as error:
+        raise ValueError(str(error)) from error
+    except (SafetensorError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _header(file: Any, path: str | os.PathLike[str], format: str) -> tuple[dict[str, Any], Any]:
+    """The facts and the checksum."""
+    facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    found, checksum = facts.pop("format", None), facts.pop("crc32", None)
+    if found != format:
+        raise _AnotherFormat(_another_format(path, found, format))
+    return facts, checksum
 
 
 def _another_format(path: str | os.PathLike[str], found: Any, expected: str) -> str:

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .files import load_tensors, save_tensors
+from .files import load_facts, load_tensors, save_tensors
 
 FORMAT = "distruction-model-1"
 
@@ -82,6 +82,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], config: dict[str, Any])
     """Write the state_dict and the arguments of `create` (``config``) as safetensors, atomically."""
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     save_tensors(path, tensors, format=FORMAT, facts={"config": config})
+
+
+def config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments of `create` that a file written by `save` holds, without its weights.
+
+    Raises:
+        UsageError: the file is not a model of this library.
+    """
+    try:
+        found = load_facts(path, format=FORMAT)["config"]
+        return {k: found[k] for k in ("name", "num_classes", "in_chans", "img_size")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read as a model: {error}; train it again") from error
 
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:

@@ -564,8 +564,11 @@ class BGD(torch.optim.Optimizer):
 
     # --- state -----------------------------------------------------------------------------------
 
-    def posterior(self) -> Posterior:
-        """A copy of the current means and stds by parameter name, sharded where the parameters are.
+    def posterior(self, *, copy: bool = True) -> Posterior:
+        """The current means and stds by parameter name, sharded where the parameters are.
+
+        Args:
+            copy: ``False`` shares the optimizer's memory, for a caller that takes no further step.
 
         Raises:
             UsageError: the optimizer was made without parameter names.
@@ -577,7 +580,7 @@ class BGD(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.requires_grad:
                     state = self._state(index, p)
-                    means[name], stds[name] = state["mean"].clone(), state["std"].clone()
+                    means[name], stds[name] = (state[k].clone() if copy else state[k] for k in ("mean", "std"))
         return Posterior(means, stds)
 
     def state_dict(self) -> dict[str, Any]:

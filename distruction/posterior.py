@@ -120,6 +120,10 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Bytes that its tensors hold."""
         return sum(t.nbytes for t in self._tensors())
 
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes and values; of a sharded one all ranks call it together."""
+        return hashlib.sha256((fingerprint(self.means) + fingerprint(self.stds)).encode()).hexdigest()
+
     def is_sharded(self) -> bool:
         """Whether the tensors are spread over ranks."""
         return any(is_sharded(t) for t in self.means.values())
