@@ -49,12 +49,12 @@ def create(
         raise UsageError(f"model {name!r} is unknown; choose vit-micro or a timm model (timm.list_models())")
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     if pretrained is None:
-        return timm.create_model(name, **arguments)
+        return _create(name, arguments)
     overlay = {} if pretrained == "hub" else {"file": str(pretrained)}
     if overlay and not Path(pretrained).is_file():
         raise UsageError(f"no pretrained weights at {pretrained}; save timm.create_model({name!r}, pretrained=True)'s")
     try:
-        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        model: Any = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
         # timm leaves weights that the file lacks random, with a warning. (Its .npz files have names of their own.)
         found = set() if not overlay or str(pretrained).endswith(".npz") else set(load_state_dict(str(pretrained)))
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -67,6 +67,16 @@ def create(
             f"{pretrained} cannot be used for {name}: it has no {', '.join(lacking[:3])}; is it of {name}?"
         )
     return model
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        # Convolutional networks take images of any size, and no argument for it.
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, **{k: v for k, v in arguments.items() if k != "img_size"})
 
 
 def resize_inputs(model: nn.Module, size: int) -> None:

@@ -151,7 +151,10 @@ def plan(
     name = model if isinstance(model, str) else type(model).__name__
     if isinstance(model, str):
         model = empty(model, num_classes=num_classes, in_chans=input_shape[0], img_size=input_shape[-1])
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     parameters = [p for p in learnable(model).values()]
     if not parameters:
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
@@ -317,9 +320,7 @@ def verdict(found: Plan) -> list[str]:
     lines = [f"Does not fit: {needs}. One change after another:"]
     lines += [f"  {change}: {_readable(peak)}" for change, peak in found.advice]
     if not found.advice or found.advice[-1][1] > found.available:
-        lines.append(
-            "It does not fit even so: shard the model over several devices (fully_shard), or take a larger one."
-        )
+        lines.append("It does not fit even so: shard the model over several devices (fully_shard).")
     return lines
 
 

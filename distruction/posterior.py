@@ -17,7 +17,7 @@ from .errors import PosteriorError, UsageError
 from .files import load_tensors, save_tensors
 from .sharding import Pieces, gather, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
 
-FORMAT = "distruction-posterior-2"
+FORMAT = "distruction-posterior-1"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -123,7 +123,7 @@ def test_damaged_files(tmp_path):
         with pytest.raises(PosteriorError, match=r"cannot be read as a posterior: .* is damaged"):
             Posterior.load(path)
     save_file({"mean.w": torch.zeros(2)}, path)
-    with pytest.raises(PosteriorError, match="has format None, expected 'distruction-posterior-2'"):
+    with pytest.raises(PosteriorError, match="has format None, expected 'distruction-posterior-1'"):
         Posterior.load(path)
     for tensors, message in (
         ({"mean.w": torch.zeros(2)}, r"cannot be read as a posterior: 'std\.w'"),
@@ -141,9 +141,9 @@ def test_damaged_files(tmp_path):
 @pytest.mark.parametrize(
     ("format", "message"),
     [
-        ("distruction-posterior-1", "of an older version of distruction"),
-        ("distruction-posterior-99", "newer than 'distruction-posterior-2'; upgrade distruction"),
-        ("distruction-model-1", "has format 'distruction-model-1', expected 'distruction-posterior-2'"),
+        ("distruction-posterior-0", "of an older version of distruction"),
+        ("distruction-posterior-99", "newer than 'distruction-posterior-1'; upgrade distruction"),
+        ("distruction-model-1", "has format 'distruction-model-1', expected 'distruction-posterior-1'"),
     ],
 )
 def test_version_skew(tmp_path, format, message):
