@@ -36,6 +36,8 @@ class Split:
         forget, retain: the two parts of the training set.
         measured_forget, measured_retain: what D_f and D_r are measured on.
         test: the whole test set.
+        held_out: bool, (size of the test set,): the test examples that are distributed like the forget set, for
+            attacks that tell what was trained on from what was not.
     """
 
     indices: Tensor
@@ -44,6 +46,7 @@ class Split:
     measured_forget: Images
     measured_retain: Images
     test: Images
+    held_out: Tensor
 
 
 def full_class(train: Images, test: Images, target: str) -> Split:
@@ -79,7 +82,7 @@ def random(train: Images, test: Images, count: int, seed: int) -> Split:
     generator = torch.Generator().manual_seed(seed_of(seed, 2))
     mask = torch.zeros(len(train), dtype=torch.bool)
     mask[torch.randperm(len(train), generator=generator)[:count]] = True
-    split = _split(train, test, mask, torch.zeros(len(test), dtype=torch.bool))
+    split = _split(train, test, mask, torch.ones(len(test), dtype=torch.bool))
     return replace(split, measured_forget=split.forget, measured_retain=test)
 
 
@@ -116,7 +119,7 @@ def _class_number(classes: tuple[str, ...], target: str) -> int:
     return classes.index(target)
 
 
-def _split(train: Images, test: Images, forget: Tensor, forget_test: Tensor) -> Split:
+def _split(train: Images, test: Images, forget: Tensor, held_out: Tensor) -> Split:
     if not forget.any():
         raise UsageError("no training example is in the forget set, so there is nothing to forget")
     if forget.all():
@@ -125,7 +128,8 @@ def _split(train: Images, test: Images, forget: Tensor, forget_test: Tensor) -> 
         indices=forget.nonzero().squeeze(-1),
         forget=train.subset(forget),
         retain=train.subset(~forget),
-        measured_forget=test.subset(forget_test),
-        measured_retain=test.subset(~forget_test),
+        measured_forget=test.subset(held_out),
+        measured_retain=test.subset(~held_out),
         test=test,
+        held_out=held_out,
     )

@@ -14,13 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from scipy import stats
+from scipy.spatial.distance import jensenshannon
+from sklearn.metrics import accuracy_score
+from torch import nn
 
-from distruction import UsageError, bench
-from distruction.bench import grid, jobs, results, runner, tables
+from distruction import UsageError, bench, scenarios
+from distruction.bench import grid, jobs, measure, results, runner, tables
 from distruction.bench.jobs import Context
 from distruction.bench.results import Summary, summarise
 from distruction.bench.store import Store
+from distruction.data import load
 
 TINY = """
 title = "tiny"
@@ -32,6 +39,9 @@ name = "vit-micro"
 epochs = 1
 [prepare]
 steps = 3
+[measure]
+shadow_models = 2
+relearn_steps = 3
 [scenario.full-class]
 data = "digits"
 targets = ["3"]
@@ -122,6 +132,7 @@ def test_presets_are_grids(name):
         (TINY + "teacher = [1]", "'teacher' is unknown"),
         (TINY.replace("[method.finetune]\nepochs", "[method.finetune]\nsteps"), "no setting 'steps'"),
         (TINY.replace("epochs = 1\n[prepare]", 'recipe = "magic"\n[prepare]'), "recipe 'magic' is unknown"),
+        (TINY.replace("shadow_models = 2", "shadow_models = 3"), "shadow_models must be even"),
         (TINY.replace("{ distruction =", "{ baseline ="), "no main hyper-parameter"),
     ],
 )
@@ -147,8 +158,8 @@ def test_cells_and_their_keys(tmp_path):
     assert steps["random"] == {"steps": 2}
     todo, needs, reused = runner.missing(cells, Store(tmp_path))
     kinds = [name.split("/")[0] for name in todo]
-    # One model and posterior per seed serve both scenarios.
-    assert {k: kinds.count(k) for k in kinds} == {"cell": 22, "model": 2, "posterior": 2, "retrained": 4}
+    # One model and posterior per seed serve both scenarios, and the shadow models all seeds.
+    assert {k: kinds.count(k) for k in kinds} == {"cell": 22, "model": 2, "posterior": 2, "retrained": 4, "shadow": 2}
     assert reused == 0
     assert all(n in todo for need in needs.values() for n in need)
     changed = jobs.cells(grid.parse(TINY.replace("epochs = 1\n[method.dist", "epochs = 2\n[method.dist"), "t"), context)
@@ -195,7 +206,7 @@ def finished(tmp_path_factory):
 def test_a_run_fills_the_grid(finished):
     out, cells, outcome = finished
     assert outcome.failures == {}
-    assert outcome.done == 30
+    assert outcome.done == 32
     assert len(cells) == 22
     for c in cells:
         declared = {"finetune": 100, "ssd": 100, "retrain": 100, "baseline": 0, "distruction": 0}[c.method]
@@ -206,6 +217,32 @@ def test_a_run_fills_the_grid(finished):
     assert len(written) == 22
     indices = {p.name: json.loads(p.read_text())["indices"] for p in (out / "forget-sets").iterdir()}
     assert {len(v) for k, v in indices.items() if k.startswith("random")} == {20}
+
+
+def test_every_metric_is_measured(finished):
+    _, cells, _ = finished
+    every = set(results.COLUMNS) - {"kl"}
+    for c in cells:
+        if c.brief:
+            assert {"retain", "forget", "kl"} <= set(c.numbers)
+            assert "zrf" not in c.numbers
+        else:
+            assert every <= set(c.numbers)
+            assert all(math.isfinite(v) for v in c.numbers.values())
+            assert ("kl" in c.numbers) == (c.method == "distruction")
+    for c in cells:
+        if c.method == "retrain":
+            zeros = [c.numbers[m] for m in ("js_forget", "js_retain", "logits_forget", "logits_retain")]
+            assert zeros == pytest.approx([0] * 4, abs=1e-12)
+        if c.method == "baseline":
+            assert c.numbers["relearn_steps"] == 0
+
+
+def test_shadow_models_are_trained_on_two_halves(finished):
+    files = list((finished[0] / "store/shadow").glob("*/logits.safetensors"))
+    one, other = (load_file(file)["member"] for file in files)
+    assert torch.equal(one, ~other)
+    assert abs(int(one.sum()) - int(other.sum())) <= 1
 
 
 def test_finished_cells_are_not_run_again(finished):
@@ -257,7 +294,7 @@ def test_jobs_behind_a_failure_are_listed_too(tmp_path):
     cells, outcome = run(tmp_path, text)
     assert cells == []
     own = [t for t, m in outcome.failures.values() if "NonFiniteError" in m]
-    assert own == ["model digits seed 0"]
+    assert sorted(own) == ["model digits seed 0", "shadow digits seed 10000", "shadow digits seed 10001"]
     behind = [m for _, m in outcome.failures.values() if "not run" in m]
     assert len(behind) == len(outcome.failures) - len(own) == 15
 
@@ -296,12 +333,91 @@ def test_killed_at_random_moments(finished, tmp_path):
         seen = now
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = entries(out)
-    assert len(after) == 30
+    assert len(after) == 32
     assert all(after[name] == when for name, when in seen.items())
     written = json.loads((tmp_path / "out/report/results.json").read_text())
     assert len(written) == 22
     cells = results.collect(jobs.cells(grid.parse(TINY, "t"), Context(tmp_path)), Store(out / "store"))
     assert numbers(cells) == numbers(finished[1])
+
+
+# --- measurements --------------------------------------------------------------------------------
+
+
+def split_of(scenario):
+    train, test = load("digits")
+    return scenarios.full_class(train, test, "3") if scenario == "full-class" else scenarios.random(train, test, 90, 0)
+
+
+class Untrained(nn.Sequential):
+    def __init__(self, seed):
+        torch.manual_seed(seed)
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+
+def shadows_of(split, pairs, unknown_only):
+    """Random logits of shadow models; those of a model's own training examples are NaN if ``unknown_only``."""
+    generator = torch.Generator().manual_seed(1)
+    count = len(split.forget) + len(split.retain)
+    made = []
+    for i in range(2 * pairs):
+        member = ~made[-1]["member"] if i % 2 else torch.rand(count, generator=generator) < 0.5
+        train = 2 * torch.randn(count, 10, generator=generator)
+        if unknown_only:
+            train[member] = math.nan
+        made.append({"member": member, "train": train, "test": 2 * torch.randn(360, 10, generator=generator)})
+    return made
+
+
+@pytest.mark.parametrize("scenario", ["full-class", "random"])
+def test_measurements_are_those_of_the_scenarios_sets(scenario):
+    split = split_of(scenario)
+    model, retrained = Untrained(0), Untrained(1)
+    references = measure.References(Untrained(2), retrained, Untrained(3), shadows_of(split, 2, unknown_only=True))
+    options = {"batch_size": 100, "relearn_lr": 1e-3, "relearn_steps": 2, "brief": False}
+    value = measure.measure(model, references, split, {"measure": options, "split": {"scenario": scenario}}, None)
+    found = value["metrics"]
+
+    def logits(network, data):
+        return network(data[range(len(data))][0]).detach()
+
+    forget, retain = split.measured_forget, split.measured_retain
+    for name, data in (("forget", forget), ("retain", retain), ("forget_train", split.forget)):
+        assert found[name] == pytest.approx(100 * accuracy_score(data.labels, logits(model, data).argmax(1)))
+        assert value["counts"][name] == len(data)
+    size = 64 if scenario == "full-class" else 128
+    right = (logits(model, retain).argmax(1) == retain.labels).double()
+    assert found["retain_batch_mean"] == pytest.approx(100 * np.mean([b.mean().item() for b in right.split(size)]))
+    for name, data in (("js_forget", split.forget), ("js_retain", retain)):
+        p, q = (torch.softmax(logits(m, data).double(), 1).numpy() for m in (model, retrained))
+        assert found[name] == pytest.approx((jensenshannon(p, q, axis=1, base=2) ** 2).mean(), rel=1e-5)
+    held_out = split.test.subset(split.held_out)
+    losses = [F.cross_entropy(logits(model, d), d.labels, reduction="none") for d in (split.forget, held_out)]
+    u = stats.mannwhitneyu(-losses[0], -losses[1]).statistic
+    assert found["auc_loss"] == pytest.approx(100 * u / len(losses[0]) / len(losses[1]), abs=0.01)
+    # No shadow model is asked about what it was trained on: those answers would be NaN.
+    assert 30 < found["auc_lira"] < 70
+    # And the model is as it was.
+    assert torch.equal(model[1].weight, Untrained(0)[1].weight)
+
+
+def test_the_likelihood_ratio_attack_is_fair_and_finds_members():
+    """Random shadows tell nothing, though held-out examples are unknown to twice as many; a model that is surer of
+    the forget set than all of them is found out."""
+    split = split_of("random")
+    forget = torch.randn(90, 10)
+    test = torch.randn(360, 10)
+    retain_train = torch.randn(len(split.retain), 10)
+    aucs = []
+    for surer in (0.0, 20.0):
+        forget[torch.arange(90), split.forget.labels] += surer
+        found = measure._attacks(retain_train, test, forget, shadows_of(split, 4, unknown_only=True), split)
+        aucs.append(found["auc_lira"])
+        assert found["auc_lira"] >= found["tpr_lira"] - 1
+    # The standard deviation of the area under the null hypothesis is 3.4 points (Mann, Whitney 1947).
+    assert abs(aucs[0] - 50) < 4 * 100 * math.sqrt((90 + 360 + 1) / (12 * 90 * 360))
+    assert aucs[1] == 100
+    assert found["tpr_lira"] == 100
 
 
 # --- report --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Each method does what its paper says, and reads what it declares."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from distruction import Posterior, UsageError, fisher, methods, prepare
+from distruction import Posterior, UsageError, bench, fisher, methods, prepare
 from distruction.data import Images
 from distruction.methods import REGISTRY, Counted, Task, amnesiac, scrub, ssd, teacher, unsir
 from distruction.methods.base import Mixed, batches
@@ -170,6 +171,25 @@ def test_finetune_forgets_less_than_retrain(trained):
     assert accuracy(tuned.model, tuned.retain) > 0.9
 
 
+def test_finetune_is_sgd_on_the_retain_set(trained):
+    problem = task(trained)
+    methods.run("finetune", problem, epochs=2, lr=0.03, momentum=0.8, weight_decay=1e-3, batch_size=32)
+    expected = copy.deepcopy(trained)
+    velocity = [torch.zeros_like(p) for p in expected.parameters()]
+    retain = images().subset(images().labels != 1)
+    torch.manual_seed(problem.seed)
+    for _ in range(2):
+        for x, y in batches(retain, batch_size=32):
+            gradients = torch.autograd.grad(F.cross_entropy(expected(x), y), list(expected.parameters()))
+            with torch.no_grad():
+                for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
+                    v.mul_(0.8).add_(g + 1e-3 * p)
+                    p.sub_(0.03 * v)
+    for a, b in zip(problem.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert problem.forget.reads == 0
+
+
 # --- teacher -------------------------------------------------------------------------------------
 
 
@@ -199,6 +219,23 @@ def test_the_teacher_moves_the_forget_set_to_the_bad_teacher(trained):
     methods.run("teacher", problem, epochs=40, lr=1e-2)
     assert loss(problem.model(x), torch.ones(len(y)), x) < 0.5 * before
     assert accuracy(problem.model, problem.retain) > 0.9
+
+
+def test_the_teachers_see_the_forget_set_and_a_share_of_the_retain_set(trained, monkeypatch):
+    seen = []
+
+    def record(model, loader, loss_fn, optimizer):
+        seen.append((loader.dataset.labels.bincount().tolist(), loss_fn))
+
+    monkeypatch.setattr(teacher, "fit", record)
+    problem = task(trained)
+    methods.run("teacher", problem, epochs=2, retain_share=0.3)
+    # Flag 0 for 30 % of 90 retain examples, 1 for the 30 to forget; the student's teachers are not the student.
+    assert [labels for labels, _ in seen] == [[27, 30]] * 2
+    loss = seen[0][1]
+    assert torch.equal(loss.incompetent[1].weight, fresh()[1].weight)
+    assert torch.equal(loss.competent[1].weight, trained[1].weight)
+    assert loss.competent is not problem.model
 
 
 # --- amnesiac ------------------------------------------------------------------------------------
@@ -232,6 +269,16 @@ def test_amnesiac_labels_are_drawn_once_and_the_retain_set_keeps_its_own(trained
         assert torch.equal(labels, torch.cat([draws[0], problem.retain.labels]))
 
 
+def test_amnesiac_with_kl_sees_the_relabelled_forget_set_only(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(amnesiac, "forget_with", lambda task, objective, data, **settings: seen.append(data))
+    methods.run("amnesiac+kl", task(trained))
+    (data,) = seen
+    assert len(data) == 30
+    assert (data.labels != 1).all()
+    assert len(data.labels.unique()) == 3
+
+
 # --- UNSIR ---------------------------------------------------------------------------------------
 
 
@@ -261,6 +308,24 @@ def test_unsir_repairs_with_so_many_retain_examples_per_class(trained):
     methods.run("unsir", problem, retain_per_class=7, copies=2)
     labels = problem.retain.labels[problem.retain.seen]
     assert torch.bincount(labels, minlength=CLASSES).tolist() == [7, 0, 7, 7]
+
+
+def test_unsir_impairs_with_noise_and_repairs_without(trained, monkeypatch):
+    passes = []
+    original = unsir.fit
+
+    def record(model, loader, loss_fn, optimizer):
+        passes.append((loader.dataset.labels.bincount().tolist(), loader.sampler.batch_size, optimizer))
+        original(model, loader, loss_fn, optimizer)
+
+    monkeypatch.setattr(unsir, "fit", record)
+    methods.run("unsir", task(trained), noise_batch=6, copies=5, retain_per_class=7, lr=3e-4)
+    (impair, impair_batch, first), (repair, repair_batch, second) = passes
+    # 6 x 5 noise images under the forgotten label 1, and 7 retain examples of each other class; then these alone.
+    assert (impair, impair_batch) == ([7, 30, 7, 7], 32)
+    assert (repair, repair_batch) == ([7, 0, 7, 7], 128)
+    assert first is not second
+    assert all(isinstance(o, torch.optim.Adam) and o.param_groups[0]["lr"] == 3e-4 for o in (first, second))
 
 
 # --- SSD -----------------------------------------------------------------------------------------
@@ -302,6 +367,29 @@ def test_per_sample_fisher_of_logistic_regression():
     torch.testing.assert_close(found["1.weight"].double(), of_batches, rtol=1e-4, atol=1e-8)
 
 
+def test_ssd_of_a_linear_model_in_closed_form():
+    """Importances of everything and of the forget set from (p - onehot) x^T, then equations 5 and 6."""
+    data = images(40)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES))
+    mask = data.labels == 1
+    problem = Task(model, Counted(data.subset(mask)), Counted(data.subset(~mask)), fresh, fit)
+    weight = model[1].weight.detach().double().clone()
+
+    def importance(part):
+        x, y = part[range(len(part))]
+        x = x.flatten(1).double()
+        residual = (x @ weight.T + model[1].bias.detach().double()).softmax(dim=1) - F.one_hot(y, CLASSES)
+        return (residual[:, :, None] * x[:, None, :]).square().mean(0)
+
+    whole, forget = importance(data), importance(data.subset(mask))
+    selected = forget > 1.5 * whole
+    assert 0 < selected.sum() < selected.numel()
+    expected = torch.where(selected, (0.9 * whole / forget).clamp(max=1) * weight, weight)
+    methods.run("ssd-per-sample", problem, alpha=1.5, strength=0.9, batch_size=7)
+    torch.testing.assert_close(model[1].weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_ssd_reads_batches_sorted_by_class(trained, monkeypatch):
     seen = []
 
@@ -320,18 +408,27 @@ def test_ssd_reads_batches_sorted_by_class(trained, monkeypatch):
 
 
 def test_scrub_alternates_as_its_schedule_says(trained, monkeypatch):
-    log = []
+    log, min_losses = [], []
     original = scrub.fit
 
     def record(model, loader, loss_fn, optimizer):
+        if not isinstance(loss_fn, scrub.Distance):
+            min_losses.append(loss_fn)
         kind = "max" if isinstance(loss_fn, scrub.Distance) else "min"
         log.append((kind, len(loader.dataset), round(optimizer.param_groups[0]["lr"], 10)))
         original(model, loader, loss_fn, optimizer)
 
     monkeypatch.setattr(scrub, "fit", record)
-    methods.run("scrub", task(trained), epochs=6, max_epochs=2, lr=0.01, decay_epochs=(3, 5))
+    settings = {"epochs": 6, "max_epochs": 2, "lr": 0.01, "decay_epochs": (3, 5), "gamma": 0.7, "alpha": 0.2}
+    methods.run("scrub", task(trained), **settings)
     steps = [("max", 30, 0.01), ("min", 90, 0.01)] * 2
     assert log == [*steps, ("min", 90, 0.01), ("min", 90, 0.001), ("min", 90, 0.001), ("min", 90, 0.0001)]
+    student, x, y = fresh(), torch.randn(5, 1, 2, 2), torch.arange(5) % CLASSES
+    categorical = torch.distributions.Categorical
+    old, new = categorical(logits=trained(x) / 2), categorical(logits=student(x) / 2)
+    close = 4 * torch.distributions.kl_divergence(old, new).mean()
+    cross_entropy = -categorical(logits=student(x)).log_prob(y).mean()
+    torch.testing.assert_close(min_losses[0](student(x), y, x), 0.7 * cross_entropy + 0.2 * close)
 
 
 def test_scrub_distance_is_the_tempered_kl_to_the_old_model(trained):
@@ -366,3 +463,36 @@ def test_a_learned_posterior_keeps_what_a_free_run_loses(name, trained):
         methods.run(name, problem, kl_weight=weight, steps=100)
     assert accuracy(held.model, held.forget) < accuracy(trained, held.forget)
     assert accuracy(held.model, held.retain) > accuracy(free.model, free.retain)
+
+
+# --- on real data --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_numbers_on_digits_are_plausible(tmp_path):
+    """One seed of the digits preset: not just finite, but in the order that is known of the methods."""
+    whole = bench.preset("digits")
+    grid = replace(whole, seeds=(0,), scenarios=whole.scenarios[:2], sweep=None)
+    grid = replace(grid, measure={**grid.measure, "shadow_models": 0})
+    context = bench.Context(tmp_path / "store")
+    found, outcome = bench.run(grid, tmp_path, context, devices=["cpu"], progress=False)
+    assert outcome.failures == {}
+    for scenario in ("full-class", "sub-class"):
+        numbers = {c.method: c.numbers for c in found if c.scenario == scenario}
+        assert set(numbers) == set(REGISTRY)
+        baseline, retrain = numbers["baseline"], numbers["retrain"]
+        assert min(baseline["retain"], baseline["forget"]) > 90
+        assert retrain["retain"] > 90
+        # Retraining has never seen the class; of a sub-class it knows the sibling.
+        assert retrain["forget"] == 0 if scenario == "full-class" else 0 < retrain["forget"] < baseline["forget"]
+        for name, mine in numbers.items():
+            if name not in ("baseline", "retrain"):
+                assert mine["forget_train"] < baseline["forget_train"], name
+                assert mine["retain"] > 50, name
+        # A method that only trains on forgets by drift: more of the forget set is left than after retraining.
+        assert numbers["finetune"]["forget_train"] >= retrain["forget_train"]
+        # The old model recalls at once, one that never knew the class does not.
+        assert baseline["relearn_steps"] == 0 < retrain["relearn_steps"]
+        assert numbers["distruction"]["retain_reads"] == 0
+        assert numbers["distruction"]["forget"] <= 5
+        assert numbers["distruction"]["retain"] > 80

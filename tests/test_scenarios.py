@@ -25,6 +25,7 @@ def test_full_class(digits):
     assert (split.measured_forget.labels == 3).all()
     assert (split.measured_retain.labels != 3).all()
     assert len(split.measured_forget) + len(split.measured_retain) == len(test)
+    assert torch.equal(split.held_out, test.labels == 3)
     assert torch.equal(split.indices, (train.labels == 3).nonzero().squeeze(1))
 
 
@@ -46,6 +47,7 @@ def test_random_is_measured_on_the_forgotten_training_images(digits):
     assert len(split.forget) == 100
     assert torch.equal(split.measured_forget.images, split.forget.images)
     assert torch.equal(split.measured_retain.images, test.images)
+    assert split.held_out.all()
     assert len(split.retain) == len(train) - 100
 
 

@@ -18,8 +18,10 @@ else:
 
 PRESETS = ("digits", "fashion", "cifar")
 
-MEASURE: dict[str, Any] = {"batch_size": 512, "shadow_models": 0}
-"""Options of the measurements and their defaults."""
+MEASURE: dict[str, Any] = {"batch_size": 512, "shadow_models": 0, "relearn_lr": 1e-3, "relearn_steps": 50}
+"""Options of the measurements and their defaults: batch size of the predictions; models of the likelihood-ratio attack,
+an even number, as each half of the training set trains one and the other half the next; step size and most steps of
+relearning."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def parse(text: str, where: str) -> Grid:
         raise UsageError(f"{where}: recipe {train['recipe']!r} is unknown; choose {', '.join(RECIPES)}")
     measure = table.get("measure", {})
     _only(measure, f"{where}, [measure]", *MEASURE)
+    if (count := measure.get("shadow_models", 0)) % 2:
+        raise UsageError(f"{where}, [measure]: shadow_models must be even (they come in pairs), not {count}")
     found = tuple(_scenario(name, s, where) for name, s in table["scenario"].items())
     return Grid(
         title=table.get("title", where),

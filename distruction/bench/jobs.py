@@ -170,13 +170,15 @@ def _cell(
     facts["measure"] = {**grid.measure, "brief": brief}
     if not brief:
         # Shared by every seed of the grid.
-        facts["shadows"] = [{"model": {**model, "seed": 10_000 + i}} for i in range(grid.measure["shadow_models"])]
+        facts["shadows"] = [
+            {**model, "seed": 10_000 + i, "pair": i // 2, "half": i % 2} for i in range(grid.measure["shadow_models"])
+        ]
     return Job("cell", facts)
 
 
 @functools.cache
 def _data(name: str, root: Path | None) -> tuple[Images, Images]:
-    return load(name)
+    return load(name, root)
 
 
 @functools.cache
@@ -268,14 +270,17 @@ def _load_model(kind: str, facts: Mapping[str, Any], context: Context) -> nn.Mod
 
 
 def _shadow(facts: Mapping[str, Any], context: Context) -> None:
-    """Train on a random half of the training set; keep the logits of everything, for attacks that need them."""
-    train, test = _training_data(facts["model"], context)
-    generator = torch.Generator().manual_seed(seed_of(facts["model"]["seed"], 5))
+    """Train on one of the two halves of a random partition; keep the logits of everything, for attacks that need them.
+
+    The pair's other model is trained on the other half, so that each example is unknown to exactly half of the models.
+    """
+    train, test = _training_data(facts, context)
+    generator = torch.Generator().manual_seed(seed_of(facts["pair"], 5))
     member = torch.zeros(len(train), dtype=torch.bool)
-    member[torch.randperm(len(train), generator=generator)[: len(train) // 2]] = True
-    model = _fresh(facts["model"], context)
+    member[torch.randperm(len(train), generator=generator)[facts["half"] :: 2]] = True
+    model = _fresh(facts, context)
     start = time.perf_counter()
-    _recipe(facts["model"], model, train.subset(member))
+    _recipe(facts, model, train.subset(member))
     seconds = time.perf_counter() - start
     logits = {
         name: predict(model, loader(part, batch_size=256))[0] for name, part in (("train", train), ("test", test))
@@ -355,6 +360,8 @@ def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
     task = _task(facts, split, context)
     before = copy.deepcopy(task.model)
     retrained = _load_model("retrained", facts["retrained"], context)
+    # Not the bad teacher's own: its pupil would be measured by its teacher.
+    incompetent = _fresh({**facts["model"], "seed": seed_of(facts["model"]["seed"], 6)}, context)
     report = None
     if facts["method"] == "retrain" and not facts["settings"]:
         task.model = retrained
@@ -362,7 +369,8 @@ def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
     else:
         cost, report = _run(facts["method"], facts["settings"], task)
     value: dict[str, Any] = {"cost": cost}
-    value |= measure.measure(task.model, before, retrained, split, facts, report)
+    references = measure.References(before, retrained, incompetent, shadow_logits(facts, context))
+    value |= measure.measure(task.model, references, split, facts, report)
     store.save("cell", facts, value)
 
 

@@ -6,6 +6,9 @@ the paper's text disagrees. MIA is the entropy attack; D_r and D_f are unweighte
 
 Value = tuple[float, float | None]
 
+BATCH_SIZE = {"full-class": 64, "sub-class": 64, "random": 128}
+"""Images in a batch whose accuracies the published numbers average."""
+
 DATA = {"full-class": "CIFAR-100", "sub-class": "CIFAR-20", "random": "CIFAR-10"}
 
 TABLES: dict[str, dict[str, dict[str, Value]]] = {

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
@@ -57,27 +55,6 @@ def loader(data: Examples, *, batch_size: int, shuffle: bool = False) -> DataLoa
     order = RandomSampler(data) if shuffle else SequentialSampler(data)
     batches = BatchSampler(order, batch_size, drop_last=False)
     return DataLoader(data, sampler=batches, batch_size=None)  # type: ignore[arg-type]
-
-
-def load(name: str) -> tuple[Images, Images]:
-    """The train and test parts of a data set by name.
-
-    ``digits``: scikit-learn's 1,797 scans of handwritten digits, 8x8, values 0..16 (Alpaydin, Kaynak 1998), split
-    80 : 20, stratified, by a fixed seed.
-
-    Raises:
-        UsageError: the name is unknown.
-    """
-    if name != "digits":
-        raise UsageError(f"data set {name!r} is unknown; choose digits")
-    bunch = load_digits()
-    images, labels = torch.from_numpy(bunch.images).to(torch.uint8)[:, None], torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(torch.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    pixels = images[train].double()
-    whole = Images(
-        images, labels, tuple(str(c) for c in bunch.target_names), (pixels.mean().item(),), (pixels.std().item(),)
-    )
-    return whole.subset(train), whole.subset(test)
 
 
 def forget_split(data: Images, forget_class: str | int) -> tuple[Images, Images]:
