@@ -555,7 +555,8 @@ class BGD(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._sample_group = None
+        # torch also calls this from load_state_dict, where the group stays.
+        self.__dict__.setdefault("_sample_group", None)
         self._leads = {}
         self._counters = [None] * len(self.param_groups)
         self._scalars = {}
