@@ -340,9 +340,9 @@ def run(
                     gradients.backward(loss)
                     if names := gradients.nonfinite():
                         raise NonFiniteError(
-                            f"the gradient of {', '.join(names[:5])} is NaN or infinite at step {len(history) + 1}; the "
-                            "weights are the last good means. Lower lr, data_per_step or std_init, or look for the "
-                            "cause in the data"
+                            f"the gradient of {', '.join(names[:5])} is NaN or infinite at step {len(history) + 1}; "
+                            "the weights are the last good means. Lower lr, data_per_step or std_init, or look for "
+                            "the cause in the data"
                         )
                     measured.append((loss.detach(), (logits.argmax(dim=-1) == batch.targets).float().mean()))
                     return loss
