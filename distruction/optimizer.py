@@ -645,7 +645,8 @@ class BGD(torch.optim.Optimizer):
         super().__setstate__(state)
         self._step_supports_amp_scaling = True
         self._reset()
-        if "_initial" in state:  # a copy; load_state_dict comes here as well
+        # torch also calls this from load_state_dict, where the group stays and the hooks are there.
+        if "_initial" in state:
             self._sample_group = None
             if self._release_gradients:
                 for index in range(len(self.param_groups)):

@@ -24,7 +24,7 @@ from .errors import NonFiniteError, PosteriorError, RankError, UsageError
 from .files import check_writable, remove_leftovers
 from .optimizer import BGD
 from .posterior import Posterior, learnable
-from .sharding import is_sharded, layout, reshard
+from .sharding import groups_of, is_sharded, largest, layout, local, reshard
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -255,7 +255,8 @@ class Gradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        params = list(learnable(model).values())
+        self._params = learnable(model)
+        params = list(self._params.values())
         sharded = [p for p in params if is_sharded(p)]
         wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
         for p in sharded:
@@ -277,6 +278,19 @@ class Gradients:
         distributed.all_reduce_(grads)
         if self._scale > 1 and grads:
             torch._foreach_div_(grads, self._scale)
+
+    @torch.no_grad()
+    def nonfinite(self) -> list[str]:
+        """Names of the parameters whose gradient is NaN or infinite, on any rank."""
+        held = {n: local(p.grad) for n, p in self._params.items() if p.grad is not None}
+        flags = torch.zeros(len(held), dtype=torch.int32, device=next(iter(self._params.values())).device)
+        filled = [i for i, g in enumerate(held.values()) if g.numel()]
+        if filled:
+            # One read of the gradients in a few launches; a maximum keeps NaN, and needs an element.
+            norms = torch._foreach_norm([g for g in held.values() if g.numel()], math.inf)
+            flags[filled] = (~torch.stack(norms).isfinite()).int()
+        largest(flags, groups_of(self._params.values()))
+        return [name for name, flag in zip(held, flags.tolist(), strict=True) if flag]
 
 
 def run(
@@ -345,6 +359,12 @@ def run(
                             "means. Lower lr, data_per_step or std_init, or look for the cause in the data"
                         )
                     gradients.backward(loss)
+                    if names := gradients.nonfinite():
+                        raise NonFiniteError(
+                            f"the gradient of {', '.join(names[:5])} is NaN or infinite at step {len(history) + 1}; "
+                            "the weights are the last good means. Lower lr, data_per_step or std_init, or look for "
+                            "the cause in the data"
+                        )
                     measured.append((loss.detach(), (logits.argmax(dim=-1) == batch.targets).float().mean()))
                     return loss
 
