@@ -17,7 +17,7 @@ from . import plan as plans
 from .compression import STORAGE
 from .data import forget_split, load, loader
 from .errors import DistructionError, UsageError
-from .files import check_writable
+from .files import check_writable, remove_leftovers
 from .forget import forget as forget_
 from .posterior import Posterior
 from .prepare import prepare as prepare_
@@ -70,6 +70,7 @@ def _output(path: Path, overwrite: bool) -> Path:
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist; create it first")
     check_writable(path)
+    remove_leftovers(path)
     return path
 
 

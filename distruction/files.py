@@ -22,23 +22,19 @@ _KEY = "distruction"
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and rename it over ``path``.
+    """Let ``write`` fill a file in a temporary folder beside ``path``, sync it, and rename it to ``path``.
 
-    A process that is killed at any moment leaves the old file or the new one, and at worst a temporary file, which
-    `remove_leftovers` deletes.
+    A process that is killed at any moment leaves the old file or the new one, and at worst the folder, which
+    `remove_leftovers` deletes. (A folder, because writers such as safetensors have temporary files of their own.)
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=_SUFFIX)
-    try:
-        os.close(handle)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path), suffix=_SUFFIX) as folder:
+        name = os.path.join(folder, path.name)
         write(name)
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
     _sync_folder(path.parent)
 
 
@@ -52,15 +48,15 @@ def check_writable(path: str | os.PathLike[str], nbytes: int = 0) -> None:
     with tempfile.TemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free
     if free < nbytes:
-        what = f"{os.strerror(errno.ENOSPC)}: {nbytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        what = f"{os.strerror(errno.ENOSPC)}: {nbytes / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
         raise OSError(errno.ENOSPC, what, str(path))
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Delete temporary files of writers of ``path`` that were killed; there must be no other writer now."""
+    """Delete what writers of ``path`` that were killed left beside it; there must be no other writer now."""
     path = Path(path)
-    for name in path.parent.glob(f"{glob.escape(_prefix(path))}*{_SUFFIX}"):
-        name.unlink(missing_ok=True)
+    for folder in path.parent.glob(f"{glob.escape(_prefix(path))}*{_SUFFIX}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 _SUFFIX = ".tmp"
