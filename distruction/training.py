@@ -156,7 +156,7 @@ class Checkpoint:
         return posterior, progress
 
     def save(self, optimizer: BGD, history: list[Step]) -> None:
-        """Write the optimizer's posterior and the history atomically, on rank 0; of a sharded one all ranks call it."""
+        """Write the optimizer's posterior and the history atomically."""
         posterior = optimizer.posterior(copy=False)
         draw = optimizer.state_dict()["param_groups"][0]["draw"]
         posterior.metadata["checkpoint"] = {
@@ -165,8 +165,7 @@ class Checkpoint:
             "history": [asdict(s) for s in history],
         }
         assert self.path is not None
-        if distributed.rank() == 0 or posterior.is_sharded():
-            posterior.save(self.path)
+        posterior.save(self.path)
 
     def due(self, steps: int, seconds: float) -> bool:
         """Whether to write it, so many steps and seconds after the last time."""
@@ -250,6 +249,9 @@ class Batching:
 class Gradients:
     """Makes each rank's gradients those of the whole batch: by the model's wrapper, or by an all-reduce.
 
+    Attributes:
+        sharded: whether parameters are sharded over the ranks.
+
     Raises:
         UsageError: the model is sharded otherwise than by ``fully_shard`` over all ranks.
     """
@@ -267,6 +269,7 @@ class Gradients:
                     "prepare and forget know data parallel models alone (DistributedDataParallel, fully_shard over "
                     "all ranks); for others use BGD in a loop of your own"
                 )
+        self.sharded = bool(sharded)
         # Both wrappers average over the ranks where a sum is due.
         self._scale = distributed.size() if sharded or wrapped else 1
         self._ours = [] if wrapped or distributed.size() == 1 else [p for p in params if not is_sharded(p)]
@@ -385,8 +388,9 @@ def run(
                     callback(history[-1])
                 bar.update(task, completed=len(history), description=f"{title} loss {history[-1].loss:.3f}")
                 if checkpoint.path is not None and len(history) < steps:
-                    due = checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
-                    if distributed.of_first_rank(due, device):
+                    due = distributed.rank() == 0 and checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
+                    # Shards are gathered by all ranks together; else rank 0 needs nobody.
+                    if distributed.of_first_rank(due, device) if gradients.sharded else due:
                         checkpoint.save(optimizer, history)
                         saved, saved_at = time.monotonic(), len(history)
         except BaseException as error:

@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 import os
+import signal
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from distruction import BGD, NonFiniteError, Posterior, PosteriorError, UsageError, forget, prepare
+from distruction import BGD, NonFiniteError, Posterior, PosteriorError, RankError, UsageError, forget, prepare
 from distruction.sharding import Pieces
 from distruction.training import Step
 
@@ -576,3 +577,21 @@ def work(rank, world, port, folder):
         dist.barrier()
     torch.save(failures, Path(folder) / f"failures-{world}-{rank}")
     dist.destroy_process_group()
+
+
+def lose_a_rank(rank, world, port, folder, how):
+    """Prepare on two ranks; the last one dies or hangs in its seventh step, the others write what they are told."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    if how == "hangs":
+        dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+
+    def callback(step):
+        if step.step == 7 and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+
+    try:
+        prepare(make_model(), make_loader(), checkpoint=folder / "ckpt", checkpoint_seconds=0.0,
+                callback=callback, **PREPARE)  # fmt: skip
+    except RankError as error:
+        (folder / f"told-{rank}").write_text(str(error))
