@@ -1,5 +1,6 @@
 """The plan of a run's memory: against the tensors that live, against a run's resident memory, and in words."""
 
+import json
 import os
 import subprocess
 import sys
@@ -103,51 +104,18 @@ def test_a_restored_prior_takes_a_piece_at_a_time():
     assert offloaded.available is None or torch.cuda.is_available()
 
 
-MEASURE = """
-import gc, sys, timm, torch
-from distruction import Posterior, forget, prepare
-from distruction.bench.memory import Peak
-from distruction.plan import plan
-torch.set_num_threads(1)
-release = sys.argv[1] == "release"
-options = dict(progress=False, release_gradients=release)
-
-def make(side, width, depth):
-    return timm.models.VisionTransformer(img_size=side, embed_dim=width, depth=depth, num_heads=4, num_classes=10)
-
-def batches(side):
-    return [(torch.randn(4, 3, side, side), torch.arange(4))]
-
-model = make(32, 32, 1)
-prior = prepare(model, batches(32), steps=1, evidence=1, **options)  # what libraries keep is there before the baseline
-forget(model, prior, batches(32), steps=1, **options)
-del model, prior
-data = batches(64)
-gc.collect()
-with Peak(torch.device("cpu")) as prepared:
-    model = make(64, 768, 3)
-    prior = prepare(model, data, steps=2, evidence=100.0, **options)
-before = prepared._before
-with Peak(torch.device("cpu")) as forgotten:
-    forgotten._before = before
-    forget(model, prior, data, steps=2, **options)
-planned = plan(model, (3, 64, 64), batch_size=4, release_gradients=release).phases
-print(*(phase.peak / 2**20 for phase in planned), prepared.mib, forgotten.mib)
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is Linux's")
-@pytest.mark.parametrize("release", ["release", "keep"])
+@pytest.mark.parametrize("release", ["--release-gradients", "--no-release-gradients"])
 def test_planned_against_measured(release):
     # Each allocation is a mapping of its own, so that resident memory is what lives and not what malloc keeps.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, release]
+    command = [sys.executable, "-m", "benchmarks.peak", "--model", "vit_small_patch16_224", "--img-size", "64"]
+    command += ["--batch-size", "4", release]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
-    prepare_planned, forget_planned, prepare_measured, forget_measured = map(float, done.stdout.split())
-    assert prepare_measured == pytest.approx(prepare_planned, rel=0.1)
-    assert forget_measured == pytest.approx(forget_planned, rel=0.1)
+    for phase, mib in json.loads(done.stdout).items():
+        assert mib["measured_mib"] == pytest.approx(mib["planned_mib"], rel=0.1), phase
 
 
 def test_advice_until_it_fits():
