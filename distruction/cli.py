@@ -1,4 +1,4 @@
-"""The command line: ``distruction train | prepare | forget | evaluate | demo | bench``."""
+"""The command line: ``distruction train | plan | prepare | forget | evaluate | demo | bench``."""
 
 import os
 import shlex
@@ -14,9 +14,12 @@ from rich.console import Console
 from . import bench as benches
 from . import demo as demos
 from . import distributed, models, objectives, ops, report
+from . import plan as plans
+from .compression import STORAGE
 from .data import Images, detect, forget_split, load, loader
 from .data.sets import NAMES
 from .errors import DistructionError, UsageError
+from .files import check_writable, remove_leftovers
 from .forget import forget as forget_
 from .posterior import Posterior
 from .prepare import prepare as prepare_
@@ -59,6 +62,10 @@ ForgetClass = Annotated[str, typer.Option("--class", help="Name of the class to 
 CheckpointFile = Annotated[
     Path | None, typer.Option(help="Resume from this file and write it now and then; removed at the end.")
 ]
+CheckpointSteps = Annotated[int | None, typer.Option(min=1, help="Also write it after so many steps.")]
+ReleaseGradients = Annotated[
+    bool, typer.Option(help="Drop each gradient inside the backward pass: same bits, less memory.")
+]
 CheckpointSeconds = Annotated[float, typer.Option(min=0, help="Seconds between two checkpoints; 0: after every step.")]
 
 
@@ -79,7 +86,15 @@ def _output(path: Path, overwrite: bool) -> Path:
         raise UsageError(f"{path} exists; choose another file or pass --overwrite to replace it")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist; create it first")
+    check_writable(path)
+    remove_leftovers(path)
     return path
+
+
+def _done(checkpoint: Path | None) -> None:
+    """Delete the checkpoint, now that the result is on the disk."""
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
 
 
 def _alone(command: str) -> None:
@@ -143,6 +158,50 @@ def train(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="vit-micro, a timm model, or a model file written by `train`.")],
+    img_size: Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")] = 224,
+    in_chans: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 3,
+    num_classes: Annotated[int, typer.Option(min=1)] = 1000,
+    batch_size: BatchSize = 64,
+    dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(plans.DTYPES)}.")] = "float32",
+    mc_samples: Annotated[int, typer.Option(min=1, help="Forward passes per update.")] = 2,
+    release_gradients: ReleaseGradients = False,
+    prior_std: Annotated[str, typer.Option(help=f"How the prior's std is kept: {', '.join(STORAGE)}.")] = "float32",
+    prior_mean: Annotated[str, typer.Option(help=f"How its mean is kept: {', '.join(STORAGE[:2])}.")] = "float32",
+    offload_prior: Annotated[bool, typer.Option(help="The prior stays in the CPU's memory.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU when there is one.")] = "auto",
+    free_gib: Annotated[
+        float | None, typer.Option("--free", min=0, help="GiB that are free there; default: ask it.")
+    ] = None,
+) -> None:
+    """Say how much memory prepare and forget will need, before anything is allocated."""
+    if Path(model).is_file():
+        config = models.config(model)
+        model, num_classes = config["name"], config["num_classes"]
+        in_chans, img_size = config["in_chans"], config["img_size"]
+    found = plans.plan(
+        model,
+        (in_chans, img_size, img_size),
+        batch_size=batch_size,
+        num_classes=num_classes,
+        dtype=dtype,
+        mc_samples=mc_samples,
+        release_gradients=release_gradients,
+        prior_std=prior_std,
+        prior_mean=prior_mean,
+        offload_prior=offload_prior,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+        available=None if free_gib is None else int(free_gib * 2**30),
+    )
+    Console().print(plans.table(found))
+    for line in plans.verdict(found):
+        Console().print(line, soft_wrap=True, highlight=False)
+    if found.fits is False:
+        raise typer.Exit(1)
+
+
+@app.command()
 def prepare(
     model: ModelFile,
     out: Annotated[Path, typer.Option(help="Posterior file to write.")],
@@ -155,8 +214,13 @@ def prepare(
     ] = None,
     mc_samples: Annotated[int, typer.Option(min=1, help="Forward passes per update; even is better.")] = 2,
     batch_size: BatchSize = 64,
+    compress: Annotated[
+        bool, typer.Option(help="Keep a byte per parameter: 8-bit codes of std; the means are the model file's.")
+    ] = False,
     checkpoint: CheckpointFile = None,
     checkpoint_seconds: CheckpointSeconds = 60.0,
+    checkpoint_steps: CheckpointSteps = None,
+    release_gradients: ReleaseGradients = False,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
@@ -178,11 +242,15 @@ def prepare(
         backend=backend,
         checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps,
+        keep_checkpoint=True,
+        release_gradients=release_gradients,
         progress=progress,
     )
     if distributed.rank() > 0:
         return
-    posterior.save(out)
+    posterior.save(out, compress=compress)
+    _done(checkpoint)
     facts = posterior.metadata
     Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy {facts['sampled_accuracy']:.1f} %")
 
@@ -202,8 +270,13 @@ def forget(
     kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
     data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 100.0,
     batch_size: BatchSize = 64,
+    offload_prior: Annotated[
+        bool, typer.Option(help="Keep the posterior in the CPU's memory; each step fetches it piece by piece.")
+    ] = False,
     checkpoint: CheckpointFile = None,
     checkpoint_seconds: CheckpointSeconds = 60.0,
+    checkpoint_steps: CheckpointSteps = None,
+    release_gradients: ReleaseGradients = False,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
@@ -217,21 +290,26 @@ def forget(
     forget_data, _ = forget_split(_data_of(config, dataset, data)[0].to(_device(device)), forget_class)
     result = forget_(
         network,
-        prior,
+        prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
         loader(forget_data, batch_size=batch_size, shuffle=True),
         objective=objective,
         steps=steps,
         kl_weight=kl_weight,
         data_per_step=data_per_step,
+        offload_prior=offload_prior,
         seed=seed,
         backend=backend,
         checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps,
+        keep_checkpoint=True,
+        release_gradients=release_gradients,
         progress=progress,
     )
     if distributed.rank() > 0:
         return
     models.save(network, out, config)
+    _done(checkpoint)
     last = result.history[-1]
     Console().print(f"{out}: KL(q || p) {last.kl:.1f} nats after {last.steps} steps in {result.seconds:.1f} s")
 

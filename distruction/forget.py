@@ -44,6 +44,10 @@ def forget(
     backend: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
+    checkpoint_steps: int | None = None,
+    keep_checkpoint: bool = False,
+    release_gradients: bool = False,
+    offload_prior: bool = False,
     callback: Callback | None = None,
     progress: bool = True,
 ) -> ForgetReport:
@@ -62,7 +66,10 @@ def forget(
         mc_samples: forward and backward passes per update; even numbers use antithetic pairs.
         seed: of the draws and of the batches' order.
         backend: see `distruction.ops`.
-        checkpoint, checkpoint_seconds, callback, progress: see `distruction.prepare`.
+        checkpoint, checkpoint_seconds, checkpoint_steps, keep_checkpoint, release_gradients, callback, progress: see
+            `distruction.prepare`.
+        offload_prior: leave p where it is, such as in the CPU's memory (`Posterior.pin_memory` makes it faster), and
+            fetch it piece by piece in each step, instead of moving it to the model's device.
 
     Raises:
         UsageError: an argument is out of range, the forget set is empty or outside the model's labels.
@@ -76,21 +83,19 @@ def forget(
     dataset = getattr(loader, "dataset", None)
     if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise UsageError("the forget set is empty, so there is nothing to forget")
-    point = Checkpoint(
-        checkpoint,
-        {
-            "objective": objective if isinstance(objective, str) else getattr(objective, "__name__", repr(objective)),
-            "steps": steps,
-            "kl_weight": kl_weight,
-            "data_per_step": data_per_step,
-            "lr": lr,
-            "mc_samples": mc_samples,
-            "seed": seed,
-        },
-        checkpoint_seconds,
-    )
+    settings = {
+        "objective": objective if isinstance(objective, str) else getattr(objective, "__name__", repr(objective)),
+        "steps": steps,
+        "kl_weight": kl_weight,
+        "data_per_step": data_per_step,
+        "lr": lr,
+        "mc_samples": mc_samples,
+        "seed": seed,
+    }
+    run_of = settings if checkpoint is None else {**settings, "prior": posterior.fingerprint()}
+    point = Checkpoint(checkpoint, run_of, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     posterior.check(model, same_weights=point.load(model) is None)
-    prior = posterior.like(model)
+    prior = posterior if offload_prior else posterior.like(model)
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
         return BGD(
@@ -104,6 +109,7 @@ def forget(
             max_std=prior.largest_std(),
             seed=seed,
             backend=backend,
+            release_gradients=release_gradients,
         )
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
@@ -131,7 +137,7 @@ def forget(
         needs_inputs=needs_inputs,
     )
     seconds = time.perf_counter() - start
-    result = optimizer.posterior()
-    result.metadata = {"method": "distruction", **point.settings, "kl": history[-1].kl}
+    result = optimizer.posterior(copy=False)
+    result.metadata = {"method": "distruction", **settings, "kl": history[-1].kl}
     point.remove()
     return ForgetReport(result, history, seconds)

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .files import load_tensors, save_tensors
+from .files import load_facts, load_tensors, save_tensors
 
 FORMAT = "distruction-model-1"
 
@@ -49,12 +49,12 @@ def create(
         raise UsageError(f"model {name!r} is unknown; choose vit-micro or a timm model (timm.list_models())")
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     if pretrained is None:
-        return timm.create_model(name, **arguments)
+        return _create(name, arguments)
     overlay = {} if pretrained == "hub" else {"file": str(pretrained)}
     if overlay and not Path(pretrained).is_file():
         raise UsageError(f"no pretrained weights at {pretrained}; save timm.create_model({name!r}, pretrained=True)'s")
     try:
-        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        model: Any = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
         # timm leaves weights that the file lacks random, with a warning. (Its .npz files have names of their own.)
         found = set() if not overlay or str(pretrained).endswith(".npz") else set(load_state_dict(str(pretrained)))
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -67,6 +67,16 @@ def create(
             f"{pretrained} cannot be used for {name}: it has no {', '.join(lacking[:3])}; is it of {name}?"
         )
     return model
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        # Convolutional networks take images of any size, and no argument for it.
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, **{k: v for k, v in arguments.items() if k != "img_size"})
 
 
 def resize_inputs(model: nn.Module, size: int) -> None:
@@ -87,6 +97,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], config: dict[str, Any])
     """
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     save_tensors(path, tensors, format=FORMAT, facts={"config": config})
+
+
+def config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments of `create` that a file written by `save` holds, without its weights.
+
+    Raises:
+        UsageError: the file is not a model of this library.
+    """
+    try:
+        found = load_facts(path, format=FORMAT)["config"]
+        return {k: found[k] for k in ("name", "num_classes", "in_chans", "img_size")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read as a model: {error}; train it again") from error
 
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> tuple[nn.Module, dict[str, Any]]:

@@ -6,6 +6,7 @@ in `distruction.ops.reference.step`.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from . import ops
+from . import distributed, ops
 from .distributed import all_reduce_
 from .errors import NonFiniteError, UsageError
 from .posterior import Posterior
 from .sharding import Pieces, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
+
+STREAMED_ELEMENTS = 2**24
+"""Elements of a prior that is not at hand in float32 which are restored at a time, in whole tensors: 64 MiB each for
+mean and std."""
 
 _POSITIVE = ("data_per_step", "max_mean_step", "max_log_std_step", "max_std")
 _ALWAYS_FUSED = "its step is always one fused op; choose an implementation with backend="
@@ -51,7 +56,8 @@ class BGD(torch.optim.Optimizer):
             ``step(closure)``. More than one keeps two more buffers per parameter.
         antithetic: draw eps and -eps in turn, which cancels noise in the statistics of an even K.
         prior: the frozen posterior of preparation. With it the objective is
-            (1 - kl_weight) * data_per_step * loss + kl_weight * KL(q || prior).
+            (1 - kl_weight) * data_per_step * loss + kl_weight * KL(q || prior). A prior that is compressed or on
+            another device (`Posterior.compress`, `Posterior.to`) stays so, and each step restores it piece by piece.
         kl_weight: lambda in [0, 1], float or scalar tensor; used with ``prior`` only.
         max_mean_step: trust region, largest |change of mean| per step in units of std (infinity: off).
         max_log_std_step: trust region, largest |change of log std| per step (infinity: off).
@@ -66,6 +72,11 @@ class BGD(torch.optim.Optimizer):
             samples of their own: an update averages the statistics of size * ``mc_samples`` samples and of the
             ranks' batches. The model's gradients must not be averaged over these ranks by anything else.
         backend: see `distruction.ops`.
+        release_gradients: take each parameter's gradient inside ``backward`` as soon as it is complete, and drop it:
+            the same bits without the gradients' memory. Each backward pass is then one Monte Carlo sample, followed
+            by one ``step()``; gradient accumulation, clipping, GradScaler and several ranks, which need the gradients
+            of the whole model, do not go with it. Where ``backward`` raises, part of the model is updated: load a
+            state_dict.
 
     Raises:
         UsageError: an option is out of range, or names are needed and missing.
@@ -102,6 +113,7 @@ class BGD(torch.optim.Optimizer):
         seed: int = 0,
         sample_group: Any = None,
         backend: str = "auto",
+        release_gradients: bool = False,
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -112,8 +124,14 @@ class BGD(torch.optim.Optimizer):
             cap = float(std_init)
         else:
             raise UsageError(f"std_init must be > 0 and finite, not {std_init}; 0.05 suits weights of order 0.1")
+        if release_gradients and distributed.size() > 1:
+            raise UsageError(
+                "release_gradients would take the gradients before the ranks have averaged them; with several ranks "
+                "use release_gradients=False (fully_shard divides the gradients' memory by the number of ranks)"
+            )
         self._initial = std_init
         self._prior = prior
+        self._release_gradients = release_gradients
         self._sample_group = sample_group
         self._training = False
         # What a step changes besides tensors; a dict because torch.compile (2.8) cannot set an optimizer's attribute.
@@ -122,6 +140,11 @@ class BGD(torch.optim.Optimizer):
         self._leads: dict[int, int] = {}
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._streams = 0
+        self._position: dict[Tensor, int] = {}
+        # By group: the parameters whose gradients were released since the last step, and before it; the counters after
+        # each, and its KL.
+        self._taken: list[list[tuple[Tensor, Tensor, Tensor | None]]] = []
+        self._released: list[list[tuple[Tensor, Tensor, Tensor | None]]] = []
         defaults = {
             "lr": lr,
             "data_per_step": data_per_step,
@@ -159,6 +182,11 @@ class BGD(torch.optim.Optimizer):
         self._streams = group["first_stream"] + len(group["params"])
         group["training"] = self._training
         self._counters.append(None)
+        self._taken.append([])
+        self._released.append([])
+        self._position |= {p: i for i, p in enumerate(group["params"])}
+        if self._release_gradients:
+            self._release_from(len(self.param_groups) - 1)
         if self._training:
             self._draw(group, group["params"])
 
@@ -186,7 +214,7 @@ class BGD(torch.optim.Optimizer):
                 if names is None:
                     raise UsageError(f"{what} goes by parameter names: pass model.named_parameters() to BGD")
                 for name, p in zip(names, group["params"], strict=True):
-                    if p.requires_grad and (name not in source or source.means[name].shape != p.shape):
+                    if p.requires_grad and source.shapes.get(name) != p.shape:
                         raise UsageError(
                             f"{what} has no parameter {name} of shape {tuple(p.shape)}; is it of this model?"
                         )
@@ -305,6 +333,11 @@ class BGD(torch.optim.Optimizer):
         self._check_gradients()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if self._release_gradients and (grad_scale is not None or found_inf is not None):
+            raise UsageError(
+                "a GradScaler needs the gradients of the whole model before the update, which release_gradients has "
+                "made by then; use bfloat16, or release_gradients=False"
+            )
         self._now["gradients_at_sample"] = False
         elsewhere: set[int] = set()
         if self._sample_group is not None:
@@ -313,31 +346,36 @@ class BGD(torch.optim.Optimizer):
                 return
         kls = []
         for index, group in enumerate(self.param_groups):
-            group["calls"] += 1
-            last = group["calls"] >= group["mc_samples"]
-            if last:
-                group["calls"] = 0
+            last = _is_last(group)
+            group["calls"] = 0 if last else group["calls"] + 1
             several = self._has_statistics(group)
+            released, self._taken[index] = self._taken[index], []
+            self._released[index] = released
+            done = {id(p) for p, _, _ in released}
             active = [
                 p
                 for p in group["params"]
-                if p.grad is not None or id(p) in elsewhere or (several and "m1" in self.state.get(p, {}))
+                if id(p) not in done
+                and (p.grad is not None or id(p) in elsewhere or (several and "m1" in self.state.get(p, {})))
             ]
-            if not active:
+            if not active and not released:
                 continue
-            counters = self._counters_of(index, active[0].device)
-            layouts = _by_layout(active)
-            for number, params in enumerate(layouts, 1):
-                # One draw number serves the group: only the last call may advance it.
-                own = counters if number == len(layouts) else counters.clone()
-                kl = self._take(index, params, own, last, grad_scale, found_inf)
-                if own is not counters:
-                    counters[2] |= own[2]
-                if last and self._prior is not None:
-                    kls.append((kl, params[0]))
+            counters = self._counters_of(index, (active or [released[0][0]])[0].device)
+            lists = [piece for params in _by_layout(active) for piece in self._pieces(params, last)]
+            ends = [end for _, end, _ in released]
+            found = [(kl, p) for p, _, kl in released]
+            for params in lists:
+                # One draw number serves the group: each list starts from it.
+                end = counters if len(lists) == 1 and not released else _fork(counters)
+                found.append((self._take(index, params, end, last, grad_scale, found_inf), params[0]))
+                ends.append(end)
+            if ends[0] is not counters:
+                _join(counters, ends)
+            if last and self._prior is not None:
+                kls += found
             # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
-            taken = {id(p) for p in active}
-            self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in taken])
+            done |= {id(p) for p in active}
+            self._draw(group, [p for p in group["params"] if p in self.state and id(p) not in done])
         if kls:
             self._now["kl"] = kls
         on_cpu = all(c is None or c.device.type == "cpu" for c in self._counters)
@@ -350,8 +388,8 @@ class BGD(torch.optim.Optimizer):
         params: list[Tensor],
         counters: Tensor,
         last: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> Tensor | None:
         """Accumulate the gradients of ``params`` or, with the last sample, update; returns the KL of what is here."""
         group, device = self.param_groups[index], counters.device
@@ -388,7 +426,8 @@ class BGD(torch.optim.Optimizer):
                 counters[0] += (ranks - 1) * group["mc_samples"] - 1
                 counters[1] = counters[1] * ranks - 1
                 grads, amp = [torch.zeros_like(g) for g in grads], [None, None]
-            prior = [self._prior[name] for name in self._names_of(group, params)] if self._prior is not None else []
+            names = self._names_of(group, params) if self._prior is not None else []
+            prior = [self._prior.fetch(name, device) for name in names] if self._prior is not None else []
             kl = ops.step(
                 outs,
                 mean,
@@ -396,8 +435,8 @@ class BGD(torch.optim.Optimizer):
                 grads,
                 m1,
                 m2,
-                pieces.of([m.to(device) for m, _ in prior]) if prior else [],
-                pieces.of([s.to(device) for _, s in prior]) if prior else [],
+                pieces.of([m for m, _ in prior]) if prior else [],
+                pieces.of([s for _, s in prior]) if prior else [],
                 self._scalar(index, "lr", device),
                 self._scalar(index, "kl_weight", device),
                 -group["data_per_step"] if group["maximize"] else group["data_per_step"],
@@ -414,6 +453,49 @@ class BGD(torch.optim.Optimizer):
                 _advance(counters, True, amp[1])
         _copy_back(buffers, held)
         return kl
+
+    def _pieces(self, params: list[Tensor], last: bool) -> list[list[Tensor]]:
+        """The parameters to take in one op: all of them, unless the prior has to be restored or fetched."""
+        if not last or self._prior is None or self._prior.at_hand(params[0].device):
+            return [params]
+        pieces: list[list[Tensor]] = [[]]
+        room = STREAMED_ELEMENTS
+        for p in params:
+            if pieces[-1] and p.numel() > room:
+                pieces.append([])
+                room = STREAMED_ELEMENTS
+            pieces[-1].append(p)
+            room -= p.numel()
+        return pieces
+
+    def _release_from(self, index: int) -> None:
+        """Let ``backward`` take and drop the gradients of a group, as long as this optimizer lives."""
+        optimizer = weakref.ref(self)
+
+        def release(p: Tensor) -> None:
+            alive = optimizer()
+            if alive is not None and alive._training:
+                alive._release(index, p)
+
+        handles = [
+            p.register_post_accumulate_grad_hook(release) for p in self.param_groups[index]["params"] if p.requires_grad
+        ]
+        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    @torch.no_grad()
+    def _release(self, index: int, p: Tensor) -> None:
+        if any(p is q for q, _, _ in self._taken[index]):
+            raise UsageError(
+                "a second backward pass reached a parameter before step(): with release_gradients each backward pass "
+                "is one Monte Carlo sample, so call step() after each; to accumulate gradients use "
+                "release_gradients=False"
+            )
+        if p.grad is not None and p.grad.is_sparse:
+            self._check_gradients()
+        counters = _fork(self._counters_of(index, p.device))
+        kl = self._take(index, [p], counters, _is_last(self.param_groups[index]))
+        p.grad = None
+        self._taken[index].append((p, counters, kl))
 
     def _agree(self, found_inf: Tensor | None) -> tuple[bool, set[int]]:
         """Whether a gradient overflowed on any rank of ``sample_group``, and what has a gradient on any of them."""
@@ -458,7 +540,11 @@ class BGD(torch.optim.Optimizer):
             if (counters := self._counters[i]) is not None:
                 counters[2] = 0
             labels += self._labels(self.param_groups[i])
-            bad += [p.grad is not None and not local(p.grad).isfinite().all() for p in self.param_groups[i]["params"]]
+            refused = [p for p, end, _ in self._released[i] if end[2].item()]
+            bad += [
+                (p.grad is not None and not local(p.grad).isfinite().all()) or any(p is q for q in refused)
+                for p in self.param_groups[i]["params"]
+            ]
         if groups:
             bad = largest(torch.tensor(bad, dtype=torch.int32, device=device), groups).tolist()
         names = [label for label, is_bad in zip(labels, bad, strict=True) if is_bad]
@@ -478,8 +564,11 @@ class BGD(torch.optim.Optimizer):
 
     # --- state -----------------------------------------------------------------------------------
 
-    def posterior(self) -> Posterior:
-        """A copy of the current means and stds by parameter name, sharded where the parameters are.
+    def posterior(self, *, copy: bool = True) -> Posterior:
+        """The current means and stds by parameter name, sharded where the parameters are.
+
+        Args:
+            copy: ``False`` shares the optimizer's memory, for a caller that takes no further step.
 
         Raises:
             UsageError: the optimizer was made without parameter names.
@@ -491,7 +580,7 @@ class BGD(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.requires_grad:
                     state = self._state(index, p)
-                    means[name], stds[name] = state["mean"].clone(), state["std"].clone()
+                    means[name], stds[name] = (state[k].clone() if copy else state[k] for k in ("mean", "std"))
         return Posterior(means, stds)
 
     def state_dict(self) -> dict[str, Any]:
@@ -519,8 +608,7 @@ class BGD(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 placed = shard_like(value, p)
                 self.state[p][key] = placed.clone() if placed is value else placed
-        self._counters = [None] * len(self.param_groups)
-        self._scalars = {}
+        self._reset()
         if self.param_groups[0]["training"]:
             self.train()
         else:
@@ -550,19 +638,32 @@ class BGD(torch.optim.Optimizer):
         if self._sample_group is not None:
             raise UsageError("an optimizer with sample_group cannot be copied or pickled; copy its state_dict")
         self._sync_counters()
-        keys = ("_initial", "_prior", "_training", "_now", "_streams")
+        keys = ("_initial", "_prior", "_training", "_now", "_streams", "_release_gradients")
         return {**super().__getstate__(), **{k: getattr(self, k) for k in keys}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # torch also calls this from load_state_dict, where the group stays.
-        self.__dict__.setdefault("_sample_group", None)
+        self._step_supports_amp_scaling = True
+        self._reset()
+        # torch also calls this from load_state_dict, where the group stays and the hooks are there.
+        if "_initial" in state:
+            self._sample_group = None
+            if self._release_gradients:
+                for index in range(len(self.param_groups)):
+                    self._release_from(index)
+
+    def _reset(self) -> None:
+        """Forget what was derived from the groups and the state."""
         self._leads = {}
         self._counters = [None] * len(self.param_groups)
         self._scalars = {}
-        self._step_supports_amp_scaling = True
+        self._position = {p: i for group in self.param_groups for i, p in enumerate(group["params"])}
+        self._taken = [[] for _ in self.param_groups]
+        self._released = [[] for _ in self.param_groups]
 
     def _sync_counters(self) -> None:
+        if any(self._taken):
+            raise UsageError("backward has updated a part of the model (release_gradients): call step() first")
         self.raise_if_nonfinite()
         for index, counters in enumerate(self._counters):
             if counters is not None:
@@ -611,7 +712,7 @@ class BGD(torch.optim.Optimizer):
         if not state:
             group = self.param_groups[index]
             if isinstance(self._initial, Posterior):
-                mean, std = self._initial[self._names_of(group, [p])[0]]
+                mean, std = self._initial.fetch(self._names_of(group, [p])[0], p.device)
                 state["mean"], state["std"] = shard_like(mean, p).clone(), shard_like(std, p).clone()
             else:
                 state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
@@ -646,19 +747,34 @@ class BGD(torch.optim.Optimizer):
                 if p.grad is not None and p.grad.is_sparse:
                     raise UsageError(f"the gradient of {name} is sparse; BGD needs dense gradients (sparse=False)")
 
-    def _positions(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[int]:
-        position = {id(p): i for i, p in enumerate(group["params"])}
-        return [position[id(p)] for p in params]
-
     def _streams_of(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[int]:
-        return [group["first_stream"] + i for i in self._positions(group, params)]
+        return [group["first_stream"] + self._position[p] for p in params]
 
     def _names_of(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[str]:
-        return [group["param_names"][i] for i in self._positions(group, params)]
+        return [group["param_names"][self._position[p]] for p in params]
 
     @staticmethod
     def _labels(group: dict[str, Any]) -> list[str]:
         return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def _is_last(group: dict[str, Any]) -> bool:
+    """Whether the current sample completes the group's update."""
+    return bool(group["calls"] + 1 >= group["mc_samples"])
+
+
+def _fork(counters: Tensor) -> Tensor:
+    """Counters for a part of a group, which starts from the same draw."""
+    own = counters.clone()
+    own[2] = 0
+    return own
+
+
+def _join(counters: Tensor, ends: Sequence[Tensor]) -> None:
+    """Advance a group's counters to where its parts ended: they agree but for the flag of a refused update."""
+    flag = counters[2].clone()
+    counters.copy_(torch.stack(list(ends)).amax(0))
+    counters[2] |= flag
 
 
 def _by_layout(params: Sequence[Tensor]) -> list[list[Tensor]]:

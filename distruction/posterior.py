@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from . import distributed, ops
-from .errors import PosteriorError
+from .compression import BLOCK, STORAGE, LogCodes, Restored, Stored, restore, store, stored
+from .errors import PosteriorError, UsageError
 from .files import load_tensors, save_tensors
 from .sharding import Pieces, gather, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
 
@@ -48,7 +49,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     """Independent Gaussians N(mean, std**2), one per parameter element, by parameter name.
 
     A mapping from parameter name to ``(mean, std)``, both float32 in the parameter's shape. They may be sharded over
-    ranks (DTensor), as the parameters of a sharded model are; all ranks then call its methods together.
+    ranks (DTensor), as the parameters of a sharded model are; all ranks then call its methods together. What `compress`
+    made is restored at each access.
 
     Args:
         means: parameter name to mean.
@@ -75,8 +77,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             raise PosteriorError(
                 f"means and stds name different parameters: {_difference(means, stds)}; give both for each name"
             )
-        _raise_together(_fault(means, stds), [*means.values(), *stds.values()])
-        self._means, self._stds = dict(means), dict(stds)
+        _raise_together(_fault(means, stds), means.values())
+        self._means, self._stds = stored(means), stored(stds)
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
@@ -87,7 +89,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         return cls(means, stds)
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        return self._means[name], self._stds[name]
+        return restore(self._means[name]), restore(self._stds[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._means)
@@ -101,51 +103,114 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     @property
     def means(self) -> Mapping[str, Tensor]:
         """Means by parameter name."""
-        return self._means
+        return Restored(self._means)
 
     @property
     def stds(self) -> Mapping[str, Tensor]:
         """Standard deviations by parameter name."""
-        return self._stds
+        return Restored(self._stds)
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shapes by parameter name."""
+        return {n: m.shape for n, m in self._means.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its tensors hold."""
+        return sum(t.nbytes for t in self._tensors())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes and values; of a sharded one all ranks call it together."""
+        return hashlib.sha256((fingerprint(self.means) + fingerprint(self.stds)).encode()).hexdigest()
 
     def is_sharded(self) -> bool:
         """Whether the tensors are spread over ranks."""
-        return any(is_sharded(t) for t in self._means.values())
+        return any(is_sharded(t) for t in self.means.values())
 
     def largest_std(self) -> float:
         """The largest standard deviation of any element, on any rank."""
-        here = [local(s).max() for s in self._stds.values() if local(s).numel()]
+        here = [part.max() for part in map(local, self.stds.values()) if part.numel()]
         value = torch.stack(here).max() if here else torch.zeros((), device=next(iter(self._stds.values())).device)
-        return largest(value, groups_of(self._stds.values())).item()
+        return largest(value, groups_of(self.means.values())).item()
 
     def numel(self) -> int:
         """Number of Gaussians."""
         return sum(m.numel() for m in self._means.values())
 
     def to(self, device: str | torch.device) -> "Posterior":
-        """This posterior with its tensors on ``device``; tensors already there are shared."""
-        moved = copy.copy(self)
-        moved._means = {n: t.to(device) for n, t in self._means.items()}
-        moved._stds = {n: t.to(device) for n, t in self._stds.items()}
-        return moved
+        """This posterior on ``device``: tensors already there are shared, compressed ones stay so."""
+        return self._map(lambda t: t.to(device))
+
+    def pin_memory(self) -> "Posterior":
+        """This posterior in page-locked memory of the CPU, from which a GPU fetches faster."""
+        return self._map(lambda t: t.pin_memory())
+
+    def compress(self, *, std: str = "log8", mean: str = "float32") -> "Posterior":
+        """This posterior in fewer bytes, restored to float32 wherever it is read.
+
+        As the prior of `BGD` or `distruction.forget` it stays compressed: 5 bytes per parameter instead of 8, or 3 with
+        ``mean="bfloat16"``.
+
+        Args:
+            std: ``log8``, 8-bit codes on a log scale whose error `distruction.compression` bounds; ``bfloat16``
+                (relative error up to 0.4 %); or ``float32``.
+            mean: ``float32``, or ``bfloat16``: an error of up to 0.4 % of the mean, which may be many std.
+
+        Raises:
+            UsageError: an unknown way to store, or the posterior is sharded.
+        """
+        if self.is_sharded():
+            raise UsageError("a sharded posterior cannot be compressed; compress posterior.gathered()")
+        for what, storage, allowed in (("std", std, STORAGE), ("mean", mean, STORAGE[:2])):
+            if storage not in allowed:
+                raise UsageError(f"{what}={storage!r} is unknown; choose {', '.join(allowed)}")
+        compressed = copy.copy(self)
+        compressed._means = {n: store(t, mean) for n, t in self._means.items()}
+        compressed._stds = {n: store(t, std) for n, t in self._stds.items()}
+        return compressed
+
+    def fetch(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ``(mean, std)`` of a parameter on ``device``: moved as they are stored, then restored there."""
+        mean, std = (t[name].to(device, non_blocking=True) for t in (self._means, self._stds))
+        return restore(mean), restore(std)
+
+    def at_hand(self, device: torch.device) -> bool:
+        """Whether `fetch` takes no memory: all is in float32 on ``device``."""
+        return all(isinstance(t, Tensor) and t.dtype == torch.float32 and t.device == device for t in self._tensors())
+
+    def _tensors(self) -> Iterator[Stored]:
+        yield from self._means.values()
+        yield from self._stds.values()
+
+    def _map(self, function: Callable[[Stored], Stored]) -> "Posterior":
+        mapped = copy.copy(self)
+        mapped._means = {n: function(t) for n, t in self._means.items()}
+        mapped._stds = {n: function(t) for n, t in self._stds.items()}
+        return mapped
 
     def like(self, model: nn.Module) -> "Posterior":
         """This posterior where ``model`` has its parameters: on their devices and, if they are sharded, as they are.
 
-        Each rank takes its part of a whole posterior without communication.
+        Each rank takes its part of a whole posterior without communication. A compressed one stays so, unless the
+        parameters are sharded.
         """
         self.check(model)
         params = learnable(model)
         placed = copy.copy(self)
-        placed._means = {n: shard_like(t, params[n]) for n, t in self._means.items()}
-        placed._stds = {n: shard_like(t, params[n]) for n, t in self._stds.items()}
+        if any(is_sharded(t) for t in [*params.values(), *self.means.values()]):
+            placed._means = {n: shard_like(t, params[n]) for n, t in self.means.items()}
+            placed._stds = {n: shard_like(t, params[n]) for n, t in self.stds.items()}
+        else:
+            placed._means = {n: t.to(params[n].device) for n, t in self._means.items()}
+            placed._stds = {n: t.to(params[n].device) for n, t in self._stds.items()}
         return placed
 
     def gathered(self) -> "Posterior":
         """This posterior with whole tensors on every rank, on the CPU if it was sharded."""
         whole = copy.copy(self)
         whole._means, whole._stds = (
-            {n: gather(t).cpu() if is_sharded(t) else t for n, t in tensors.items()}
+            {n: gather(t).cpu() if isinstance(t, Tensor) and is_sharded(t) else t for n, t in tensors.items()}
             for tensors in (self._means, self._stds)
         )
         return whole
@@ -156,15 +221,15 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         Raises:
             PosteriorError: the two are over different parameters.
         """
-        _check_same(self._means, prior._means, "the prior")
+        _check_same(self.shapes, prior.shapes, "the prior")
         layouts: dict[Any, list[str]] = {}
-        for name, mean in self._means.items():
+        for name, mean in self.means.items():
             layouts.setdefault(layout(mean), []).append(name)
         parts = []
         for names in layouts.values():
-            means = [self._means[n] for n in names]
+            means = [self.means[n] for n in names]
             pieces = Pieces(means, [0] * len(names))
-            here = [means, *([t[n] for n in names] for t in (self._stds, prior._means, prior._stds))]
+            here = [means, *([t[n] for n in names] for t in (self.stds, prior.means, prior.stds))]
             lists = [pieces.of(tensors) for tensors in here]
             if lists[0]:
                 part = ops.gaussian_kl(*lists, backend=backend)[0]
@@ -178,17 +243,21 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
         Args:
             model: its learnable parameters must have this posterior's names and shapes.
-            same_weights: require also that the model's weights are the means (to the parameter's precision).
+            same_weights: require also that the model's weights are the means (to the lower of both precisions).
 
         Raises:
             PosteriorError: with the first few names, shapes or the parameter that differ.
         """
         params = learnable(model)
-        _check_same(params, self._means, "the posterior")
+        _check_same({n: p.shape for n, p in params.items()}, self.shapes, "the posterior")
         if same_weights:
             fault = None
             for name, p in params.items():
-                if not torch.equal(local(p.detach()), local(shard_like(self._means[name], p)).to(p.dtype)):
+                mean = self._means[name]
+                assert isinstance(mean, Tensor)
+                kept = shard_like(mean, p)
+                coarser = kept.dtype if p.dtype == torch.float32 else p.dtype
+                if not torch.equal(local(p.detach()).to(coarser), local(kept).to(coarser)):
                     fault = (
                         f"the posterior was prepared for other weights: {name} differs from its mean; load the "
                         "model that it was prepared for, or call posterior.mean_(model) to put its means in"
@@ -201,7 +270,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Write the means into the model's parameters."""
         self.check(model)
         for name, p in learnable(model).items():
-            local(p).copy_(local(shard_like(self._means[name], p)))
+            local(p).copy_(local(shard_like(self.means[name], p)))
 
     @torch.no_grad()
     def sample_(self, model: nn.Module, *, seed: int, draw: int = 0, backend: str = "auto") -> None:
@@ -219,8 +288,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         outs = pieces.of([local(p) for p in params.values()])
         ops.sample(
             outs,
-            pieces.of([here._means[n] for n in params]),
-            pieces.of([here._stds[n] for n in params]),
+            pieces.of([here.means[n] for n in params]),
+            pieces.of([here.stds[n] for n in params]),
             pieces.offsets,
             pieces.streams,
             seed,
@@ -230,20 +299,37 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             backend,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file atomically: ``mean.NAME`` and ``std.NAME`` in float32, metadata as JSON.
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
+        """Write a safetensors file atomically; its header has the metadata and a checksum of everything.
+
+        Args:
+            path: the file.
+            compress: keep the stds alone, as 8-bit codes: about one byte per parameter. The means are then those of
+                the model's checkpoint, which `load` needs and checks by their SHA-256.
 
         A sharded posterior is gathered one tensor at a time, by all ranks together, and rank 0 alone writes it.
+
+        Raises:
+            UsageError: ``compress`` and the means are in bfloat16, so that they are no checkpoint's.
+            OSError: the disk is full, the folder is read-only, ...; the file is as it was before.
         """
-        tensors = {f"mean.{n}": t for n, t in self._means.items()} | {f"std.{n}": t for n, t in self._stds.items()}
         if self.is_sharded():
-            for name, t in tensors.items():
-                whole = gather(t)
-                if distributed.rank() == 0:
-                    tensors[name] = whole.cpu()
-            if distributed.rank() != 0:
-                return
-        save_tensors(path, tensors, format=FORMAT, facts={"names": list(self), "metadata": self.metadata})
+            whole = self._on_first_rank()
+            if whole is not None:
+                whole.save(path, compress=compress)
+            return
+        facts: dict[str, Any] = {"names": list(self), "metadata": self.metadata}
+        tensors: dict[str, Tensor] = {}
+        if compress:
+            if any(t.dtype != torch.float32 for t in self._means.values() if isinstance(t, Tensor)):
+                raise UsageError("the means are in bfloat16, no checkpoint's; save before compress(mean='bfloat16')")
+            facts |= {"means": fingerprint(self.means), "block": BLOCK}
+            for name, std in self.compress()._stds.items():
+                assert isinstance(std, LogCodes)
+                tensors |= {f"codes.{name}": std.codes, f"low.{name}": std.low, f"step.{name}": std.step}
+        else:
+            tensors |= {f"mean.{n}": t for n, t in self.means.items()} | {f"std.{n}": t for n, t in self.stds.items()}
+        save_tensors(path, tensors, format=FORMAT, facts=facts)
 
     @classmethod
     def load(
@@ -256,14 +342,15 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Read a file written by `save`, checked wholly before anything is returned.
 
         Args:
-            path: the file.
+            path: the file. The stds of a compressed one stay compressed in memory; see `compress`.
             map_location: device of the tensors.
             model: when given, the posterior must belong to it (see `check`); of a sharded model each rank keeps its
-                part.
+                part. A compressed file needs it, with the weights that it was prepared for: copies of them are the
+                means.
 
         Raises:
             FileNotFoundError: there is no such file.
-            PosteriorError: truncated, of another format, inconsistent, or of another model.
+            PosteriorError: damaged, of another format, inconsistent, or of another model or (compressed) other weights.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -271,18 +358,76 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             )
         try:
             tensors, facts = load_tensors(path, format=FORMAT, device=str(map_location))
-            names, metadata = facts["names"], facts["metadata"]
-            means, stds = ({n: tensors.pop(f"{kind}.{n}") for n in names} for kind in ("mean", "std"))
+            stds: Mapping[str, Tensor]
+            names, metadata = facts["names"], dict(facts["metadata"])
+            if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+                raise ValueError("its header names no parameters")
+            if "means" in facts:
+                means, stds = None, Restored({n: _codes(tensors, n, facts["block"]) for n in names})
+            else:
+                means = {n: tensors.pop(f"mean.{n}") for n in names}
+                stds = {n: tensors.pop(f"std.{n}") for n in names}
         except (ValueError, KeyError, TypeError) as error:
             raise PosteriorError(f"{path} cannot be read as a posterior: {error}; prepare it again") from error
         if tensors:
             raise PosteriorError(f"{path} holds tensors that its header does not name: {sorted(tensors)[:3]}")
-        posterior = cls(means, stds, metadata)
-        if model is not None:
-            posterior.check(model)
-            if any(is_sharded(p) for p in model.parameters()):
-                return posterior.like(model)
-        return posterior
+        if means is not None:
+            posterior = cls(means, stds, metadata)
+            return posterior if model is None else posterior._of(model)
+        if model is None:
+            raise PosteriorError(
+                f"{path} is compressed: its means are the weights that it was prepared for; pass the model that holds "
+                "them as model="
+            )
+        params = learnable(model)
+        shapes = {n: s.shape for n, s in stored(stds).items()}
+        _check_same({n: p.shape for n, p in params.items()}, shapes, "the posterior")
+        if fingerprint({n: params[n] for n in names}) != facts["means"]:
+            raise PosteriorError(
+                f"{path} was prepared for other weights: their SHA-256 differs from that of the model's; load the "
+                "model's checkpoint that preparation was given"
+            )
+        whole = ((n, gather(params[n].detach())) for n in names)
+        means = {n: p.to(map_location, torch.float32, copy=True).contiguous() for n, p in whole}
+        return cls(means, stds, metadata)._of(model)
+
+    def _of(self, model: nn.Module) -> "Posterior":
+        """This posterior, checked to belong to the model; of a sharded one this rank's part."""
+        self.check(model)
+        return self.like(model) if any(is_sharded(p) for p in model.parameters()) else self
+
+    def _on_first_rank(self) -> "Posterior | None":
+        """The whole of a sharded posterior in the CPU's memory of rank 0; ``None`` elsewhere."""
+        first = distributed.rank() == 0
+        whole: list[dict[str, Stored]] = [{}, {}]
+        for kept, tensors in zip(whole, (self.means, self.stds), strict=True):
+            for name, t in tensors.items():
+                gathered = gather(t)
+                if first:
+                    kept[name] = gathered.cpu()
+        if not first:
+            return None
+        here = copy.copy(self)
+        here._means, here._stds = whole
+        return here
+
+
+def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
+    """Take the codes of a parameter out of a file's tensors.
+
+    Raises:
+        ValueError: they do not fit together.
+        KeyError: one is missing.
+    """
+    found = LogCodes(*(tensors.pop(f"{kind}.{name}") for kind in ("codes", "low", "step")))
+    blocks = -(-found.numel() // BLOCK)
+    if (
+        block != BLOCK
+        or found.codes.dtype != torch.uint8
+        or any(t.dtype != torch.float32 or t.shape != (blocks,) for t in (found.low, found.step))
+    ):
+        raise ValueError(f"the codes of {name} do not fit together")
+    return found
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
@@ -314,11 +459,11 @@ def _raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
         raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")
 
 
-def _check_same(params: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
-    if set(params) != set(other):
-        raise PosteriorError(f"{what} belongs to another model: {_difference(params, other)}")
-    for name, p in params.items():
-        if p.shape != other[name].shape:
+def _check_same(shapes: Mapping[str, torch.Size], other: Mapping[str, torch.Size], what: str) -> None:
+    if set(shapes) != set(other):
+        raise PosteriorError(f"{what} belongs to another model: {_difference(shapes, other)}")
+    for name, shape in shapes.items():
+        if shape != other[name]:
             raise PosteriorError(
-                f"{what} belongs to another model: {name} is {tuple(p.shape)} here, {tuple(other[name].shape)} there"
+                f"{what} belongs to another model: {name} is {tuple(shape)} here, {tuple(other[name])} there"
             )

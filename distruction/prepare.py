@@ -30,6 +30,9 @@ def prepare(
     backend: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
+    checkpoint_steps: int | None = None,
+    keep_checkpoint: bool = False,
+    release_gradients: bool = False,
     callback: Callback | None = None,
     progress: bool = True,
 ) -> Posterior:
@@ -51,8 +54,10 @@ def prepare(
         learn_mean: let the means move too, with step size ``lr``; the paper keeps them.
         seed: of the draws and of the batches' order.
         backend: see `distruction.ops`.
-        checkpoint: file to resume from and to write every ``checkpoint_seconds``; deleted at the end. A run
-            that was killed at any point and started again ends with the same bits.
+        checkpoint: file to resume from and to write every ``checkpoint_seconds`` and, where given, every
+            ``checkpoint_steps``. A run that was killed at any point and started again ends with the same bits.
+        keep_checkpoint: leave the file at the end, for a caller that deletes it once the result is on the disk.
+        release_gradients: see `BGD`: the same bits with less memory, on one rank.
         callback: called with a `distruction.training.Step` after each step.
         progress: show a progress bar.
 
@@ -62,6 +67,8 @@ def prepare(
     Raises:
         UsageError: an argument is out of range, the loader is empty or not labelled.
         NonFiniteError: the loss became NaN or infinite; says at which step.
+        PosteriorError: the checkpoint is damaged or of another model; it stays as it is.
+        OSError: the checkpoint cannot be written; an earlier one stays as it is.
     """
     distributed.start()
     if not learnable(model):
@@ -94,13 +101,14 @@ def prepare(
             learn_mean=learn_mean,
             seed=seed,
             backend=backend,
+            release_gradients=release_gradients,
         )
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(len(history), steps)
 
-    point = Checkpoint(checkpoint, settings, checkpoint_seconds)
+    point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     optimizer, history = run(
         model,
         loader,
@@ -114,7 +122,7 @@ def prepare(
         progress=progress,
         title="prepare",
     )
-    posterior = optimizer.posterior()
+    posterior = optimizer.posterior(copy=False)
     tail = history[-max(1, steps // 10) :]
     posterior.metadata = {
         "method": "bgd",

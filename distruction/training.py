@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .errors import NonFiniteError, RankError, UsageError
+from .errors import NonFiniteError, PosteriorError, RankError, UsageError
+from .files import check_writable, remove_leftovers
 from .optimizer import BGD
 from .posterior import Posterior, learnable
 from .sharding import groups_of, is_sharded, largest, layout, local, reshard
@@ -110,21 +111,37 @@ class Checkpoint:
     Attributes:
         path: the file, or ``None`` for no checkpoints.
         settings: JSON-able; a checkpoint of other settings is refused.
-        seconds: least time between two writes.
+        seconds: time after which it is written again.
+        steps: steps after which it is written again; ``None``: time alone decides.
+        keep: leave the file at the end.
     """
 
     path: str | os.PathLike[str] | None
     settings: dict[str, Any]
     seconds: float
+    steps: int | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"checkpoint_steps must be >= 1, not {self.steps}")
 
     def load(self, model: nn.Module) -> tuple[Posterior, dict[str, Any]] | None:
         """The posterior and progress to resume from, or ``None`` to start from the beginning."""
         there = self.path is not None and Path(self.path).is_file()
         if not distributed.agree(there, next(model.parameters()).device):
             raise UsageError(f"only some ranks see the checkpoint {self.path}; put it where all of them can read it")
-        if self.path is None or not there:
+        if self.path is None:
             return None
-        posterior = Posterior.load(self.path, model=model)
+        if distributed.rank() == 0:
+            check_writable(self.path, 8 * sum(p.numel() for p in learnable(model).values()))
+            remove_leftovers(self.path)
+        if not there:
+            return None
+        try:
+            posterior = Posterior.load(self.path, model=model)
+        except PosteriorError as error:
+            raise PosteriorError(f"{error}; or, to start from the beginning, delete this checkpoint") from error
         progress = posterior.metadata.get("checkpoint")
         if progress is None:
             raise UsageError(f"{self.path} is a finished posterior, not a checkpoint; choose another checkpoint path")
@@ -139,7 +156,7 @@ class Checkpoint:
 
     def save(self, optimizer: BGD, history: list[Step]) -> None:
         """Write the optimizer's posterior and the history atomically."""
-        posterior = optimizer.posterior()
+        posterior = optimizer.posterior(copy=False)
         draw = optimizer.state_dict()["param_groups"][0]["draw"]
         posterior.metadata["checkpoint"] = {
             "settings": self.settings,
@@ -149,9 +166,13 @@ class Checkpoint:
         assert self.path is not None
         posterior.save(self.path)
 
+    def due(self, steps: int, seconds: float) -> bool:
+        """Whether to write it, so many steps and seconds after the last time."""
+        return seconds >= self.seconds or (self.steps is not None and steps >= self.steps)
+
     def remove(self) -> None:
-        """Delete the file: the run is done."""
-        if self.path is not None and distributed.rank() == 0:
+        """Delete the file, unless it is to be kept: the run is done."""
+        if self.path is not None and not self.keep and distributed.rank() == 0:
             Path(self.path).unlink(missing_ok=True)
 
 
@@ -317,7 +338,7 @@ def run(
     gradients = Gradients(model)
     batching = Batching(loader, device, needs_inputs=needs_inputs)
     reshard(model)
-    saved = time.monotonic()
+    saved, saved_at = time.monotonic(), len(history)
     # Here, so that `import distruction` and its optimizer need PyTorch, NumPy and safetensors alone.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -369,11 +390,11 @@ def run(
                     callback(history[-1])
                 bar.update(task, completed=len(history), description=f"{title} loss {history[-1].loss:.3f}")
                 if checkpoint.path is not None and len(history) < steps:
-                    due = distributed.rank() == 0 and time.monotonic() - saved >= checkpoint.seconds
+                    due = distributed.rank() == 0 and checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
                     # Shards are gathered by all ranks together; else rank 0 needs nobody.
                     if distributed.of_first_rank(due, device) if gradients.sharded else due:
                         checkpoint.save(optimizer, history)
-                        saved = time.monotonic()
+                        saved, saved_at = time.monotonic(), len(history)
         except BaseException as error:
             optimizer.zero_grad(set_to_none=True)
             # Without the check, which would wait for ranks that may be gone.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks import contestants, gpu, harness, profile
+from benchmarks import contestants, gpu, harness, memory, profile
 from distruction.ops import backends
 
 ROOT = Path(__file__).parents[1]
@@ -309,3 +309,8 @@ def test_the_readme_shows_the_stored_results(path):
     tables = re.findall(r"(?:^\|.*\n)+", readme, flags=re.MULTILINE)
     assert harness.markdown([harness.Row(**r) for r in stored["rows"]]) in tables
     assert stored["command"] in readme
+
+
+def test_the_page_of_memory_holds_the_table_of_the_plan():
+    page = memory.PAGE.read_text()
+    assert page.split(memory.BEGIN)[1].split(memory.END)[0] == memory.table()

@@ -12,10 +12,11 @@ import pytest
 import timm
 import torch
 from dataset_files import write_cifar
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from distruction import Posterior, cli, models
+from distruction.files import load_tensors, save_tensors
+from distruction.posterior import FORMAT
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -63,6 +64,44 @@ def test_train_prepare_forget_evaluate(distruction, tmp_path):
     prior.check(trained, same_weights=True)
     assert not torch.equal(trained.head.weight, forgotten.head.weight)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "p", "u"]
+
+
+def test_a_compressed_posterior_takes_a_byte_per_parameter(distruction, files, tmp_path):
+    arguments = ("--model", files / "model", "--steps", 2, "--checkpoint", tmp_path / "c", "--checkpoint-steps", 1)
+    posterior, unlearned = tmp_path / "p", tmp_path / "u"
+    status, out, _ = distruction(
+        "prepare", *arguments, "--out", posterior, "--compress", "--release-gradients", "--no-progress"
+    )
+    assert status == 0
+    assert "202,186 Gaussians" in out
+    assert posterior.stat().st_size < 1.15 * 202_186
+    status, _, _ = distruction(
+        *("forget", *arguments, "--posterior", posterior, "--out", unlearned, "--class", 3, "--offload-prior"),
+        *("--release-gradients", "--no-progress"),
+    )
+    assert status == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p", "u"]
+    status, _, err = distruction(
+        *("forget", "--model", unlearned, "--posterior", posterior, "--out", tmp_path / "v", "--class", 3)
+    )
+    assert status == 2
+    assert "was prepared for other weights" in err
+
+
+def test_plan(distruction, files):
+    status, out, _ = distruction("plan", "--model", "vit_huge_patch14_224", "--batch-size", 1, "--device", "cpu")
+    assert "632.0 M parameters" in out
+    assert "prior std" in out
+    assert ("Fits: " in out) == (status == 0)
+    status, out, _ = distruction("plan", "--model", files / "model", "--device", "cuda", "--free", 0.001)
+    assert status == 1
+    assert "vit-micro, 0.2 M parameters" in out
+    assert "Does not fit: " in out
+    assert "a compressed prior (Posterior.compress): " in out
+    status, out, _ = distruction("plan", "--model", "vit-micro", "--img-size", 8, "--free", 1)
+    assert (status, "Fits: " in out) == (0, True)
+    status, _, err = distruction("plan", "--model", files / "posterior")
+    assert (status, "expected 'distruction-model-1'" in err) == (2, True)
 
 
 def test_without_class_leaves_it_out(distruction, tmp_path):
@@ -131,11 +170,17 @@ def of_another_format(files):
 
 def with_bad_std(files):
     path = files / "bad-std"
-    with safe_open(files / "posterior", framework="pt") as file:
-        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (not a dict)
-        header = file.metadata()
+    tensors, facts = load_tensors(files / "posterior", format=FORMAT)
     tensors["std.head.bias"][0] = 0.0
-    save_file(tensors, path, header)
+    save_tensors(path, tensors, format=FORMAT, facts=facts)
+    return path
+
+
+def with_a_flipped_bit(files):
+    path = files / "flipped-bit"
+    content = bytearray((files / "posterior").read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
     return path
 
 
@@ -156,6 +201,7 @@ PREPARE = {"--model": "model", "--steps": "2"}
         ("forget", {"--posterior": of_another_format}, "has format None, expected"),
         ("forget", {"--posterior": of_another_model}, "belongs to another model"),
         ("forget", {"--posterior": of_other_weights}, "prepared for other weights"),
+        ("forget", {"--posterior": with_a_flipped_bit}, "flipped-bit is damaged: its checksum is wrong"),
         ("forget", {"--posterior": with_bad_std}, "head.bias: std must be > 0"),
         ("forget", {"--kl-weight": "1.5"}, "kl_weight (lambda) must be in [0, 1], not 1.5"),
         ("forget", {"--kl-weight": "-0.5"}, "kl_weight (lambda) must be in [0, 1], not -0.5"),
@@ -171,6 +217,11 @@ PREPARE = {"--model": "model", "--steps": "2"}
         ("prepare", {"--std-init": "-0.1"}, "std_init must be > 0 and finite, not -0.1"),
         ("prepare", {"--evidence": "0"}, "evidence must be > 0 data points"),
         ("prepare", {"--mc-samples": "0"}, "--mc-samples"),
+        ("prepare", {"--checkpoint-steps": "0"}, "--checkpoint-steps"),
+        ("plan", {"--model": "vit-gigantic-typo"}, "model 'vit-gigantic-typo' is unknown"),
+        ("plan", {"--model": "vit-micro", "--dtype": "int8"}, "dtype 'int8' is unknown; choose float32"),
+        ("plan", {"--model": "vit-micro", "--prior-std": "int8"}, "prior_std='int8' is unknown"),
+        ("plan", {"--model": "vit-micro", "--device": "warp"}, "device 'warp' cannot be used"),
         ("train", {"--model": "vit-gigantic-typo"}, "model 'vit-gigantic-typo' is unknown"),
         ("train", {"--without-class": "x"}, "class 'x' is unknown"),
         ("train", {"--lr": "1e30"}, "the loss is nan in epoch 1; lower lr"),
@@ -182,16 +233,16 @@ PREPARE = {"--model": "model", "--steps": "2"}
 def test_bad_input(distruction, files, tmp_path, command, change, message):
     defaults = {"forget": FORGET, "prepare": PREPARE, "evaluate": {"--model": "model"}}.get(command, {})
     options = {**defaults, **change}
-    if command != "evaluate":
+    if command not in ("evaluate", "plan"):
         options.setdefault("--out", tmp_path / "out")
     arguments = []
     for option, value in options.items():
         if callable(value):
             value = value(files)
-        elif option in ("--posterior", "--out") or (option == "--model" and command != "train"):
+        elif option in ("--posterior", "--out") or (option == "--model" and command not in ("train", "plan")):
             value = files / value
         arguments += [option, value]
-    if command != "evaluate":
+    if command not in ("evaluate", "plan"):
         arguments.append("--no-progress")
     before = {p.name: p.read_bytes() for p in files.iterdir()}
     status, _, err = distruction(command, *arguments)
@@ -272,7 +323,7 @@ def test_ctrl_c_leaves_no_half_report(tmp_path):
 def test_help_teaches(distruction):
     status, out, _ = distruction("--help")
     assert status == 0
-    for command in ("train", "prepare", "forget", "evaluate", "demo"):
+    for command in ("train", "plan", "prepare", "forget", "evaluate", "demo"):
         assert command in out
         status, text, _ = distruction(command, "--help")
         assert status == 0

@@ -1,6 +1,5 @@
 """The posterior: checks, file, and what it does to a model."""
 
-import json
 import os
 import stat
 
@@ -11,6 +10,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from distruction import Posterior, PosteriorError
+from distruction.files import save_tensors
+from distruction.posterior import FORMAT
 
 
 def make(seed=0):
@@ -124,15 +125,31 @@ def test_damaged_files(tmp_path):
     save_file({"mean.w": torch.zeros(2)}, path)
     with pytest.raises(PosteriorError, match="has format None, expected 'distruction-posterior-1'"):
         Posterior.load(path)
-    header = {"distruction": json.dumps({"format": "distruction-posterior-1", "names": ["w"], "metadata": {}})}
-    save_file({"mean.w": torch.zeros(2)}, path, header)
-    with pytest.raises(PosteriorError, match=r"cannot be read as a posterior: 'std\.w'"):
+    for tensors, message in (
+        ({"mean.w": torch.zeros(2)}, r"cannot be read as a posterior: 'std\.w'"),
+        ({n: torch.ones(2) for n in ("mean.w", "std.w", "std.x")}, r"does not name: \['std\.x'\]"),
+        ({"mean.w": torch.zeros(2), "std.w": torch.zeros(2)}, "std must be > 0"),
+    ):
+        save_tensors(path, tensors, format=FORMAT, facts={"names": ["w"], "metadata": {}})
+        with pytest.raises(PosteriorError, match=message):
+            Posterior.load(path)
+    save_tensors(path, {"mean.w": torch.zeros(2), "std.w": torch.ones(2)}, format=FORMAT, facts={"names": "w"})
+    with pytest.raises(PosteriorError, match="cannot be read as a posterior: 'metadata'"):
         Posterior.load(path)
-    save_file({n: torch.ones(2) for n in ("mean.w", "std.w", "std.x")}, path, header)
-    with pytest.raises(PosteriorError, match=r"does not name: \['std\.x'\]"):
-        Posterior.load(path)
-    save_file({"mean.w": torch.zeros(2), "std.w": torch.zeros(2)}, path, header)
-    with pytest.raises(PosteriorError, match="std must be > 0"):
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("distruction-posterior-0", "of an older version of distruction"),
+        ("distruction-posterior-99", "newer than 'distruction-posterior-1'; upgrade distruction"),
+        ("distruction-model-1", "has format 'distruction-model-1', expected 'distruction-posterior-1'"),
+    ],
+)
+def test_version_skew(tmp_path, format, message):
+    path = tmp_path / "p.safetensors"
+    save_tensors(path, {"mean.w": torch.zeros(2)}, format=format, facts={"names": ["w"]})
+    with pytest.raises(PosteriorError, match=message):
         Posterior.load(path)
 
 

@@ -10,7 +10,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """Context manager; ``mib`` is then the most memory that the block held beyond what was held before, in MiB.
+    """Context manager; ``mib`` is then the most memory that the block held beyond the ``before`` bytes, in MiB.
 
     On CUDA it is of the allocator; elsewhere of resident memory, whose high-water mark Linux lets a process reset; NaN
     where it cannot be known.
@@ -18,18 +18,18 @@ class Peak:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.mib = math.nan
+        self.mib = self.before = math.nan
 
     def __enter__(self) -> "Peak":
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = float(torch.cuda.memory_allocated(self.device))
+            self.before = float(torch.cuda.memory_allocated(self.device))
         else:
             try:
                 _CLEAR.write_text("5")  # resets VmHWM, see proc(5)
-                self._before = _resident("VmRSS")
+                self.before = _resident("VmRSS")
             except OSError:
-                self._before = math.nan
+                self.before = math.nan
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -37,7 +37,7 @@ class Peak:
             after = float(torch.cuda.max_memory_allocated(self.device))
         else:
             after = _resident("VmHWM")
-        self.mib = (after - self._before) / 2**20
+        self.mib = (after - self.before) / 2**20
 
 
 def _resident(field: str) -> float:

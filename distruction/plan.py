@@ -1,0 +1,462 @@
+"""How much memory `prepare` and `forget` will need, found before anything is allocated.
+
+What stays through a run is counted. What comes and goes, activations and gradients, is found by running a forward and a
+backward pass on fake tensors, which have shapes and lifetimes but no memory, and following the bytes alive.
+"""
+
+import functools
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import models
+from .compression import BLOCK, STORAGE
+from .errors import UsageError
+from .optimizer import STREAMED_ELEMENTS
+from .posterior import learnable
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types of parameters by name."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides how much memory a run takes.
+
+    Attributes:
+        batch_size: examples in a forward pass.
+        mc_samples: Monte Carlo samples of an update; more than one keeps the statistics m1 and m2.
+        release_gradients: see `distruction.BGD`.
+        prior_std, prior_mean: how the prior of `forget` is kept; see `distruction.Posterior.compress`.
+        offload_prior: the prior stays in the CPU's memory.
+    """
+
+    batch_size: int = 64
+    mc_samples: int = 2
+    release_gradients: bool = False
+    prior_std: str = "float32"
+    prior_mean: str = "float32"
+    offload_prior: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Memory of one phase, in bytes, beyond what Python and its libraries take.
+
+    Attributes:
+        name: prepare or forget.
+        resident: what stays through the phase, by name.
+        gradients: of all parameters; 0 where the backward pass releases them.
+        passing: most that activations and gradients hold at one time in a forward and backward pass.
+        updating: most that gradients and temporary tensors hold in an update.
+        host: what is kept in the CPU's memory beside, where the device is another.
+    """
+
+    name: str
+    resident: dict[str, int]
+    gradients: int
+    passing: int
+    updating: int
+    host: int
+
+    @property
+    def peak(self) -> int:
+        """The most that the phase holds at one time on the device."""
+        return sum(self.resident.values()) + max(self.passing, self.updating)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found.
+
+    Attributes:
+        model: its name.
+        parameters: number of parameter elements with a posterior.
+        device: where the run will be.
+        options: of the run.
+        phases: of `prepare` and `forget`.
+        available: free bytes there now; ``None`` where it cannot be known.
+        advice: changes and the peak, in bytes, of the larger phase after each; empty where the run fits.
+    """
+
+    model: str
+    parameters: int
+    device: str
+    options: Options
+    phases: tuple[Phase, Phase]
+    available: int | None
+    advice: tuple[tuple[str, int], ...]
+
+    @property
+    def peak(self) -> int:
+        """The most that either phase holds at one time."""
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it is free; ``None`` where that cannot be known."""
+        return None if self.available is None else self.peak <= self.available
+
+
+def plan(
+    model: nn.Module | str,
+    input_shape: Sequence[int],
+    *,
+    batch_size: int = 64,
+    num_classes: int = 1000,
+    dtype: str = "float32",
+    mc_samples: int = 2,
+    release_gradients: bool = False,
+    prior_std: str = "float32",
+    prior_mean: str = "float32",
+    offload_prior: bool = False,
+    device: str = "cpu",
+    available: int | None = None,
+) -> Plan:
+    """What `prepare` and `forget` will need in memory for a model, without allocating it.
+
+    Args:
+        model: ``vit-micro`` or a timm model's name, or a module (on any device, ``meta`` included; not changed), whose
+            parameters with ``requires_grad`` get a posterior.
+        input_shape: of one example, channels first: (3, 224, 224).
+        batch_size: examples in a forward pass.
+        num_classes: of a model given by name.
+        dtype: of the parameters: float32, bfloat16 or float16. The posterior is float32 in any case.
+        mc_samples, release_gradients, prior_std, prior_mean, offload_prior: see `Options`.
+        device: where it will run; need not exist.
+        available: free bytes there; ``None`` asks the device.
+
+    Raises:
+        UsageError: an option is out of range, or the model cannot take a batch of that shape.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
+    options = Options(batch_size, mc_samples, release_gradients, prior_std, prior_mean, offload_prior)
+    _check(options)
+    if len(input_shape) != 3 and isinstance(model, str):
+        raise UsageError(f"input_shape must be (channels, height, width), not {tuple(input_shape)}")
+    name = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        model = empty(model, num_classes=num_classes, in_chans=input_shape[0], img_size=input_shape[-1])
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    parameters = [p for p in learnable(model).values()]
+    if not parameters:
+        raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
+
+    @functools.cache
+    def passing(batch: int, release: bool) -> int:
+        return peak_of_a_pass(model, (batch, *input_shape), dtype=DTYPES[dtype], release_gradients=release)
+
+    def phases(o: Options) -> tuple[Phase, Phase]:
+        return _phases(model, parameters, DTYPES[dtype], where, o, passing(o.batch_size, o.release_gradients))
+
+    found = phases(options)
+    free = free_memory(where) if available is None else available
+    result = Plan(name, sum(p.numel() for p in parameters), str(where), options, found, free, ())
+    if result.fits is not False:
+        return result
+    return replace(result, advice=tuple(_advice(options, where, lambda o: max(p.peak for p in phases(o)), free)))
+
+
+def _check(options: Options) -> None:
+    if options.batch_size < 1:
+        raise UsageError(f"batch_size must be >= 1, not {options.batch_size}")
+    if options.mc_samples < 1:
+        raise UsageError(f"mc_samples must be >= 1, not {options.mc_samples}")
+    for what, storage, allowed in (("std", options.prior_std, STORAGE), ("mean", options.prior_mean, STORAGE[:2])):
+        if storage not in allowed:
+            raise UsageError(f"prior_{what}={storage!r} is unknown; choose {', '.join(allowed)}")
+
+
+def _phases(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    options: Options,
+    passing: int,
+) -> tuple[Phase, Phase]:
+    elements = [p.numel() for p in parameters]
+    n = sum(elements)
+    resident = {
+        "parameters": _nbytes(model.parameters(), dtype),
+        "buffers": _nbytes(model.buffers(), dtype),
+        "posterior mean": 4 * n,
+        "posterior std": 4 * n,
+    }
+    if options.mc_samples > 1:
+        resident |= {"statistics m1": 4 * n, "statistics m2": 4 * n}
+    # A released gradient is taken by itself, so that no more than one tensor is there.
+    taken = max(elements) if options.release_gradients else n
+    gradients = taken * dtype.itemsize
+    prior = {
+        "prior mean": sum(_kept(k, options.prior_mean) for k in elements),
+        "prior std": sum(_kept(k, options.prior_std) for k in elements),
+    }
+    streamed = options.offload_prior and device.type != "cpu"
+    restored = _restored(elements, options, streamed)
+    elsewhere = 0 if device.type == "cpu" else 8 * n  # the posterior on its way from or to a file
+    return (
+        Phase("prepare", resident, 0 if options.release_gradients else gradients, passing, gradients, elsewhere),
+        Phase(
+            "forget",
+            resident | ({} if streamed else prior),
+            0 if options.release_gradients else gradients,
+            passing + (restored if options.release_gradients else 0),
+            gradients + restored,
+            elsewhere + (sum(prior.values()) if streamed else 0),
+        ),
+    )
+
+
+def _nbytes(tensors: Iterable[Tensor], dtype: torch.dtype) -> int:
+    """Bytes of tensors once those of floating point have the dtype."""
+    return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
+
+
+def _kept(elements: int, storage: str) -> int:
+    """Bytes that a tensor of a prior takes."""
+    if storage == "log8":
+        return elements + 8 * math.ceil(elements / BLOCK)
+    return elements * DTYPES[storage].itemsize
+
+
+def _restored(elements: Sequence[int], options: Options, streamed: bool) -> int:
+    """Bytes of the piece of the prior that an update restores to float32 at a time."""
+    kept = (options.prior_mean, options.prior_std)
+    each = [4 if streamed or storage != "float32" else 0 for storage in kept]
+    largest = max(elements)
+    piece = largest if options.release_gradients else min(sum(elements), max(STREAMED_ELEMENTS, largest))
+    moved = sum(_kept(piece, storage) for storage in kept if storage != "float32") if streamed else 0
+    root = 4 * largest if options.prior_std == "log8" else 0  # a factor of the value that is decoded
+    return piece * sum(each) + moved + root
+
+
+def _advice(
+    options: Options, device: torch.device, peak: Callable[[Options], int], free: int | None
+) -> list[tuple[str, int]]:
+    """Changes, one after another, until it fits or nothing is left to change."""
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("release_gradients=True", {"release_gradients": True}),
+        ("a compressed prior (Posterior.compress)", {"prior_std": "log8"}),
+    ]
+    if device.type != "cpu":
+        changes.append(("offload_prior=True", {"offload_prior": True}))
+    batch = options.batch_size
+    while batch > 1:
+        batch = max(1, batch // 4)
+        changes.append((f"batch_size={batch}", {"batch_size": batch}))
+    changes.append(("mc_samples=1 (noisier steps)", {"mc_samples": 1}))
+    changes.append(("means of the prior in bfloat16", {"prior_mean": "bfloat16"}))
+    found: list[tuple[str, int]] = []
+    now = peak(options)
+    for title, change in changes:
+        changed = replace(options, **change)
+        after = peak(changed)
+        if after < 0.99 * now:
+            options, now = changed, after
+            found.append((title, now))
+        if free is not None and now <= free:
+            break
+    return found
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def table(found: Plan) -> Table:
+    """The plan's bytes, a column for each phase."""
+    o = found.options
+    title = (
+        f"{found.model}, {found.parameters / 1e6:.1f} M parameters, batch of {o.batch_size}, K = {o.mc_samples}, "
+        f"on {found.device}"
+    )
+    shown = Table("", *(phase.name for phase in found.phases), title=title, title_justify="left")
+    rows: dict[str, list[int | None]] = {}
+    for i, phase in enumerate(found.phases):
+        parts = {
+            **phase.resident,
+            "activations and gradients of a pass": phase.passing,
+            "gradients and buffers of an update": phase.updating,
+            "peak": phase.peak,
+            "in the CPU's memory": phase.host or None,
+        }
+        for what, size in parts.items():
+            rows.setdefault(what, [None] * len(found.phases))[i] = size
+    # A part that the first phase lacks stands after the parts of both.
+    order = [*found.phases[1].resident, *(what for what in rows if what not in found.phases[1].resident)]
+    for what in order:
+        if any(rows[what]):
+            cells = ["" if size is None else _readable(size) for size in rows[what]]
+            shown.add_row(what, *cells, style="bold" if what == "peak" else None)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    return shown
+
+
+def verdict(found: Plan) -> list[str]:
+    """Whether it fits, and the advice, a line each."""
+    if found.available is None:
+        return [f"Needs {_readable(found.peak)}; what is free on {found.device} is not known here (--free GIB)."]
+    needs = f"{_readable(found.peak)} of {_readable(found.available)} free on {found.device}"
+    if found.fits:
+        return [f"Fits: {needs}."]
+    lines = [f"Does not fit: {needs}. One change after another:"]
+    lines += [f"  {change}: {_readable(peak)}" for change, peak in found.advice]
+    if not found.advice or found.advice[-1][1] > found.available:
+        lines.append("It does not fit even so: shard the model over several devices (fully_shard).")
+    return lines
+
+
+def _readable(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+# --- a pass on fake tensors -----------------------------------------------------------------------
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that ops make, and the most alive at one time; ``present`` do not count."""
+
+    def __init__(self, present: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = {t.untyped_storage()._cdata for t in present}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._count(t.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def peak_of_a_pass(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    release_gradients: bool = False,
+) -> int:
+    """Most bytes that inputs, activations and gradients hold at one time in a forward and backward pass.
+
+    The model is in eval mode, as `prepare` and `forget` run it; the loss is the cross entropy of its output. The ops
+    are the CPU's: autograd needs a real GPU for those of one, and they save the same (attention without its matrix).
+
+    Raises:
+        UsageError: the model cannot take such a batch.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(t: Tensor) -> Tensor:
+            kind = dtype if t.is_floating_point() else t.dtype
+            like = torch.empty_strided(t.shape, t.stride(), dtype=kind, device="cpu")
+            return like.requires_grad_(t.requires_grad)
+
+        tensors = {n: fake(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        if release_gradients:
+            for t in tensors.values():
+                if t.requires_grad:
+                    t.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with _Alive(tensors.values()) as alive, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                inputs = torch.empty(tuple(input_shape), dtype=dtype)
+                targets = torch.zeros(input_shape[0], dtype=torch.int64)
+                loss = F.cross_entropy(torch.func.functional_call(model, tensors, (inputs,)), targets)
+                loss.backward()
+        except (RuntimeError, AssertionError, IndexError, ValueError) as error:
+            raise UsageError(
+                f"the model cannot take a batch of shape {tuple(input_shape)}: {str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    return alive.most
+
+
+class _ValuesOnTheCpu(TorchFunctionMode):
+    """Older versions of timm read a linspace, which has no values on the meta device, while they build a model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+def empty(name: str, *, num_classes: int, in_chans: int, img_size: int) -> nn.Module:
+    """A model by name (see `distruction.models.create`) whose tensors have shapes and no memory."""
+    with torch.device("meta"), _ValuesOnTheCpu():
+        return models.create(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
+
+
+# --- what is free ---------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device, or ``None`` where that cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+    if device.type != "cpu":
+        return None
+    limits = [_free_of_machine(), *(_free_of_group(*pair) for pair in _GROUPS)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+_GROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+"""Where the two versions of Linux's control groups keep a container's limit and its usage."""
+
+
+def _free_of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free_of_group(limit: Path, usage: Path) -> int | None:
+    try:
+        return max(0, int(limit.read_text()) - int(usage.read_text()))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return None
