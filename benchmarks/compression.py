@@ -19,7 +19,7 @@ from distruction.train import train
 
 from . import harness
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).with_name("results") / "memory"
 KEPT: dict[str, dict[str, str]] = {
     "float32": {"std": "float32"},
     "std log8": {"std": "log8"},

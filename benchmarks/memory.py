@@ -6,6 +6,7 @@ from typing import Any
 from distruction.files import write_atomically
 from distruction.plan import Plan, plan
 
+RESULTS = Path(__file__).parent / "results" / "memory"
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- table: python -m benchmarks.memory -->\n", "<!-- end of table -->\n"
 MODEL = "vit_large_patch16_224"

@@ -314,3 +314,26 @@ def test_the_readme_shows_the_stored_results(path):
 def test_the_page_of_memory_holds_the_table_of_the_plan():
     page = memory.PAGE.read_text()
     assert page.split(memory.BEGIN)[1].split(memory.END)[0] == memory.table()
+
+
+def test_the_page_of_memory_says_what_was_measured():
+    page = " ".join(memory.PAGE.read_text().split())
+    peaks = json.loads((memory.RESULTS / "peak.json").read_text())
+    for kind, verb in (
+        ("planned_mib", "the plan says {} GiB for `prepare` and {} GiB"),
+        ("measured_mib", "by {} and {}"),
+    ):
+        assert verb.format(*(f"{peaks[phase][kind] / 1024:.2f}" for phase in ("prepare", "forget"))) in page
+    rows = json.loads((memory.RESULTS / "compression.json").read_text())["rows"]
+    kept = {}
+    for row in rows:
+        kept.setdefault(row["class"], []).append(row)
+    assert "forgetting 0, 3 and 8 with" in page
+    assert sorted(kept) == ["0", "3", "8"]
+    whole = []
+    for _, exact, *compressed in kept.values():
+        whole.append(f"{exact['retain_test']:.1f}")
+        for row in compressed:
+            assert all(row[k] == exact[k] for k in ("retain_test", "forget_test", "forget_train"))
+            assert row["kl"] == pytest.approx(exact["kl"], rel=0.002)
+    assert "D_r {}, {} and {} %, D_f 0 %".format(*whole) in page
