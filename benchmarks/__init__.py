@@ -1,1 +1,4 @@
-"""Benchmarks: ``python -m benchmarks.cpu``. Results, with the machine they come from, are in ``benchmarks/results``."""
+"""Benchmarks: ``python -m benchmarks.cpu`` and ``.gpu``; what limits the CPU's kernels: ``.profile``.
+
+What the GPU's kernels cost: ``.budgets``. Results, with the machine they come from, are in ``benchmarks/results``.
+"""

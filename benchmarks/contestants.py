@@ -1,8 +1,9 @@
 """What is timed: the ops of this library and their peers, on the tensors of a whole model, for CPU and GPU alike.
 
 The peers do the same work by other means. `Op.make` gives an op's contestants: ours, one per backend, and the
-peers, of which "eager" is the baseline. All share the tensors of one `Workload`, whose values stay harmless
-(small steps, no subnormal numbers), since time does not depend on them.
+peers, of which "eager" is the baseline; `training_steps` gives whole training steps. An op's contestants share the
+tensors of one `Workload`, whose values stay harmless (small steps, no subnormal numbers), since time does not depend
+on them.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ MODELS = {
 """Name to timm's name of the models whose parameter lists are used."""
 
 BASELINE = "eager"
+ADAMW = "AdamW fused"
 LR, KL_WEIGHT, SCALE = 1e-4, 0.1, 1.0
 
 
@@ -382,6 +384,57 @@ def ivon(w: Workload) -> Contestant:
     return run
 
 
+# --- whole training steps ----------------------------------------------------------------------------
+
+
+def training_steps(
+    create: Callable[[], nn.Module], images: Tensor, targets: Tensor, backends: Sequence[str]
+) -> dict[str, Callable[[], Contestant]]:
+    """Makers of one training step each, by name: forward and backward pass in bfloat16 autocast, then the optimizer's.
+
+    With K samples per update a step of preparation is one sample's passes; its time is the mean over the K steps.
+
+    Args:
+        create: makes the model, on the device of ``images``.
+        images: a batch.
+        targets: its labels.
+        backends: of BGD.
+    """
+
+    def steps(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Contestant:
+        model = create()
+        optimizer = make(model)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(images.device.type, torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(images), targets)
+            loss.backward()
+            optimizer.step()
+
+        # Several in a row, so that the host runs ahead of the device as it does in training.
+        return harness.Repeated(run, 8)
+
+    def preparation(backend: str, mc_samples: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
+        def make(model: nn.Module) -> torch.optim.Optimizer:
+            opt = BGD(
+                model.named_parameters(), data_per_step=float(len(images)), mc_samples=mc_samples, backend=backend
+            )
+            opt.train()
+            return opt
+
+        return make
+
+    return {
+        ADAMW: lambda: steps(lambda model: torch.optim.AdamW(model.parameters(), lr=LR, fused=True)),
+        **{
+            f"distruction ({b}), preparation, K = {k}": lambda b=b, k=k: steps(preparation(b, k))  # type: ignore[misc]
+            for b in backends
+            for k in (1, 2)
+        },
+    }
+
+
 # --- the table ---------------------------------------------------------------------------------------
 
 Factory = Callable[[Workload], Contestant]
@@ -401,12 +454,26 @@ class Op:
     ours: Callable[[Workload, str], dict[str, Contestant]]
     peers: dict[str, Factory]
 
+    def makers(self, backends: Sequence[str]) -> dict[str, Callable[[Workload], dict[str, Contestant]]]:
+        """What makes the contestants, by name: from the workload, name's suffix to contestant."""
+
+        def of_backend(backend: str) -> Callable[[Workload], dict[str, Contestant]]:
+            return lambda w: self.ours(w, backend)
+
+        def of_peer(factory: Factory) -> Callable[[Workload], dict[str, Contestant]]:
+            return lambda w: {"": factory(w)}
+
+        return {
+            **{f"distruction ({b})": of_backend(b) for b in backends},
+            **{name: of_peer(factory) for name, factory in self.peers.items()},
+        }
+
     def make(self, w: Workload, backends: Sequence[str]) -> dict[str, Contestant]:
         """The contestants by name; a peer whose package is not installed is left out."""
-        made = {f"distruction ({b}){suffix}": run for b in backends for suffix, run in self.ours(w, b).items()}
-        for name, factory in self.peers.items():
+        made: dict[str, Contestant] = {}
+        for name, maker in self.makers(backends).items():
             with contextlib.suppress(ImportError):
-                made[name] = factory(w)
+                made |= {name + suffix: run for suffix, run in maker(w).items()}
         return made
 
 
@@ -436,7 +503,7 @@ OPS = {
             "foreach": foreach_step,
             "torch.compile (eager)": compiled_eager,
             "torch.compile (reference)": compiled_reference,
-            "AdamW fused": adamw,
+            ADAMW: adamw,
             "IVON": ivon,
         },
     ),

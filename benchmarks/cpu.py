@@ -33,12 +33,13 @@ def main(
         for name in op or contestants.OPS:
             chosen = contestants.OPS[name]
             made = chosen.make(workload, ["cpp"])
-            made[harness.LIMIT] = harness.triad(4 * chosen.arrays * workload.numel, device)
+            made[harness.TRIAD] = harness.triad(4 * chosen.arrays * workload.numel, device)
             with torch.no_grad():
-                timings = harness.measure(made, harness.timer_of(device), rounds=rounds, budget=budget)
+                timings = harness.measure(made, harness.wall_time, rounds=rounds, budget=budget)
             of = harness.rows_of(
                 timings,
                 baseline=contestants.BASELINE,
+                limit=harness.TRIAD,
                 model=model,
                 parameters=workload.numel,
                 threads=count,

@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from distruction.files import write_atomically
 
 Contestant = Callable[[], object]
 Timer = Callable[[Contestant], float]
 
-LIMIT = "triad"
-"""The contestant that stands for the memory's speed: see `triad`."""
+TRIAD, COPY = "triad", "copy"
+"""The contestants that stand for the memory's speed, on CPUs and on GPUs: see `triad` and `copy`."""
 
 
 def wall_time(run: Contestant) -> float:
@@ -48,9 +50,85 @@ def event_time(run: Contestant) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def timer_of(device: torch.device) -> Timer:
-    """The timer for work on ``device``."""
-    return event_time if device.type == "cuda" else wall_time
+class QueuedTime:
+    """Seconds of the GPU's own work in a call, as in a training loop whose host runs ahead.
+
+    A kernel that only waits goes first, so that the call is queued before its first kernel begins; the wait grows
+    until that holds. A call of more kernels than the driver queues (about a thousand), or one that waits for the
+    device, cannot be queued: its gaps count.
+    """
+
+    SHORTEST, LONGEST = 2**19, 2**26  # cycles, about 0.3 and 40 ms
+
+    def __init__(self) -> None:
+        self._cycles: dict[Contestant, int] = {}
+
+    def __call__(self, run: Contestant) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        while True:
+            cycles = self._cycles.setdefault(run, self.SHORTEST)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(cycles)
+            start.record()
+            run()
+            end.record()
+            queued = not start.query()
+            end.synchronize()
+            if queued or cycles >= self.LONGEST:
+                return start.elapsed_time(end) / 1e3
+            self._cycles[run] = 4 * cycles
+
+
+def host_time(run: Contestant, repeats: int = 5) -> float:
+    """Median seconds until a call returns to the host, which need not wait for the device."""
+    seconds = []
+    for _ in range(repeats):
+        synchronize()
+        seconds.append(wall_time(run))
+    synchronize()
+    return statistics.median(seconds)
+
+
+def launches(run: Contestant) -> int:
+    """Kernels that a call launches on the GPU, counted by the profiler; copies and fills by the driver are none."""
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronize()
+    return sum(
+        event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+        for event in profiler.events() or ()
+    )
+
+
+def peak_memory(run: Contestant) -> int:
+    """Bytes that a call allocates on the GPU beyond what was allocated, at its peak."""
+    synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def graphed(run: Contestant) -> Contestant:
+    """``run`` captured in a CUDA graph; the call replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 @dataclass(frozen=True)
@@ -93,7 +171,7 @@ def measure(
 
     Args:
         contestants: name to the call to time.
-        timer: seconds of one call; see `timer_of`.
+        timer: seconds of one call.
         rounds: timed calls of each, >= 2; a round calls every contestant once, in random order.
         warmup: untimed calls of each beforehand (compilation, first allocations).
         budget: seconds after which a slow contestant sits out the remaining rounds (after three at least).
@@ -114,6 +192,12 @@ def measure(
     return {name: Timing.of([t / times[name] for t in s]) for name, s in seconds.items()}
 
 
+def copy(size: int, device: torch.device) -> Contestant:
+    """A copy that reads and writes ``size`` bytes together."""
+    a, b = (torch.ones(size // 8, device=device) for _ in range(2))
+    return lambda: b.copy_(a)
+
+
 def triad(size: int, device: torch.device) -> Contestant:
     """STREAM's triad, a <- b + scalar * c, over arrays that make ``size`` bytes together (McCalpin 1995).
 
@@ -125,7 +209,7 @@ def triad(size: int, device: torch.device) -> Contestant:
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant's result; times are milliseconds."""
+    """One contestant's result; times are milliseconds, memory is MiB."""
 
     model: str
     parameters: int
@@ -136,14 +220,30 @@ class Row:
     low: float
     high: float
     rounds: int
-    speedup: float  # the baseline's median / this one's
-    of_limit: float  # the triad's median for the op's bytes / this one's
+    speedup: float | None  # the baseline's median / this one's
+    of_limit: float | None  # the median of a triad or copy of the op's bytes / this one's
+    host: float | None = None  # `host_time`
+    launches: int | None = None
+    peak: float | None = None  # `peak_memory`
 
 
 def rows_of(
-    timings: Mapping[str, Timing], *, baseline: str, model: str, parameters: int, threads: int, op: str
+    timings: Mapping[str, Timing],
+    *,
+    baseline: str,
+    limit: str | None,
+    model: str,
+    parameters: int,
+    threads: int,
+    op: str,
+    details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """The results of one `measure`, which timed ``baseline`` and `LIMIT` among others."""
+    """The results of one `measure`.
+
+    Args:
+        baseline, limit: the contestants that the ratios are to; ``None`` for one that was not timed.
+        details: contestant to further fields of its row.
+    """
     return [
         Row(
             model=model,
@@ -155,11 +255,16 @@ def rows_of(
             low=_milliseconds(t.low),
             high=_milliseconds(t.high),
             rounds=t.rounds,
-            speedup=round(timings[baseline].median / t.median, 3),
-            of_limit=round(timings[LIMIT].median / t.median, 3),
+            speedup=_ratio(timings, baseline, t),
+            of_limit=_ratio(timings, limit, t),
+            **(details or {}).get(name, {}),
         )
         for name, t in timings.items()
     ]
+
+
+def _ratio(timings: Mapping[str, Timing], of: str | None, to: Timing) -> float | None:
+    return None if of is None or of not in timings else round(timings[of].median / to.median, 3)
 
 
 def _milliseconds(seconds: float) -> float:
@@ -229,7 +334,11 @@ def _plot(path: str, rows: Sequence[Row], device: str) -> None:
         medians = [r.median for r in group]
         errors = [[r.median - r.low for r in group], [r.high - r.median for r in group]]
         colors = [
-            "tab:blue" if r.contestant.startswith("distruction") else "gray" if r.contestant == LIMIT else "silver"
+            "tab:blue"
+            if r.contestant.startswith("distruction")
+            else "gray"
+            if r.contestant in (TRIAD, COPY)
+            else "silver"
             for r in group
         ]
         bars = axes.barh([r.contestant for r in group], medians, xerr=errors, color=colors)
@@ -246,15 +355,25 @@ def _plot(path: str, rows: Sequence[Row], device: str) -> None:
 def markdown(rows: Sequence[Row]) -> str:
     """The results as a table for the README: times, and ratios in the same run."""
     settings = list(dict.fromkeys((r.model, r.threads) for r in rows))
+    formats = {
+        "speed-up": ("speedup", ".3g"),
+        "of the limit": ("of_limit", ".2f"),
+        "launches": ("launches", "d"),
+        "host ms": ("host", ".3g"),
+        "peak MiB": ("peak", ".0f"),
+    }
+    columns = {k: v for k, v in formats.items() if any(getattr(r, v[0]) is not None for r in rows)}
     head = ["op", "contestant"]
     for model, threads in settings:
-        head += [f"{model}, {threads} thread{'s' * (threads > 1)}: ms", "speed-up", "of the limit"]
-    lines = [head, ["---", "---", *["---:"] * (3 * len(settings))]]
+        head += [f"{model}, {threads} thread{'s' * (threads > 1)}: ms", *columns]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     cells = {(r.op, r.contestant, r.model, r.threads): r for r in rows}
     for op, contestant in dict.fromkeys((r.op, r.contestant) for r in rows):
         line = [op, contestant]
         for setting in settings:
             row = cells.get((op, contestant, *setting))
-            line += [f"{row.median:.3g}", f"{row.speedup:.3g}", f"{row.of_limit:.2f}"] if row else ["-"] * 3
+            for field, form in (("median", ".3g"), *columns.values()):
+                value = getattr(row, field, None)
+                line.append("-" if value is None else format(value, form))
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

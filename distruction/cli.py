@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,8 @@ from . import demo as demos
 from . import distributed, models, objectives, ops, report
 from . import plan as plans
 from .compression import STORAGE
-from .data import forget_split, load, loader
+from .data import Images, detect, forget_split, load, loader
+from .data.sets import NAMES
 from .errors import DistructionError, UsageError
 from .files import check_writable, remove_leftovers
 from .forget import forget as forget_
@@ -33,7 +35,22 @@ app = typer.Typer(
     alone: `forget`. `demo` shows the whole on real data in a few minutes.""",
 )
 
-Data = Annotated[str, typer.Option(help="Data set: digits.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Folder of the data set: CIFAR's Python archives or their .tar.gz, IDX files, a torchvision root, Parquet "
+        "files, or train/ and test/ with a folder per class; what is there is detected. Default: Debian's packages.",
+    ),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(NAMES)}, or a folder in --data. Default: the one that --data holds (digits without --data)."
+    ),
+]
+DatasetOfModel = Annotated[str | None, typer.Option(help="As in `train`; default: what the model was trained on.")]
+Pretrained = Annotated[str | None, typer.Option(help="File of a timm model's pretrained weights, or hub.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
 Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(ops.MODULES)}.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
@@ -85,38 +102,57 @@ def _alone(command: str) -> None:
         raise UsageError(f"`{command}` runs in one process; start prepare and forget alone with torchrun")
 
 
+def _data_of(config: Mapping[str, Any], dataset: str | None, root: Path | None) -> tuple[Images, Images]:
+    """The data set of a model's file, or the one that is asked for instead."""
+    return load(dataset or config.get("data", "digits"), root, side=config["img_size"])
+
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Model file to write.")],
-    data: Data = "digits",
+    data: DataRoot = None,
+    dataset: Dataset = None,
     model: Annotated[str, typer.Option(help="vit-micro or a timm model.")] = "vit-micro",
+    pretrained: Pretrained = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Input size of the model, to which images are resized; default: theirs.")
+    ] = None,
     without_class: Annotated[
         str | None, typer.Option(help="Leave this class out: retraining, the gold standard.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = demos.EPOCHS,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     batch_size: BatchSize = 64,
+    crop: Annotated[int, typer.Option(min=0, help="Augmentation: random shifts by up to this many pixels.")] = 0,
+    flip: Annotated[bool, typer.Option(help="Augmentation: random horizontal flips.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     progress: Progress = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a classifier from scratch."""
+    """Train a classifier, from scratch or from pretrained weights."""
     _alone("train")
     _output(out, overwrite)
-    train_data, test_data = load(data)
+    place = _device(device)
+    dataset = dataset or detect(data)
+    train_data, test_data = (part.to(place) for part in load(dataset, data, side=img_size))
+    side = train_data.images.shape[-1]
     config: dict[str, Any] = {
         "name": model,
         "num_classes": len(train_data.classes),
         "in_chans": train_data.images.shape[1],
-        "img_size": train_data.images.shape[-1],
+        "img_size": img_size or side,
     }
     if without_class is not None:
         _, train_data = forget_split(train_data, without_class)
     torch.manual_seed(seed)
-    network = models.create(**config).to(_device(device))
-    train_(network, train_data, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=progress)
-    models.save(network, out, {**config, "data": data})
+    network = models.create(**config, pretrained=pretrained).to(place)
+    if config["img_size"] != side:
+        config["resize"] = True
+        models.resize_inputs(network, config["img_size"])
+    settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "crop": crop, "flip": flip}
+    train_(network, train_data, **settings, seed=seed, progress=progress)
+    models.save(network, out, {**config, "data": dataset})
     accuracy = demos.accuracy(*demos.predict(network, loader(test_data, batch_size=512)))
     Console().print(f"{out}: {accuracy:.1f} % on the test set")
 
@@ -169,7 +205,8 @@ def plan(
 def prepare(
     model: ModelFile,
     out: Annotated[Path, typer.Option(help="Posterior file to write.")],
-    data: Data = "digits",
+    data: DataRoot = None,
+    dataset: DatasetOfModel = None,
     steps: Annotated[int, typer.Option(help="BGD updates.")] = 1000,
     std_init: Annotated[float, typer.Option(help="Std to start from, and its cap.")] = 0.1,
     evidence: Annotated[
@@ -192,8 +229,8 @@ def prepare(
 ) -> None:
     """Learn the posterior, while the training data is there."""
     _output(out, overwrite)
-    network, _ = models.load(model, device=_device(device))
-    train_data, _ = load(data)
+    network, config = models.load(model, device=_device(device))
+    train_data = _data_of(config, dataset, data)[0].to(_device(device))
     posterior = prepare_(
         network,
         loader(train_data, batch_size=batch_size, shuffle=True),
@@ -224,7 +261,8 @@ def forget(
     posterior: Annotated[Path, typer.Option(help="Posterior file written by `prepare`.")],
     out: Annotated[Path, typer.Option(help="Unlearned model file to write.")],
     forget_class: ForgetClass,
-    data: Data = "digits",
+    data: DataRoot = None,
+    dataset: DatasetOfModel = None,
     objective: Annotated[
         str, typer.Option(help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
     ] = "uniform-others",
@@ -249,7 +287,7 @@ def forget(
     _output(out, overwrite)
     network, config = models.load(model, device=_device(device))
     prior = Posterior.load(posterior, model=network)
-    forget_data, _ = forget_split(load(data)[0], forget_class)
+    forget_data, _ = forget_split(_data_of(config, dataset, data)[0].to(_device(device)), forget_class)
     result = forget_(
         network,
         prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
@@ -280,16 +318,18 @@ def forget(
 def evaluate(
     model: ModelFile,
     forget_class: ForgetClass,
-    data: Data = "digits",
+    data: DataRoot = None,
+    dataset: DatasetOfModel = None,
     device: Device = "auto",
 ) -> None:
     """Accuracy on the retained and the forgotten class, and membership inference."""
     _alone("evaluate")
-    network, _ = models.load(model, device=_device(device))
-    train_data, test_data = load(data)
+    network, config = models.load(model, device=_device(device))
+    train_data, test_data = (part.to(_device(device)) for part in _data_of(config, dataset, data))
     row = demos.measure(network, train_data, test_data, forget_class)
     columns = {k: v for k, v in demos.COLUMNS.items() if k in row}
-    Console().print(report.table(f"{data}, class {forget_class}", {str(model): row}, columns))
+    name = dataset or config.get("data", "digits")
+    Console().print(report.table(f"{name}, class {forget_class}", {str(model): row}, columns))
 
 
 @app.command()
@@ -332,8 +372,8 @@ def bench(
     grid: Annotated[Path | None, typer.Option(help="TOML file of scenarios, methods and seeds.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/bench/NAME.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where results are kept; default OUT/store.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="File of pretrained weights, or hub.")] = None,
+    data: DataRoot = None,
+    pretrained: Pretrained = None,
     device: Annotated[str, typer.Option(help="Devices, with commas; auto takes every GPU or the CPU.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes per device; 0: one per GPU or CPU core.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,

@@ -211,8 +211,8 @@ def _run_class(
     groups = {}
     for title, where in (("forgotten", mask), ("retained", ~mask)):
         chosen = where.nonzero().squeeze(-1)[:10]
-        groups[title] = (test_data.subset(chosen), before[chosen], after[chosen])
-    report.plot_examples(folder / "examples.png", groups)
+        groups[title] = (test_data.subset(chosen), before[chosen].tolist(), after[chosen].tolist())
+    report.examples(groups).savefig(folder / "examples.png", dpi=150)
 
     source = Counted(train_data)
     retrained, seconds = _trained(Selected(source, (~forgotten).nonzero().squeeze(-1)), run.seed, progress)

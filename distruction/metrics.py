@@ -56,7 +56,7 @@ def batch_mean_accuracy(logits: Tensor, labels: Tensor, batch_size: int) -> floa
 def wilson_interval(percent: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share of ``count`` independent examples, in percent (Wilson 1927)."""
     interval = binomtest(round(percent * count / 100), count).proportion_ci(confidence, method="wilson")
-    return 100.0 * interval.low, 100.0 * interval.high
+    return 100.0 * float(interval.low), 100.0 * float(interval.high)
 
 
 # --- membership inference ------------------------------------------------------------------------

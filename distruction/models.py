@@ -89,7 +89,12 @@ def resize_inputs(model: nn.Module, size: int) -> None:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], config: dict[str, Any]) -> None:
-    """Write the state_dict and the arguments of `create` (``config``) as safetensors, atomically."""
+    """Write the state_dict and ``config`` as safetensors, atomically.
+
+    Args:
+        config: arguments of `create`; and ``resize``, true where the model is given images of another size, which
+            `resize_inputs` brings to ``img_size``.
+    """
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     save_tensors(path, tensors, format=FORMAT, facts={"config": config})
 
@@ -120,6 +125,8 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         config = facts["config"]
         model = create(**{k: config[k] for k in ("name", "num_classes", "in_chans", "img_size")})
         model.load_state_dict(state)
+        if config.get("resize"):
+            resize_inputs(model, config["img_size"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(f"{path} cannot be read as a model: {error}; train it again") from error
     return model.to(device), config

@@ -11,7 +11,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
-from torch import Tensor
 
 from .data import Images
 from .errors import UsageError
@@ -95,22 +94,21 @@ def plot_curves(path: Path, history: Sequence[Step]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_examples(path: Path, groups: Mapping[str, tuple[Images, Tensor, Tensor]]) -> None:
-    """A row of images for each group, titled with the predicted class before and after unlearning.
+def examples(groups: Mapping[str, tuple[Images, Sequence[int], Sequence[int]]]) -> Figure:
+    """A row of images for each group, titled with the predicted class, or before → after where unlearning changed it.
 
     Args:
-        path: PNG to write.
-        groups: row title to (images, predictions before, predictions after).
+        groups: row title to (images, predictions before, predictions after); as many images as predictions are drawn.
     """
-    count = max(len(images) for images, _, _ in groups.values())
+    count = max(len(after) for _, _, after in groups.values())
     figure = Figure(figsize=(1.1 * count + 1, 1.75 * len(groups)), layout="constrained")
     for axes in (grid := figure.subplots(len(groups), count, squeeze=False)).flat:
         axes.set_axis_off()
     for row, (title, (images, before, after)) in zip(grid, groups.items(), strict=True):
         row[0].text(-0.25, 0.5, title, rotation=90, ha="center", va="center", transform=row[0].transAxes)
-        for axes, image, b, a in zip(row, images.images, before.tolist(), after.tolist(), strict=False):
+        for axes, image, b, a in zip(row, images.images, before, after, strict=False):
             pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
             axes.imshow(pixels, cmap="gray_r" if pixels.ndim == 2 else None, interpolation="nearest")
-            changed = "tab:red" if a != b else "black"
-            axes.set_title(f"{images.classes[b]} → {images.classes[a]}", fontsize=9, color=changed)
-    figure.savefig(path, dpi=150)
+            text = f"{images.classes[b]} → {images.classes[a]}" if a != b else images.classes[b]
+            axes.set_title(text, fontsize=9, color="tab:red" if a != b else "black")
+    return figure

@@ -12,7 +12,7 @@ This is the protocol of Foster, Schoepf, Brintrup 2024 (arXiv 2308.07707) that t
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,20 +55,26 @@ def full_class(train: Images, test: Images, target: str) -> Split:
     Raises:
         UsageError: the class is unknown, has no training or test example, or is the only one.
     """
-    number = _class_number(train.classes, target)
-    return _split(train, test, train.labels == number, test.labels == number)
+    if target not in train.classes:
+        raise UsageError(f"class {target!r} is unknown; the classes are {', '.join(train.classes)}")
+    return _split(train, test, train.members(target), test.members(target))
 
 
-def sub_class(train: Images, test: Images, target: str, groups: Mapping[str, Sequence[str]]) -> Split:
+def sub_class(train: Images, test: Images, target: str) -> Split:
     """Forget one fine class of a model that tells super classes apart.
 
     Args:
-        train, test: labelled by fine class.
+        train, test: with fine classes: CIFAR-20, or made so by `data.grouped`.
         target: fine class to forget.
-        groups: super class to its fine classes, each fine class once; see `grouped`.
+
+    Raises:
+        UsageError: the data has no fine classes, or the class is none of them or without examples.
     """
-    number = _class_number(train.classes, target)
-    return _split(grouped(train, groups), grouped(test, groups), train.labels == number, test.labels == number)
+    if not train.fine_classes:
+        raise UsageError("the data has no fine classes to forget; give groups (super class to classes)")
+    if target not in train.fine_classes:
+        raise UsageError(f"fine class {target!r} is unknown; they are {', '.join(train.fine_classes)}")
+    return _split(train, test, train.members(target), test.members(target))
 
 
 def random(train: Images, test: Images, count: int, seed: int) -> Split:
@@ -86,23 +92,6 @@ def random(train: Images, test: Images, count: int, seed: int) -> Split:
     return replace(split, measured_forget=split.forget, measured_retain=test)
 
 
-def grouped(data: Images, groups: Mapping[str, Sequence[str]]) -> Images:
-    """The data labelled by super class.
-
-    Raises:
-        UsageError: the groups do not name each class of the data exactly once.
-    """
-    members = [name for fine in groups.values() for name in fine]
-    if sorted(members) != sorted(data.classes):
-        missing = sorted(set(data.classes) - set(members))
-        extra = sorted({m for m in members if m not in data.classes or members.count(m) > 1})
-        raise UsageError(
-            f"the super classes must name each class once; missing: {missing}, unknown or repeated: {extra}"
-        )
-    table = torch.tensor([next(i for i, fine in enumerate(groups.values()) if c in fine) for c in data.classes])
-    return replace(data, labels=table[data.labels], classes=tuple(groups))
-
-
 def write_indices(path: str | os.PathLike[str], split: Split, facts: Mapping[str, str | int]) -> None:
     """Write the forget set's positions in the training set, and ``facts`` about them, as JSON, atomically."""
     text = json.dumps({**facts, "indices": split.indices.tolist()}) + "\n"
@@ -111,12 +100,6 @@ def write_indices(path: str | os.PathLike[str], split: Split, facts: Mapping[str
         Path(name).write_text(text)
 
     write_atomically(path, write)
-
-
-def _class_number(classes: tuple[str, ...], target: str) -> int:
-    if target not in classes:
-        raise UsageError(f"class {target!r} is unknown; the classes are {', '.join(classes)}")
-    return classes.index(target)
 
 
 def _split(train: Images, test: Images, forget: Tensor, held_out: Tensor) -> Split:

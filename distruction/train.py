@@ -1,5 +1,6 @@
 """Plain training of a classifier: the baseline to unlearn from, and retraining to compare with."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
+from .augment import augment
 from .data import Examples, loader
 from .errors import NonFiniteError, UsageError
 
@@ -21,6 +23,9 @@ def train(
     lr: float = 2e-3,
     weight_decay: float = 0.05,
     noise: float = 0.4,
+    crop: int = 0,
+    flip: bool = False,
+    rotation: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
@@ -28,7 +33,8 @@ def train(
 
     Args:
         noise: std of the Gaussian noise added to the normalised images.
-        seed: of the batches' order, the noise and dropout.
+        crop, flip, rotation: see `augment.augment`.
+        seed: of the batches' order, the noise, the augmentation and dropout.
 
     Raises:
         UsageError: the data is empty.
@@ -39,13 +45,18 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     total = math.ceil(len(data) / batch_size) * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=0.1)
+
+    def perturb(inputs: Tensor) -> Tensor:
+        inputs = augment(inputs, crop=crop, flip=flip, rotation=rotation)
+        return inputs + noise * torch.randn_like(inputs)
+
     _epochs(
         model,
         data,
         optimizer,
         epochs=epochs,
         batch_size=batch_size,
-        perturb=lambda inputs: inputs + noise * torch.randn_like(inputs),
+        perturb=perturb,
         after_step=schedule.step,
         seed=seed,
         progress=progress,
@@ -63,12 +74,19 @@ def train_sgd(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     decay: float = 0.2,
+    crop: int = 0,
+    flip: bool = False,
+    rotation: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
     """Train ``model`` in place with SGD, whose step size is multiplied by ``decay`` after each milestone's epoch.
 
     The recipe of Foster, Schoepf, Brintrup 2024 for a pretrained ViT; it ends in eval mode.
+
+    Args:
+        crop, flip, rotation: see `augment.augment`.
+        seed: of the batches' order, the augmentation and dropout.
 
     Raises:
         UsageError: the data is empty.
@@ -84,6 +102,7 @@ def train_sgd(
         optimizer,
         epochs=epochs,
         batch_size=batch_size,
+        perturb=functools.partial(augment, crop=crop, flip=flip, rotation=rotation),
         after_epoch=schedule.step,
         seed=seed,
         progress=progress,
@@ -97,7 +116,7 @@ def _epochs(
     *,
     epochs: int,
     batch_size: int,
-    perturb: Callable[[Tensor], Tensor] = lambda inputs: inputs,
+    perturb: Callable[[Tensor], Tensor],
     after_step: Callable[[], None] = lambda: None,
     after_epoch: Callable[[], None] = lambda: None,
     seed: int,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from . import distributed
@@ -340,6 +339,9 @@ def run(
     batching = Batching(loader, device, needs_inputs=needs_inputs)
     reshard(model)
     saved, saved_at = time.monotonic(), len(history)
+    # Here, so that `import distruction` and its optimizer need PyTorch, NumPy and safetensors alone.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not progress or distributed.rank() > 0
     with deterministic(model), Progress(*columns, disable=hidden, transient=True) as bar:

@@ -5,7 +5,7 @@ import torch
 from .kl import gaussian_kl
 from .sample import sample
 from .step import accumulate, step
-from .tables import INTERPRETED
+from .tables import INTERPRETED, interpreter_fails
 
 __all__ = ["accumulate", "gaussian_kl", "sample", "step", "unavailable"]
 
@@ -14,7 +14,7 @@ def unavailable(device_type: str) -> str | None:
     """Why Triton cannot serve ``device_type``, or ``None`` where it can."""
     if device_type == "cpu":
         if INTERPRETED:
-            return None
+            return interpreter_fails()
         return "Triton compiles for GPUs; TRITON_INTERPRET=1, set before Python starts, interprets its kernels, slowly"
     if device_type != "cuda":
         return "the Triton kernels take tensors on NVIDIA and AMD GPUs"

@@ -119,8 +119,13 @@ def step_kernel(
     """
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     if found_inf is not None:
-        # Elements below it are not updated: all of them or none.
-        barrier = tl.multiple_of(tl.where(tl.load(found_inf) == 0.0, 0, 2147483644), 4)
+        # Where the elements that are updated end: all of them or none.
+        proceed = tl.load(found_inf) == 0.0
+        updated_end = tl.where(proceed, end, 0)
+        if ALIGNED:
+            updated_end = tl.multiple_of(updated_end, 4)
+        # No std is below it, so that none is accepted.
+        max_std = tl.where(proceed, max_std, float("-inf"))
     stream = tl.load(record + STREAM).to(tl.uint32)
     draw = tl.load(counters)
     rate = tl.load(lr)
@@ -151,7 +156,9 @@ def step_kernel(
         i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
         stored = inside
         if found_inf is not None:
-            stored = inside & (i >= barrier)
+            stored = first + tl.arange(0, BLOCK) < updated_end
+            if not ALIGNED:
+                stored = stored & inside
         mean = load(mean_p + i, inside, ALIGNED)
         std = load(std_p + i, inside, ALIGNED)
         grad = load(grad_p + i, inside, ALIGNED)
@@ -197,8 +204,6 @@ def step_kernel(
         if not ALIGNED:
             finite = finite | (inside == 0)
         refused = tl.where(finite, refused, 1)
-        if found_inf is not None:
-            finite = finite & (i >= barrier)
         if LEARN_MEAN:
             mean = tl.where(finite, new_mean, mean)
             tl.store(mean_p + i, mean, stored)
@@ -216,7 +221,7 @@ def step_kernel(
         tl.store(partial + tl.program_id(0), tl.sum(kl, 0) * 0.5)
     refuse = tl.max(refused, 0) != 0
     if found_inf is not None:
-        refuse = refuse & (barrier == 0)
+        refuse = refuse & proceed
     tl.store(counters + 2, 1, refuse)
 
 

@@ -1,16 +1,21 @@
 """The benchmarks: the harness's arithmetic, and that the peers do the work that they are compared by."""
 
+import dataclasses
 import json
 import math
 import re
+import shutil
+import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks import contestants, harness, memory
+from benchmarks import contestants, gpu, harness, memory, profile
 from distruction.ops import backends
 
 ROOT = Path(__file__).parents[1]
@@ -70,9 +75,11 @@ def test_quantiles_are_numpys():
 
 
 def test_ratios_and_files(tmp_path):
-    times = {"distruction (cpp)": 0.1, "eager": 1.5, harness.LIMIT: 0.08}
+    times = {"distruction (cpp)": 0.1, "eager": 1.5, harness.TRIAD: 0.08}
     timings = {name: harness.Timing(t, t, t, 3) for name, t in times.items()}
-    rows = harness.rows_of(timings, baseline="eager", model="m", parameters=10, threads=1, op="sample")
+    rows = harness.rows_of(
+        timings, baseline="eager", limit=harness.TRIAD, model="m", parameters=10, threads=1, op="sample"
+    )
     assert (rows[0].median, rows[0].speedup, rows[0].of_limit) == (100.0, 15.0, 0.8)
     harness.write(tmp_path / "x", rows, {"command": "c", **harness.environment(torch.device("cpu"))})
     assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["speedup"] == 15.0
@@ -127,6 +134,173 @@ def test_every_contestant_runs(op, workload):
             if not name.startswith("torch.compile"):  # minutes
                 run()
     assert all(t.isfinite().all() for t in workload.mean + workload.std + workload.param)
+
+
+# --- the GPU's, as far as a CPU goes ------------------------------------------------------------------
+
+
+def test_a_queued_call_is_waited_for_longer_until_the_host_is_ahead(monkeypatch):
+    waits, enough = [], 8 * harness.QueuedTime.SHORTEST
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        synchronize = record
+
+        def query(self):
+            # The wait is over, and the start has passed, while the host is still launching.
+            return waits[-1] < enough
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append, raising=False)
+    timer, calls = harness.QueuedTime(), []
+
+    def run():
+        calls.append(None)
+
+    assert timer(run) == 2e-3
+    assert waits == [harness.QueuedTime.SHORTEST * 4**k for k in range(3)]
+    assert timer(run) == 2e-3
+    assert waits[3:] == [waits[2]]
+    enough = math.inf  # a call that cannot be queued
+    timer(run)
+    assert max(waits) < 4 * harness.QueuedTime.LONGEST
+
+
+def test_launches_are_kernels_alone(monkeypatch):
+    class Profiler:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            on_gpu = ("step_kernel", "Memcpy HtoD (Pinned -> Device)", "finish_kernel", "Memset (Device)")
+            events = [SimpleNamespace(name=n, device_type=torch.autograd.DeviceType.CUDA) for n in on_gpu]
+            return [*events, SimpleNamespace(name="cuLaunchKernel", device_type=torch.autograd.DeviceType.CPU)]
+
+    monkeypatch.setattr(harness, "profile", Profiler)
+    assert harness.launches(lambda: None) == 2
+
+
+def test_the_copy_reads_and_writes_the_bytes_that_it_is_asked_for():
+    assert harness.copy(1200, torch.device("cpu"))().numel() == 1200 / 2 / 4
+
+
+def test_the_gpus_command_goes_through_on_a_cpu(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(out=tmp_path, minutes=5, rounds=2, tests=False, dry_run=True)
+    text = (tmp_path / "README.md").read_text()
+    assert stopped.value.code == 0, text
+    assert {p.name for p in tmp_path.iterdir()} == {"README.md"} | {
+        f"{stem}.{suffix}" for stem in ("ops", "training") for suffix in ("json", "csv", "png")
+    }
+    rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    assert {r["op"] for r in rows} == set(contestants.OPS)
+    assert {"eager", "foreach", "AdamW fused", "copy"} <= {r["contestant"] for r in rows}
+    training = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert {r["contestant"].split(", ", 1)[-1] for r in training} > {"AdamW fused"}
+    for stored in (rows, training):
+        for model in dict.fromkeys(r["model"] for r in stored):
+            assert harness.markdown([harness.Row(**r) for r in stored if r["model"] == model]).rstrip() in text
+    assert text.count("not measured") == len(gpu.targets_of("ours"))
+
+
+def test_a_contestant_that_fails_loses_its_row_and_what_takes_too_long_is_left_out(tmp_path, monkeypatch):
+    def fails(w):
+        raise RuntimeError("out of memory\nand more")
+
+    op = dataclasses.replace(contestants.OPS["sample"], peers={"eager": contestants.eager_sample, "foreach": fails})
+    monkeypatch.setitem(contestants.OPS, "sample", op)
+    session = gpu.Session(torch.device("cpu"), tmp_path, time.monotonic() + 60, rounds=2)
+    rows = gpu.run_ops(session, [(gpu.DRY, ("sample",))])
+    assert session.failed == {f"{gpu.DRY}: sample: foreach": "RuntimeError: out of memory"}
+    assert "eager" in {r.contestant for r in rows}
+    session.deadline = time.monotonic()
+    assert gpu.run_ops(session, [(gpu.DRY, ("sample",))]) == []
+    assert session.left_out == [f"{gpu.DRY}: sample: no time was left"]
+
+
+def test_targets_are_read_off_the_rows():
+    def row(model, op, contestant, median, **fields):
+        values = {"threads": 1, "parameters": 1, "low": median, "high": median, "rounds": 3, "speedup": 1.0}
+        return harness.Row(
+            model=model, op=op, contestant=contestant, median=median, **{**values, "of_limit": None, **fields}
+        )
+
+    ours = "ours"
+    rows = [
+        row("ViT-L/16", "step with prior", ours, 1.0, of_limit=0.91),
+        row("ViT-B/16", "step with prior", ours, 1.0, speedup=7.0, launches=2),
+        row("ViT-B/16", "optimizer step", ours, 1.6),
+        row("ViT-B/16", "optimizer step", "AdamW fused", 1.0),
+        row("ViT-B/16, batch 64", "training step", "ours, preparation, K = 1", 110.0),
+        row("ViT-B/16, batch 64", "training step", "AdamW fused", 100.0),
+    ]
+    lines = [t.line({(r.model, r.op, r.contestant): r for r in rows})[2:] for t in gpu.targets_of(ours)]
+    measured = [["0.91", "yes"], ["-", "not measured"], ["2", "yes"], ["7", "no"], ["1.6", "yes"], ["1.1", "no"]]
+    assert lines == measured
+
+
+def test_the_tests_outcome_is_counted(tmp_path, monkeypatch):
+    def pytest_runs(command, **_):
+        (report,) = [a.split("=")[1] for a in command if a.startswith("--junitxml")]
+        Path(report).write_text('<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10"/></testsuites>')
+        raise subprocess.CalledProcessError(1, "pytest")
+
+    monkeypatch.setattr(subprocess, "run", pytest_runs)
+    session = gpu.Session(torch.device("cpu"), tmp_path, time.monotonic() + 60, rounds=2)
+    counts = gpu.run_tests(session)
+    assert counts == {"passed": 4, "failures": 2, "errors": 1, "skipped": 3}
+    assert "the tests" in session.failed
+
+
+# --- the profile -------------------------------------------------------------------------------------
+
+needs_cpp = pytest.mark.skipif(
+    backends.unavailable("cpp", "cpu") is not None, reason=str(backends.unavailable("cpp", "cpu"))
+)
+
+
+@needs_cpp
+def test_the_profile_names_the_larger_of_arithmetic_and_memory():
+    times = profile.limits("step with prior", 2 * profile.IN_CACHE, 2, rounds=3)
+    assert set(times) == {profile.MEMORY, profile.CACHE, harness.TRIAD}
+    assert all(t > 0 for t in times.values())
+    known = {profile.MEMORY: 10.0, profile.CACHE: 8.0, harness.TRIAD: 5.0}
+    text = profile.lines_of("an op", known, [(60.0, "update_piece")])
+    assert "arithmetic is the limit, 80% of the time" in text
+    assert "  60.0 %  update_piece" in text
+
+
+def test_what_is_worked_off_in_the_cache_is_as_much_but_the_same():
+    workload = profile.in_cache(8 * profile.IN_CACHE, 2)
+    assert workload.numel == 8 * profile.IN_CACHE
+    assert [t.data_ptr() for t in workload.std] == [workload.std[i].data_ptr() for i in (0, 0, 0, 0, 4, 4, 4, 4)]
+
+
+@needs_cpp
+@pytest.mark.skipif(shutil.which("perf") is None, reason="perf is not installed")
+def test_perf_finds_the_kernels_functions():
+    run = contestants.our_step(profile.in_cache(64 * profile.IN_CACHE, 1), "cpp", True)[""]
+    try:
+        shares = profile.functions(run, 1.0)
+    except RuntimeError as refused:
+        pytest.skip(str(refused))
+    assert any("update_piece" in name for _, name in shares)
+    assert 0 < sum(share for share, _ in shares) <= 101
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem)

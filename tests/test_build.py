@@ -110,6 +110,26 @@ def test_one_wheel_serves_every_python_and_pytorch(tree):
     assert not re.search("torch|python|c10", linked)
 
 
+def test_the_optimizer_needs_no_more_than_pytorch_numpy_and_safetensors(tmp_path):
+    code = (
+        "import sys, numpy, safetensors.torch, torch\n"
+        "before = set(sys.modules)\n"
+        "import distruction\n"
+        "p = torch.nn.Parameter(torch.ones(3))\n"
+        "opt = distruction.BGD([('p', p)])\n"
+        "opt.train()\n"
+        "p.square().sum().backward()\n"
+        "opt.step()\n"
+        "opt.eval()\n"
+        "opt.posterior().save(sys.argv[1])\n"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))\n"
+    )
+    result = run([sys.executable, "-c", code, str(tmp_path / "p.safetensors")], ROOT)
+    assert result.returncode == 0, result.stderr
+    others = {"torchvision", "timm", "sklearn", "scipy", "matplotlib", "typer", "rich", "jinja2", "filelock"}
+    assert not others & set(result.stdout.split())
+
+
 @needs_nvcc
 def test_cuda_kernels_keep_their_budget(tree):
     """No spills and at most 64 registers, so that a multiprocessor holds four thread blocks of 256."""
@@ -140,7 +160,7 @@ def test_kernels_pass_the_sanitizers(tree):
     # A write past the end, to know that the sanitizer is at work.
     probe = (
         "import torch; from distruction.ops import cpp; x = torch.zeros(5); y = torch.zeros(64)\n"
-        "m, _keep = cpp.native.model('cpp', {'mean': [y], 'std': [y]}, param=[x], "
+        "m, _keep = cpp.native.model({'mean': [y], 'std': [y]}, param=[x], "
         "counters=torch.zeros(3, dtype=torch.int64))\n"
         "cpp._kernels.launch('sample', m, x.device)\n"
     )

@@ -9,7 +9,9 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
+from dataset_files import write_cifar
 from safetensors.torch import save_file
 
 from distruction import Posterior, cli, models
@@ -110,6 +112,37 @@ def test_without_class_leaves_it_out(distruction, tmp_path):
     assert float(cells[3]) == float(cells[4]) == 0
 
 
+def test_the_data_set_is_found_and_remembered(distruction, tmp_path):
+    """A fine class is forgotten by a model of CIFAR-20's coarse ones, made from pretrained weights of another size."""
+    root, weights = tmp_path / "root", tmp_path / "w.safetensors"
+    write_cifar(root, "cifar100", train=100, test=100)
+    save_file(timm.create_model("test_vit").state_dict(), weights)
+    model, posterior, unlearned = tmp_path / "m", tmp_path / "p", tmp_path / "u"
+    vit = ("--model", "test_vit", "--pretrained", weights, "--img-size", 48)
+    for command in (
+        ("train", "--out", model, "--dataset", "cifar20", *vit, "--epochs", 1, "--crop", 4, "--flip"),
+        ("prepare", "--model", model, "--out", posterior, "--steps", 2),
+        ("forget", "--model", model, "--posterior", posterior, "--out", unlearned, "--class", "rocket", "--steps", 2),
+    ):
+        status, _, err = distruction(*command, "--data", root, "--no-progress")
+        assert (status, err) == (0, "")
+    status, out, _ = distruction("evaluate", "--model", unlearned, "--class", "rocket", "--data", root)
+    assert status == 0
+    assert "cifar20, class rocket" in out
+    network, config = models.load(unlearned)
+    assert config["data"] == "cifar20"
+    assert network.pos_embed.shape == (1, 10, 64)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
+    status, _, err = distruction("evaluate", "--model", unlearned, "--class", "rocket")
+    assert status == 2
+    assert "no cifar100 found" in err
+    assert "cifar-100-python.tar.gz" in err
+    # Without --dataset it is what the folder holds.
+    status, _, err = distruction("train", "--out", tmp_path / "n", "--data", root, "--epochs", 1, "--no-progress")
+    assert (status, err) == (0, "")
+    assert models.load(tmp_path / "n")[1]["data"] == "cifar100"
+
+
 def truncated(files, name):
     path = files / f"truncated-{name}"
     path.write_bytes((files / name).read_bytes()[:5000])
@@ -159,7 +192,7 @@ PREPARE = {"--model": "model", "--steps": "2"}
     ("command", "change", "message"),
     [
         ("forget", {"--class": "11"}, "class '11' is unknown; the classes are 0, 1, 2"),
-        ("forget", {"--data": "imagenet"}, "imagenet"),
+        ("forget", {"--dataset": "imagenet"}, "data set 'imagenet' is none of digits, "),
         ("forget", {"--model": "none"}, "no model file at"),
         ("forget", {"--model": lambda f: truncated(f, "model")}, "cannot be read as a model"),
         ("forget", {"--model": lambda f: f / "posterior"}, "has format 'distruction-posterior-1'"),

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[1]
 
-# Instructions per element and registers of the fp32 step with prior, KL and two draws, on sm_90.
-MOST_INSTRUCTIONS, MOST_REGISTERS = 110, 56
+# The compiler of Triton 3.8; older ones (measured: 3.6) make a little more of the same kernels.
+CURRENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+# Instructions per element and registers of the fp32 step with prior, KL and two draws, on sm_80 and sm_90.
+MOST_INSTRUCTIONS, MOST_REGISTERS = (110, 56) if CURRENT else (115, 64)
 # Bytes per parameter: float32 arrays that the op has to read or write once, and bfloat16 parameters and gradients.
 BYTES = {
     "sample": 4 * 3,
@@ -66,18 +68,32 @@ def test_nothing_is_spilled_or_passes_through_shared_memory(budgets, variant, ta
     assert budgets[variant, target]["barriers"] == 0
 
 
-@pytest.mark.parametrize("variant", ["step", "step, grad_scale and found_inf", "step, fixed mean"])
-def test_the_step_on_sm_90(budgets, variant):
-    assert budgets[variant, "sm_90"]["instructions"] <= MOST_INSTRUCTIONS
-    assert budgets[variant, "sm_90"]["registers"] <= MOST_REGISTERS
+@pytest.mark.parametrize(
+    ("variant", "target"),
+    [
+        ("step", "sm_80"),
+        ("step", "sm_90"),
+        ("step, fixed mean", "sm_80"),
+        ("step, fixed mean", "sm_90"),
+        ("step, grad_scale and found_inf", "sm_90"),
+    ],
+)
+def test_the_step(budgets, variant, target):
+    assert budgets[variant, target]["instructions"] <= MOST_INSTRUCTIONS
+    assert budgets[variant, target]["registers"] <= MOST_REGISTERS
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_other_kernels_cost_less_than_the_step_may(budgets, target):
+def test_the_other_kernels_cost_little_more_than_the_step_may(budgets, target):
     # The unbounded rule takes a division and a comparison more, K > 1 two more arrays, bfloat16 its conversions.
     for variant in BYTES:
-        assert budgets[variant, target]["instructions"] <= 1.1 * MOST_INSTRUCTIONS, variant
+        assert budgets[variant, target]["instructions"] <= (1.1 if CURRENT else 1.15) * MOST_INSTRUCTIONS, variant
     assert budgets["step without prior", target]["instructions"] <= 95
     assert budgets["sample", target]["instructions"] <= 40
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_leave_room_for_other_programs(budgets, target):
     # 512 registers of a lane of gfx942 and 65,536 of an SM leave at least four waves or warps per scheduler.
-    assert all(budgets[v, target]["registers"] <= (128 if target == "gfx942" else 72) for v in BYTES)
+    most = 128 if target == "gfx942" else 72 if CURRENT else 96
+    assert all(budgets[v, target]["registers"] <= most for v in BYTES)

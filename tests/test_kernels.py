@@ -11,7 +11,7 @@ from workloads import Options, make_model, normals, step
 
 import distruction
 from distruction.ops import backends, reference
-from distruction.ops.reference.philox import box_muller as exact_box_muller
+from distruction.ops.reference.philox import philox as reference_philox
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -20,7 +20,8 @@ import triton.language as tl
 from backends import Backend
 
 from distruction import kernels
-from distruction.kernels import multi_tensor, philox, sample, tables
+from distruction.kernels import multi_tensor, philox, tables
+from distruction.kernels.sample import sample_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = Backend("triton", DEVICE)
@@ -78,29 +79,23 @@ def test_known_answers_of_random123(counter, key, answer):
     assert [f"{w:08x}" for w in out[::4].tolist()] == answer.split()
 
 
-def chosen_words():
-    """Words around every power of two, at both ends, and 4096 anywhere."""
-    near = torch.tensor([2**k + d for k in range(33) for d in range(-9, 10)])
-    ends = torch.cat([torch.arange(300), 2**32 - 1 - torch.arange(300)])
-    # Where the logarithm changes from its series to the hardware's.
-    threshold = 2**32 - 2**24 + torch.arange(-200, 200) * 37
-    random = torch.randint(2**32, (4096,), generator=torch.Generator().manual_seed(0))
-    words = torch.cat([near, ends, threshold, random])
-    return words[(words >= 0) & (words < 2**32)]
-
-
 def our_normals(radius_words, angle_words):
-    n = 1024 * math.ceil(len(radius_words) / 1024)
+    """Uniforms, cosines and sines of the kernels' generator; judged in test_normals."""
+    # The interpreter's time goes by the number of programs.
+    block = 2**16 if tables.INTERPRETED else 1024
+    n = block * math.ceil(len(radius_words) / block)
     words = [torch.nn.functional.pad(w, (0, n - len(w))).to(DEVICE) for w in (radius_words, angle_words)]
     out = [torch.empty(n, device=DEVICE) for _ in range(3)]
-    normals_kernel[(n // 1024,)](*words, *out, N=1024, TARGET=tables.TARGET)
+    normals_kernel[(n // block,)](*words, *out, N=block, TARGET=tables.TARGET)
     return [t[: len(radius_words)].cpu() for t in out]
 
 
-def test_uniforms_are_the_contracts_bit_for_bit():
-    words = chosen_words()
-    uniforms, _, _ = our_normals(words, words)
-    assert torch.equal(uniforms, ((words.double() + 0.5) * 2.0**-32).float())
+def test_words_are_the_references_bit_for_bit():
+    n = 1024
+    counters = torch.randint(2**32, (4, n), generator=torch.Generator().manual_seed(0))
+    out = torch.empty(4, n, dtype=torch.int64, device=DEVICE)
+    words_kernel[(1,)](counters.to(DEVICE), out, tables.key_schedule(-77), N=n)
+    assert torch.equal(out.cpu(), torch.stack(reference_philox(tuple(counters), -77)))
 
 
 @triton.jit
@@ -120,20 +115,13 @@ def square_root_at_its_bound(x, TARGET: tl.constexpr):
     return tl.sqrt(x) * 1.0000001788139343
 
 
-@pytest.mark.parametrize("log2", [None, log2_at_its_bound, log2_at_its_other_bound], ids=["", "high", "low"])
-def test_normals_keep_the_contract_even_where_the_hardware_errs_most(log2, monkeypatch):
-    if log2 is not None:
+def let_the_hardware_err(logarithm, monkeypatch):
+    """Put the hardware's functions at the bounds of their errors, the logarithm "high" or "low"; "" for exact ones."""
+    if logarithm:
         if not tables.INTERPRETED:
             pytest.skip("compiled kernels use the hardware's functions")
-        monkeypatch.setattr(philox, "log2", log2)
+        monkeypatch.setattr(philox, "log2", log2_at_its_bound if logarithm == "high" else log2_at_its_other_bound)
         monkeypatch.setattr(philox, "square_root", square_root_at_its_bound)
-    words = chosen_words()
-    radius_words = torch.cat([words, words, torch.arange(40).repeat_interleave(40)])
-    angle_words = torch.cat([words.flip(0), words, chosen_words()[::4][:40].repeat(40)])
-    _, *ours = our_normals(radius_words, angle_words)
-    for eps, exact in zip(ours, exact_box_muller(radius_words, angle_words), strict=True):
-        assert ((eps.double() - exact).abs() / exact.abs().clamp(min=1)).max() <= 4e-6
-        assert exact.abs().max() > 6.6
 
 
 # --- chunks and tables -------------------------------------------------------------------------------
@@ -161,7 +149,7 @@ def planned(model):
 
 
 def test_one_launch_for_each_type_and_one_for_what_is_not_aligned():
-    aligned = make_model(DEVICE, (64, 0, 1000, 8))
+    aligned = make_model(DEVICE, (64, 0, 1000, 8), offsets=(0, 0, 4, 0))
     assert [launch.tensors for launch, _ in planned(aligned)] == [(0, 2, 3)]
     mixed = make_model(DEVICE, (64, 64, 66), offsets=(0, 4, 0))
     mixed["param"][1] = mixed["param"][1].bfloat16()
@@ -173,7 +161,7 @@ def test_one_launch_for_each_type_and_one_for_what_is_not_aligned():
 
 
 def test_tables_are_built_once_while_the_addresses_hold():
-    model = make_model(DEVICE, (64, 32))
+    model = make_model(DEVICE, (64, 32), offsets=(0, 4))
     ((_, first),) = planned(model)
     ((_, again),) = planned(model)
     assert all(first[name] is again[name] for name in ("records", "tensor_of_chunk", "fresh"))
@@ -184,7 +172,7 @@ def test_tables_are_built_once_while_the_addresses_hold():
 
 
 def test_a_graph_holds_the_addresses_that_are_new_and_refuses_a_new_model(monkeypatch):
-    model = make_model(DEVICE, (64, 32))
+    model = make_model(DEVICE, (64, 32), offsets=(0, 4))
     ((_, first),) = planned(model)
     monkeypatch.setattr(tables, "_capturing", lambda device: True)
     model["grad"][1] = model["grad"][1].clone()
@@ -192,7 +180,7 @@ def test_a_graph_holds_the_addresses_that_are_new_and_refuses_a_new_model(monkey
     assert captured["records"] is first["records"]
     assert captured["fresh"].tolist() == [g.data_ptr() for g in model["grad"]]
     with pytest.raises(RuntimeError, match="run the same step once before the capture"):
-        planned(make_model(DEVICE, (64, 32)))
+        planned(make_model(DEVICE, (64, 32), offsets=(0, 4)))
 
 
 def test_addresses_and_indices_beyond_32_bits():
@@ -207,7 +195,7 @@ def test_addresses_and_indices_beyond_32_bits():
     cells = [2**33 + n, 0, 0, 3, -before, *(address.get(name, 0) for name in tables.ARRAYS)]
     records = torch.tensor([cells], device=DEVICE)
     tensor_of_chunk = torch.zeros(math.ceil(n / chunk), dtype=torch.int32, device=DEVICE)
-    sample.sample_kernel[(len(tensor_of_chunk),)](
+    sample_kernel[(len(tensor_of_chunk),)](
         records,
         tensor_of_chunk,
         counters,
@@ -322,23 +310,35 @@ def test_the_environment_forces_triton(monkeypatch):
 
 
 def problem():
+    """A classifier of two tensors: the interpreter's time goes by their number."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).to(DEVICE)
+    layers = (torch.nn.Linear(6, 8, bias=False), torch.nn.Tanh(), torch.nn.Linear(8, 4, bias=False))
+    model = torch.nn.Sequential(*layers).to(DEVICE)
     inputs = torch.randn(32, 6, generator=generator).to(DEVICE)
-    targets = torch.randint(3, (32,), generator=generator).to(DEVICE)
+    targets = torch.randint(4, (32,), generator=generator).to(DEVICE)
     return model, inputs, targets
 
 
-@pytest.mark.parametrize("forgetting", [False, True], ids=["prepare", "forget"])
-@pytest.mark.parametrize("mc_samples", [1, 2])
+TRAJECTORY = 1e-5
+"""Relative, after fifty updates."""
+
+
+def check_trajectory(expected, ours):
+    for name, mean in expected.means.items():
+        std = expected.stds[name]
+        assert (ours.means[name] - mean).norm() <= TRAJECTORY * mean.norm(), name
+        assert ((ours.stds[name] - std).abs() / std).max() <= TRAJECTORY, name
+
+
+@pytest.mark.parametrize(("mc_samples", "forgetting"), [(1, False), (2, True)], ids=["prepare", "forget"])
 def test_fifty_steps_follow_the_reference(mc_samples, forgetting):
     posteriors = []
     for backend in ("reference", "triton"):
         model, inputs, targets = problem()
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
         options = {"std_init": 0.05, "data_per_step": 32.0, "mc_samples": mc_samples, "lr": 0.5}
         if forgetting:
-            start = {n: p.detach().clone() for n, p in model.named_parameters()}
             prior = distruction.Posterior(start, {n: torch.full_like(p, 0.05) for n, p in start.items()})
             options |= {"prior": prior, "kl_weight": 0.1, "std_init": prior}
         opt = distruction.BGD(model.named_parameters(), backend=backend, **options)
@@ -351,10 +351,45 @@ def test_fifty_steps_follow_the_reference(mc_samples, forgetting):
         opt.eval()
         posteriors.append(opt.posterior())
     expected, ours = posteriors
-    moved = 0.0
+    check_trajectory(expected, ours)
+    mean_moved = std_moved = 0.0
     for name, mean in expected.means.items():
         std = expected.stds[name]
-        assert ((ours.means[name] - mean).norm() / mean.norm()) <= 1e-5
-        assert ((ours.stds[name] - std).abs() / std).max() <= 1e-5
-        moved = max(moved, (std / 0.05).log().abs().max().item())
-    assert moved > 0.5
+        mean_moved = max(mean_moved, ((mean - start[name]).norm() / mean.norm()).item())
+        std_moved = max(std_moved, (std / 0.05).log().abs().max().item())
+    # Far beyond the tolerance, or the start alone would pass.
+    assert min(mean_moved, std_moved) > 1000 * TRAJECTORY
+
+
+@pytest.mark.slow
+def test_preparing_and_forgetting_a_digit_as_the_demo_does_follow_the_reference():
+    from distruction import data, models
+
+    train_data, _ = data.load("digits")
+    forget_data, _ = data.forget_split(train_data, "8")
+    found = {}
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        # The demo's model with one block and a quarter of the width.
+        model = models.VisionTransformer(
+            img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=16, depth=1, num_heads=4
+        ).to(DEVICE)
+        options = {"steps": 50, "seed": 0, "backend": backend, "progress": False}
+        # A step counts for the data that it reads. The demo's counts for all data, 22 times as much: that amplifies
+        # float32's rounding of the gradients, and any two backends differ by a few 1e-5 in some std.
+        train_loader = data.loader(train_data, batch_size=64)
+        posterior = distruction.prepare(model, train_loader, evidence=50 * 64.0, **options)
+        if backend == "triton":
+            check_trajectory(found["prepared"], posterior)
+            # From the same posterior, so that the fifty steps are those of forgetting alone.
+            posterior = found["prepared"]
+            posterior.mean_(model)
+        loader = data.loader(forget_data, batch_size=64)
+        forgotten = distruction.forget(model, posterior, loader, **options).posterior
+        if backend == "triton":
+            check_trajectory(found["forgotten"], forgotten)
+        found |= {"prepared": posterior, "forgotten": forgotten}
+    prepared, forgotten = found["prepared"], found["forgotten"]
+    assert max((s / 0.05).log().abs().max() for s in prepared.stds.values()) > 1000 * TRAJECTORY
+    moved = ((forgotten.means[n] - m).norm() / m.norm() for n, m in prepared.means.items() if m.any())
+    assert max(moved) > 1000 * TRAJECTORY

@@ -1,7 +1,6 @@
 """Each method does what its paper says, and reads what it declares."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from distruction import Posterior, UsageError, bench, fisher, methods, prepare
+from distruction.bench import grid
 from distruction.data import Images
 from distruction.methods import REGISTRY, Counted, Task, amnesiac, scrub, ssd, teacher, unsir
 from distruction.methods.base import Mixed, batches
@@ -468,31 +468,55 @@ def test_a_learned_posterior_keeps_what_a_free_run_loses(name, trained):
 # --- on real data --------------------------------------------------------------------------------
 
 
+DIGITS = """
+seeds = [0]
+[network]
+name = "vit-micro"
+[train]
+epochs = 15
+[prepare]
+steps = 300
+std_init = 0.1
+[scenario.full-class]
+data = "digits"
+targets = ["3"]
+[method]
+finetune = { epochs = 1, lr = 0.02 }
+teacher = { epochs = 3, lr = 3e-3 }
+unsir = { retain_per_class = 100, lr = 1e-3 }
+amnesiac = { lr = 3e-4 }
+ssd = { alpha = 6.0 }
+ssd-per-sample = { alpha = 3.0 }
+scrub = { epochs = 3 }
+"teacher+kl" = { steps = 40, kl_weight = 0.01 }
+"unsir+kl" = { steps = 20 }
+"amnesiac+kl" = { steps = 40 }
+"scrub+kl" = { steps = 10, kl_weight = 0.5 }
+distruction = { steps = 40 }
+"""
+
+
 @pytest.mark.slow
 def test_the_numbers_on_digits_are_plausible(tmp_path):
-    """One seed of the digits preset: not just finite, but in the order that is known of the methods."""
-    whole = bench.preset("digits")
-    grid = replace(whole, seeds=(0,), scenarios=whole.scenarios[:2], sweep=None)
-    grid = replace(grid, measure={**grid.measure, "shadow_models": 0})
+    """Every method on real images: not just finite, but in the order that is known of the methods."""
     context = bench.Context(tmp_path / "store")
-    found, outcome = bench.run(grid, tmp_path, context, devices=["cpu"], progress=False)
+    found, outcome = bench.run(grid.parse(DIGITS, "digits"), tmp_path, context, devices=["cpu"], progress=False)
     assert outcome.failures == {}
-    for scenario in ("full-class", "sub-class"):
-        numbers = {c.method: c.numbers for c in found if c.scenario == scenario}
-        assert set(numbers) == set(REGISTRY)
-        baseline, retrain = numbers["baseline"], numbers["retrain"]
-        assert min(baseline["retain"], baseline["forget"]) > 90
-        assert retrain["retain"] > 90
-        # Retraining has never seen the class; of a sub-class it knows the sibling.
-        assert retrain["forget"] == 0 if scenario == "full-class" else 0 < retrain["forget"] < baseline["forget"]
-        for name, mine in numbers.items():
-            if name not in ("baseline", "retrain"):
-                assert mine["forget_train"] < baseline["forget_train"], name
-                assert mine["retain"] > 50, name
-        # A method that only trains on forgets by drift: more of the forget set is left than after retraining.
-        assert numbers["finetune"]["forget_train"] >= retrain["forget_train"]
-        # The old model recalls at once, one that never knew the class does not.
-        assert baseline["relearn_steps"] == 0 < retrain["relearn_steps"]
-        assert numbers["distruction"]["retain_reads"] == 0
-        assert numbers["distruction"]["forget"] <= 5
-        assert numbers["distruction"]["retain"] > 80
+    numbers = {c.method: c.numbers for c in found}
+    assert set(numbers) == set(REGISTRY)
+    baseline, retrain = numbers["baseline"], numbers["retrain"]
+    assert min(baseline["retain"], baseline["forget"], retrain["retain"]) > 90
+    # The old model recalls at once; one that never knew the class does not know it, and takes a while.
+    assert baseline["relearn_steps"] == 0 < retrain["relearn_steps"]
+    assert retrain["forget"] == retrain["mia_loss"] == 0 < baseline["mia_loss"]
+    # A few gentle steps on other data forget less than retraining.
+    assert numbers["finetune"]["forget"] > 50
+    # Less is left than chance explains. UNSIR's noise alone forgets nothing: see `unsir_kl`.
+    low, _ = next(c for c in found if c.method == "baseline").intervals["forget_train"]
+    for name in set(REGISTRY) - {"baseline", "retrain", "finetune", "unsir+kl"}:
+        assert numbers[name]["forget_train"] < low, name
+        assert numbers[name]["js_forget"] < baseline["js_forget"], name
+        assert numbers[name]["retain"] > 50, name
+    for name in ("amnesiac", "scrub", "unsir", "distruction"):
+        assert numbers[name]["forget"] <= 5, name
+        assert numbers[name]["retain"] > 85, name

@@ -308,11 +308,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_of_its_element(backend, v
         assert len(changed) > 90
 
 
-def test_found_inf_changes_nothing(backend):
+@pytest.mark.parametrize("bound", [0.1, math.inf])
+def test_found_inf_changes_nothing(backend, bound):
     model = make_model(backend.device)
     model["grad"][4][7] = math.inf
     before = model.to(backend.device)
-    counters, kl = step(model, Options(statistics=True, found_inf=1.0, counters=(5, 2, 0)), backend)
+    bounds = {"max_mean_step": bound, "max_log_std_step": bound, "max_std": bound}
+    counters, kl = step(model, Options(statistics=True, found_inf=1.0, counters=(5, 2, 0), **bounds), backend)
     assert counters == [5, 2, 0]
     for name, tensors in model.tensors.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, before[name], strict=True)), name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distruction import UsageError, scenarios
-from distruction.data import load
+from distruction.data import grouped, load
 
 GROUPS = {"06": ["0", "6"], "17": ["1", "7"], "23": ["2", "3"], "49": ["4", "9"], "58": ["5", "8"]}
 
@@ -31,7 +31,7 @@ def test_full_class(digits):
 
 def test_sub_class_has_the_super_class_as_label(digits):
     train, test = digits
-    split = scenarios.sub_class(train, test, "3", GROUPS)
+    split = scenarios.sub_class(grouped(train, GROUPS), grouped(test, GROUPS), "3")
     assert split.test.classes == tuple(GROUPS)
     assert (split.forget.labels == 2).all()
     assert (split.measured_forget.labels == 2).all()
@@ -85,8 +85,13 @@ def test_indices_are_written(digits, tmp_path):
         (lambda d: scenarios.full_class(*d, "ten"), "'ten' is unknown; the classes are 0, 1"),
         (lambda d: scenarios.random(*d, 0, 0), r"count must be in \[1, 1436\]"),
         (lambda d: scenarios.random(*d, 1437, 0), r"count must be in \[1, 1436\]"),
-        (lambda d: scenarios.sub_class(*d, "3", {"a": ["3"]}), r"missing: \['0', '1'"),
-        (lambda d: scenarios.sub_class(*d, "3", {**GROUPS, "x": ["3"]}), r"unknown or repeated: \['3'\]"),
+        (lambda d: grouped(d[0], {"a": ["3"]}), r"missing: \['0', '1'"),
+        (lambda d: grouped(d[0], {**GROUPS, "x": ["3"]}), r"unknown or repeated: \['3'\]"),
+        (lambda d: scenarios.sub_class(*d, "3"), "no fine classes to forget; give groups"),
+        (
+            lambda d: scenarios.sub_class(*(grouped(p, GROUPS) for p in d), "23"),
+            "fine class '23' is unknown; they are 0",
+        ),
         (lambda d: scenarios.full_class(d[0].subset(d[0].labels == 3), d[1], "3"), "nothing to retain"),
         (lambda d: scenarios.full_class(d[0].subset(d[0].labels != 3), d[1], "3"), "nothing to forget"),
     ],

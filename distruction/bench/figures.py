@@ -1,15 +1,14 @@
 """Figures of a bench's report, as matplotlib figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..data import Images
 from ..methods import REGISTRY
-from ..scenarios import Split
 from .results import Cell
+from .tables import title
 
 _COLOURS = mpl.colormaps["tab20"]
 
@@ -26,7 +25,7 @@ def kl_curves(cells: Sequence[Cell]) -> Figure | None:
     curves = {float(c.settings["kl_weight"]): c.value["history"] for c in cells if c.method == "distruction"}
     if not curves:
         return None
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     shades = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
     for (weight, history), shade in zip(sorted(curves.items()), shades, strict=True):
@@ -36,15 +35,15 @@ def kl_curves(cells: Sequence[Cell]) -> Figure | None:
     left.set(
         xlabel="unlearning iteration", ylabel="KL(q ‖ p) [nats]", title="distance from the posterior", yscale="log"
     )
-    left.legend(fontsize=8)
     right.set(xlabel="unlearning iteration", ylabel="accuracy [%]", title="forget set, sampled weights", ylim=(-3, 103))
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return figure
 
 
 def trade_off(sweep: Sequence[Cell], single: Sequence[Cell]) -> Figure | None:
-    """D_r against D_f, one curve per method over its main hyper-parameter.
+    """D_r against D_f, a curve per method over its main hyper-parameter: all of it, and where little is left to forget.
 
     Args:
         sweep: cells of the curves.
@@ -52,31 +51,44 @@ def trade_off(sweep: Sequence[Cell], single: Sequence[Cell]) -> Figure | None:
     """
     if not sweep:
         return None
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    whole, near = figure.subplots(1, 2)
     for method in dict.fromkeys(c.method for c in sweep):
         key = REGISTRY[method].sweep
         groups: dict[float, list[Cell]] = {}
         for c in sweep:
             if c.method == method:
                 groups.setdefault(float(c.settings[key]), []).append(c)
-        points = [
-            (np.mean([c.numbers["forget"] for c in g]), np.mean([c.numbers["retain"] for c in g]))
-            for _, g in sorted(groups.items())
-        ]
+        x, y = zip(*(_mean_point(g) for _, g in sorted(groups.items())), strict=True)
         style = "--" if method.endswith("+kl") else "-"
         width = 2.5 if method == "distruction" else 1.2
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, style, marker="o", markersize=4, lw=width, color=_colour(method), label=f"{method} ({key})")
+        label = f"{title(method)} ({'λ' if key == 'kl_weight' else key})"
+        for axes in (whole, near):
+            axes.plot(x, y, style, marker="o", markersize=4, lw=width, color=_colour(method), label=label)
+        if method == "distruction":
+            for value, point in zip(sorted(groups), zip(x, y, strict=True), strict=True):
+                near.annotate(
+                    f"{value:g}", point, xytext=(5, 3), textcoords="offset points", fontsize=8, annotation_clip=True
+                )
     for method, mark in (("baseline", "s"), ("retrain", "*")):
         mine = [c for c in single if c.method == method]
         if mine:
-            x, y = (np.mean([c.numbers[k] for c in mine]) for k in ("forget", "retain"))
-            axes.plot(x, y, mark, color="black", markersize=10, label=method, linestyle="none")
-    axes.set(xlabel="D_f accuracy [%]", ylabel="D_r accuracy [%]")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+            x_at, y_at = _mean_point(mine)
+            for axes in (whole, near):
+                axes.plot(x_at, y_at, mark, color="black", markersize=10, label=method, linestyle="none")
+    top = max(c.numbers["retain"] for c in [*sweep, *single])
+    near.set(xlim=(-0.75, 20), ylim=(top - 15, top + 0.75), title="where little is left")
+    whole.set(title="all")
+    for axes in (whole, near):
+        axes.set(xlabel="$D_f$ [%]", ylabel="$D_r$ [%]")
+        axes.grid(alpha=0.3)
+    figure.legend(*whole.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return figure
+
+
+def _mean_point(cells: Sequence[Cell]) -> tuple[float, float]:
+    """Mean (D_f, D_r)."""
+    return float(np.mean([c.numbers["forget"] for c in cells])), float(np.mean([c.numbers["retain"] for c in cells]))
 
 
 def confusion(cells: Sequence[Cell], classes: Sequence[str]) -> Figure:
@@ -96,30 +108,10 @@ def confusion(cells: Sequence[Cell], classes: Sequence[str]) -> Figure:
     axes = figure.subplots()
     axes.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(shown)), [classes[i] for i in shown], rotation=0 if len(shown) <= 10 else 60)
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), [title(m) for m in rows])
     axes.set_xlabel("predicted class")
     for (row, column), share in np.ndenumerate(table):
         if share >= 0.5:
             colour = "white" if share > 60 else "black"
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    return figure
-
-
-def examples(split: Split, predictions: Mapping[str, Mapping[str, Sequence[int]]]) -> Figure:
-    """A few images of the measured sets, with the class predicted before and after unlearning."""
-    sets: dict[str, Images] = {"forget": split.measured_forget, "retain": split.measured_retain}
-    count = max(len(p["after"]) for p in predictions.values())
-    figure = Figure(figsize=(1.25 * count, 1.75 * len(sets)), layout="constrained")
-    grid = figure.subplots(len(sets), count, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for row, (name, data) in zip(grid, sets.items(), strict=True):
-        for axes, image, b, a in zip(
-            row, data.images, predictions[name]["before"], predictions[name]["after"], strict=False
-        ):
-            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
-            axes.imshow(pixels, cmap="gray_r" if pixels.ndim == 2 else None, interpolation="nearest")
-            title = f"{data.classes[b]} → {data.classes[a]}" if a != b else data.classes[b]
-            axes.set_title(title, fontsize=8, color="tab:red" if a != b else "black")
-        row[0].text(-0.2, 0.5, name, rotation=90, ha="center", va="center", transform=row[0].transAxes)
     return figure

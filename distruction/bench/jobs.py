@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import __version__, methods, models, scenarios
-from ..data import Images, load, loader
+from ..data import Images, grouped, load, loader
 from ..errors import UsageError
 from ..forget import ForgetReport
 from ..methods import Counted, Task
@@ -152,10 +152,11 @@ def _cell(
     brief: bool = False,
 ) -> Job:
     groups = {k: list(v) for k, v in scenario.groups.items()}
+    side = grid.network.get("img_size")
     model = {
         "format": FORMAT,
         "version": __version__,
-        "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root)},
+        "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root, side)},
         "groups": groups,
         "network": dict(grid.network),
         "pretrained": _pretrained_hash(context.pretrained),
@@ -177,17 +178,20 @@ def _cell(
 
 
 @functools.cache
-def _data(name: str, root: Path | None) -> tuple[Images, Images]:
-    return load(name, root)
+def _data(name: str, root: Path | None, side: int | None) -> tuple[Images, Images]:
+    return load(name, root, side=side)
 
 
 @functools.cache
-def _data_hash(name: str, root: Path | None) -> str:
+def _data_hash(name: str, root: Path | None, side: int | None) -> str:
     digest = hashlib.sha256()
-    for part in _data(name, root):
+    for part in _data(name, root, side):
         digest.update(canonical([list(part.images.shape), part.classes]).encode())
         digest.update(part.images.contiguous().numpy().data)
         digest.update(part.labels.contiguous().numpy().data)
+        if part.fine is not None:
+            digest.update(canonical(part.fine_classes).encode())
+            digest.update(part.fine.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -202,11 +206,11 @@ def _pretrained_hash(pretrained: str | None) -> str | None:
 
 def make_split(model: Mapping[str, Any], split: Mapping[str, Any], context: Context) -> scenarios.Split:
     """The scenario of these facts."""
-    train, test = _data(model["data"]["name"], context.data_root)
+    train, test = _training_data(model, context)
     if split["scenario"] == "random":
         return scenarios.random(train, test, split["count"], model["seed"])
     if split["scenario"] == "sub-class":
-        return scenarios.sub_class(train, test, split["target"], model["groups"])
+        return scenarios.sub_class(train, test, split["target"])
     return scenarios.full_class(train, test, split["target"])
 
 
@@ -235,10 +239,11 @@ def _fresh(facts: Mapping[str, Any], context: Context) -> nn.Module:
 
 
 def _training_data(facts: Mapping[str, Any], context: Context) -> tuple[Images, Images]:
-    train, test = _data(facts["data"]["name"], context.data_root)
+    """Labelled as the model's head is, on its device."""
+    parts = _data(facts["data"]["name"], context.data_root, facts["network"].get("img_size"))
     if facts["groups"]:
-        return scenarios.grouped(train, facts["groups"]), scenarios.grouped(test, facts["groups"])
-    return train, test
+        parts = grouped(parts[0], facts["groups"]), grouped(parts[1], facts["groups"])
+    return parts[0].to(context.device), parts[1].to(context.device)
 
 
 def _recipe(facts: Mapping[str, Any], model: nn.Module, data: Dataset) -> None:

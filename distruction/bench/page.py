@@ -16,14 +16,18 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..methods import REGISTRY
-from ..report import folder, write_json
+from ..metrics import wilson_interval
+from ..report import examples, folder, write_json
 from . import figures, tables
 from .grid import Grid
 from .jobs import Context, Job, make_split, sweep_cells
-from .results import COLUMNS, Cell, collect
+from .results import COLUMNS, GROUPS, Cell, Contest, Table, collect, contest, summarise
 from .results import tables as summaries_of
 from .runner import Outcome
 from .store import Store
+
+SCREEN_DPI = 96
+"""A figure's pixels per inch on a page; files have twice as many."""
 
 HEADINGS = {
     "full-class": ("Full class (the paper's Table 1)", "One class is forgotten; D_f is measured on its test images."),
@@ -61,24 +65,31 @@ def _write(
     sections = []
     for scenario, table in by_scenario.items():
         heading, note = HEADINGS[scenario]
-        forms = {
-            "paper": ("In the shape of the paper's table", tables.paper_shape(scenario, table, tables.bold_markdown)),
-            "metrics": ("All metrics", tables.all_metrics(table, tables.bold_markdown)),
-            "gaps": ("Mean absolute gap to retraining", tables.gaps(table, tables.bold_markdown)),
-        }
+        mine = [c for c in found if c.scenario == scenario]
+        bold = tables.bold_markdown
+        forms = {"paper": ("In the shape of the paper's table", tables.paper_shape(scenario, table, bold))}
+        forms |= {group: (title, tables.metrics(table, group, bold)) for group, title in GROUPS.items()}
+        if "retrain" in table:
+            forms["gaps"] = ("Mean absolute gap to retraining", tables.gaps(table, bold))
         for name, (title, rows) in forms.items():
             (out / f"{scenario}-{name}.md").write_text(tables.markdown(rows))
             (out / f"{scenario}-{name}.tex").write_text(tables.latex(rows, f"{grid.title}, {scenario}: {title}."))
-        pictures = _figures(out, grid, context, scenario, [c for c in found if c.scenario == scenario])
-        parts = [
-            {"heading": title, "rows": [[_bold_html(cell) for cell in row] for row in rows]}
-            for title, rows in forms.values()
-        ]
-        sections.append({"heading": heading, "note": note, "tables": parts, "figures": pictures})
+        sections.append(
+            {
+                "id": scenario,
+                "heading": heading,
+                "note": note,
+                "sizes": _sizes(mine),
+                "contest": _contest(contest(mine, table), table) if scenario != "random" else "",
+                "tables": [{"heading": title, "rows": rows} for title, rows in forms.values()],
+                "figures": _figures(out, grid, context, scenario, mine),
+            }
+        )
     (out / "summary.csv").write_text(tables.comma_separated(by_scenario))
     write_json(out / "results.json", _numbers(found))
     write_json(out / "failures.json", {title: message for title, message in outcome.failures.values()})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["rich"] = _rich
     template = environment.from_string((resources.files(__package__) / "page.html").read_text())
     shown = {metric for table in by_scenario.values() for row in table.values() for metric in row}
     page = template.render(
@@ -88,10 +99,41 @@ def _write(
         failures=[(title, message.splitlines()[-1]) for title, message in outcome.failures.values()],
         sections=sections,
         columns=[column for metric, column in COLUMNS.items() if metric in shown],
-        methods=[{"name": name, **_described(name), "settings": _settings(grid, name)} for name in grid.methods],
-        provenance=_provenance(grid, found, command),
+        methods=[_described(grid, name) for name in grid.methods],
+        provenance=_provenance(grid, context, found, command),
     )
     (out / "index.html").write_text(page)
+
+
+def _sizes(found: Sequence[Cell]) -> str:
+    """How many images an accuracy stands on, and what that alone leaves open."""
+    counts = next(c.value["counts"] for c in found)
+    interval = "{:.1f} to {:.1f} %".format(*wilson_interval(0.0, counts["forget"]))
+    return (
+        f"D_r is measured on {counts['retain']:,} images, D_f on {counts['forget']:,}, so that a single D_f of 0 % has "
+        f"the 95 % interval {interval} (Wilson)."
+    )
+
+
+def _contest(found: Contest | None, table: Table) -> str:
+    """One sentence on DiStruction against the best method that reads retain data."""
+    if found is None:
+        return ""
+    own = table["distruction"]
+    text = (
+        f"DiStruction, which reads no retained example: D_r {tables.entry(own['retain'], 1)} % at D_f "
+        f"{tables.entry(own['forget'], 1)} %{'' if found.forgets else ' (over 5 %)'}. "
+    )
+    if found.rival is None:
+        return text + "No method that reads retained examples comes to D_f ≤ 5 %."
+    rival = table[found.rival]
+    text += (
+        f"The best of those that read some and come to D_f ≤ 5 %, {tables.title(found.rival)}: "
+        f"D_r {tables.entry(rival['retain'], 1)} % at D_f {tables.entry(rival['forget'], 1)} %."
+    )
+    if found.difference is None:
+        return text
+    return text + f" Difference in D_r, paired by seed and forget set: {tables.entry(found.difference, 1)} points."
 
 
 def _figures(out: Path, grid: Grid, context: Context, scenario: str, found: list[Cell]) -> list[dict[str, Any]]:
@@ -102,46 +144,77 @@ def _figures(out: Path, grid: Grid, context: Context, scenario: str, found: list
         swept = [c for c in found if Job("cell", c.facts).id in wanted]
         first = [c for c in swept if c.seed == grid.sweep.seeds[0]]
         drawn.append(
-            ("kl", figures.kl_curves(first), "KL(q ‖ p) against unlearning iterations per λ (the paper's Figure 1).")
+            (
+                "kl",
+                figures.kl_curves(first),
+                "KL(q ‖ p) against unlearning iterations, one curve per λ (the paper's Figure 1), and the accuracy of "
+                "sampled weights on the batch to forget. One seed.",
+            )
         )
         single = [c for c in full if c.target == grid.sweep.target and c.seed in grid.sweep.seeds]
-        caption = "D_r against D_f, one curve per method over the hyper-parameter in brackets; up and left is better."
-        drawn.append(("trade-off", figures.trade_off(swept, single), caption))
-    if full:
+        drawn.append(
+            (
+                "trade-off",
+                figures.trade_off(swept, single),
+                "D_r against D_f, a curve per method over the hyper-parameter in brackets; on the right the region of "
+                "little D_f and at most 15 points below the best D_r, with λ at DiStruction's points. Up is better.",
+            )
+        )
+    if full and full[0].target:
         split = make_split(full[0].facts["model"], full[0].facts["split"], context)
         target = [c for c in full if c.target == full[0].target]
-        caption = "Predicted classes on the measured forget set, in percent, all seeds together."
+        caption = f"What the forgotten class {full[0].target} is taken for, in percent, all seeds together."
         drawn.append(("confusion", figures.confusion(target, split.test.classes), caption))
     shown = next((c for c in full if c.method == "distruction"), None)
     if shown is not None:
         split = make_split(shown.facts["model"], shown.facts["split"], context)
-        caption = "Predictions before → after unlearning with DiStruction; one name where nothing changed."
-        drawn.append(("examples", figures.examples(split, shown.value["examples"]), caption))
+        caption = "Predictions before → after unlearning with DiStruction, red where they changed. The first images."
+        parts = {"forget": split.measured_forget, "retain": split.measured_retain}
+        predictions = shown.value["examples"]
+        groups = {n: (part, predictions[n]["before"], predictions[n]["after"]) for n, part in parts.items()}
+        drawn.append(("examples", examples(groups), caption))
     pictures = []
     for name, figure, caption in drawn:
         if figure is not None:
             picture = io.BytesIO()
-            figure.savefig(picture, dpi=130, format="png")
+            figure.savefig(picture, dpi=2 * SCREEN_DPI, format="png")
             (out / f"{scenario}-{name}.png").write_bytes(picture.getvalue())
             data = base64.b64encode(picture.getvalue()).decode()
-            image = Markup('<img alt="{}" src="data:image/png;base64,{}">').format(caption, data)
+            width = round(SCREEN_DPI * figure.get_figwidth())
+            image = Markup('<img alt="{}" width="{}" src="data:image/png;base64,{}">').format(caption, width, data)
             pictures.append({"picture": image, "caption": caption})
     return pictures
 
 
-def _bold_html(text: str) -> Markup:
+def _rich(text: str) -> Markup:
+    """A table's cell or a sentence as HTML: bold between ``**``, the sets' letters as indices."""
     bold = text.startswith("**") and text.endswith("**") and len(text) > 4
-    return Markup(f"<b>{html.escape(text[2:-2])}</b>" if bold else html.escape(text))
+    inner = html.escape(text[2:-2] if bold else text)
+    inner = inner.replace("D_r", "D<sub>r</sub>").replace("D_f", "D<sub>f</sub>")
+    return Markup(f"<b>{inner}</b>" if bold else inner)
 
 
-def _described(name: str) -> dict[str, str]:
+def _described(grid: Grid, name: str) -> dict[str, str]:
     method = REGISTRY[name]
-    return {"summary": method.summary, "reads": method.reads, "paper": method.paper}
+    return {
+        "name": tables.title(name),
+        "summary": method.summary,
+        "reads": method.reads,
+        "settings": _settings(grid, name),
+        "paper": method.paper,
+    }
 
 
 def _settings(grid: Grid, name: str) -> str:
-    given = grid.settings.get(name)
-    return ", ".join(f"{k} = {v}" for k, v in given.items()) if given else "defaults"
+    """The settings that differ from the defaults, by scenario where they differ between scenarios."""
+    by_scenario = {
+        s.name: ", ".join(f"{k} = {v}" for k, v in grid.settings_of(name, s.name).items()) or "defaults"
+        for s in grid.scenarios
+        if s.name in REGISTRY[name].scenarios
+    }
+    if len(set(by_scenario.values())) == 1:
+        return next(iter(by_scenario.values()))
+    return "; ".join(f"{scenario}: {text}" for scenario, text in by_scenario.items())
 
 
 def _numbers(found: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -154,12 +227,13 @@ def _numbers(found: Sequence[Cell]) -> list[dict[str, Any]]:
             "settings": dict(c.settings),
             "brief": c.brief,
             **c.numbers,
+            "wilson_95": c.intervals,
         }
         for c in found
     ]
 
 
-def _provenance(grid: Grid, found: Sequence[Cell], command: str) -> str:
+def _provenance(grid: Grid, context: Context, found: Sequence[Cell], command: str) -> str:
     lines = [
         f"command: {command}",
         f"torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, {platform.machine()}",
@@ -168,7 +242,22 @@ def _provenance(grid: Grid, found: Sequence[Cell], command: str) -> str:
         f"network: {json.dumps(dict(grid.network))}",
         f"training: {json.dumps(dict(grid.train))}",
         f"preparation: {json.dumps(dict(grid.prepare))}",
+        f"measurements: {json.dumps(dict(grid.measure))}",
     ]
+    lines += [f"seconds of {what}: {text}" for what, text in _preparation(context, found).items()]
     hashes = {c.facts["model"]["data"]["name"]: c.facts["model"]["data"]["sha256"] for c in found}
     lines += [f"data {name}: sha256 {value}" for name, value in hashes.items()]
     return "\n".join(lines)
+
+
+def _preparation(context: Context, found: Sequence[Cell]) -> dict[str, str]:
+    """Seconds of what comes before unlearning and is timed apart."""
+    store = Store(context.store)
+    names = {"model": "training", "retrained": "retraining", "posterior": "preparing a posterior"}
+    out = {}
+    for kind, name in names.items():
+        facts = {job.id: job.facts for c in found for job in Job("cell", c.facts).needs() if job.kind == kind}
+        seconds = [value["seconds"] for f in facts.values() if (value := store.load(kind, f)) is not None]
+        if seconds:
+            out[name] = f"{tables.entry(summarise(seconds), 1)} (n = {len(seconds)})"
+    return out

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from ..methods import REGISTRY
+from ..metrics import wilson_interval
 from . import published
 from .jobs import Job
 from .store import Store
@@ -22,38 +23,47 @@ class Column:
         heading: short, for table heads.
         meaning: one line.
         better: ``high``, ``low``, or ``retrain`` where the value of retraining is the ideal.
+        group: the table that it stands in.
         digits: after the decimal point.
     """
 
     heading: str
     meaning: str
     better: str
+    group: str
     digits: int = 1
 
 
 COLUMNS: dict[str, Column] = {
-    "retain": Column("D_r %", "accuracy on the retained test set", "high"),
-    "retain_batch_mean": Column("D_r batch %", "the same as published: unweighted mean over batches", "high"),
-    "forget": Column("D_f %", "accuracy on the forgotten set that the scenario measures", "retrain"),
-    "forget_batch_mean": Column("D_f batch %", "the same as published: unweighted mean over batches", "retrain"),
-    "forget_train": Column("D_f train %", "accuracy on the forgotten training examples", "retrain"),
-    "mia_entropy": Column("MIA %", "entropy attack as published: forgotten examples called members", "retrain"),
-    "mia_loss": Column("loss MIA %", "loss-threshold attack: forgotten examples called members", "retrain"),
-    "auc_loss": Column("loss AUC %", "loss attack: forgotten against held-out examples; 50 is blind", "retrain"),
-    "auc_lira": Column("LiRA AUC %", "the same of the likelihood-ratio attack", "retrain"),
-    "tpr_lira": Column("LiRA TPR %", "forgotten examples that this attack finds at 1 % false positives", "retrain"),
-    "js_forget": Column("JS D_f", "Jensen-Shannon divergence to retraining on the forget set, bits", "low", 3),
-    "js_retain": Column("JS D_r", "the same on the measured retain set", "low", 3),
-    "logits_forget": Column("logits D_f", "distance of the centred logits to retraining's on the forget set", "low", 2),
-    "logits_retain": Column("logits D_r", "the same on the measured retain set", "low", 2),
-    "zrf": Column("ZRF", "1 - JS to an untrained model on the forget set", "retrain", 3),
-    "relearn_steps": Column("relearn", "steps of training on the forget set until its accuracy is back", "retrain"),
-    "kl": Column("KL", "KL(q || p) in nats", "low"),
-    "seconds": Column("s", "wall seconds of the unlearning alone", "low"),
-    "peak_memory_mib": Column("MiB", "most memory held beyond what was held before", "low", 0),
-    "retain_reads": Column("retain reads", "retain examples read, repetitions included", "low", 0),
-    "retain_read_percent": Column("retain %", "share of the retain set that was read at least once", "low", 0),
+    "retain": Column("D_r %", "accuracy on the retained test set", "high", "accuracy"),
+    "forget": Column("D_f %", "accuracy on the forgotten set that the scenario measures", "retrain", "accuracy"),
+    "forget_train": Column("D_f train %", "accuracy on the forgotten training examples", "retrain", "accuracy"),
+    "retain_batch_mean": Column("D_r % by batch", "D_r as published: mean of batch accuracies", "high", "published"),
+    "forget_batch_mean": Column("D_f % by batch", "D_f as published: mean of batch accuracies", "retrain", "published"),
+    "mia_entropy": Column("MIA %", "entropy attack: forgotten examples called members", "retrain", "accuracy"),
+    "mia_loss": Column("loss MIA %", "loss attack: forgotten examples called members", "retrain", "accuracy"),
+    "auc_loss": Column("loss AUC %", "loss attack: forgotten against held-out; 50 is blind", "retrain", "accuracy"),
+    "auc_lira": Column("LiRA AUC %", "the same of the likelihood-ratio attack", "retrain", "accuracy"),
+    "tpr_lira": Column("LiRA TPR %", "forgotten examples found at 1 % false positives", "retrain", "accuracy"),
+    "js_forget": Column("JS on D_f", "Jensen-Shannon divergence to retraining, forget set, bits", "low", "distance", 3),
+    "js_retain": Column("JS on D_r", "the same on the measured retain set", "low", "distance", 3),
+    "logits_forget": Column("logits on D_f", "distance of centred logits to retraining's", "low", "distance", 2),
+    "logits_retain": Column("logits on D_r", "the same on the measured retain set", "low", "distance", 2),
+    "zrf": Column("ZRF", "1 − JS to an untrained model on the forget set", "retrain", "distance", 3),
+    "relearn_steps": Column("relearn steps", "of training on the forget set until it is back", "retrain", "distance"),
+    "kl": Column("KL", "KL(q ‖ p) in nats", "low", "distance"),
+    "seconds": Column("seconds", "wall time of the unlearning alone", "low", "cost"),
+    "peak_memory_mib": Column("MiB", "most memory held beyond what was held before", "low", "cost", 0),
+    "retain_reads": Column("retain reads", "retain examples read, repetitions included", "low", "cost", 0),
+    "retain_read_percent": Column("retain %", "share of the retain set read at least once", "low", "cost", 0),
 }
+
+GROUPS = {
+    "accuracy": "Accuracy and membership inference",
+    "distance": "Distance to retraining, and what is left to relearn",
+    "cost": "Cost",
+}
+"""Tables of metrics by name, with their titles."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,17 @@ class Cell:
     numbers: Mapping[str, float]
     value: Mapping[str, Any]
     facts: Mapping[str, Any]
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Scenario, target and seed: what cells of different methods must share to be compared."""
+        return self.scenario, self.target, self.seed
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Wilson's 95 % intervals of the accuracies, in percent."""
+        counts = self.value["counts"]
+        return {metric: wilson_interval(self.numbers[metric], n) for metric, n in counts.items() if n}
 
 
 def collect(jobs: Sequence[Job], store: Store) -> list[Cell]:
@@ -107,26 +128,42 @@ def collect(jobs: Sequence[Job], store: Store) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean, standard deviation (n - 1) and Student's 95 % interval of the mean over ``n`` cells.
+    """Of ``n`` cells.
 
-    ``gap`` is the mean absolute difference to the retrained model of the same seed and forget set; NaN where it does
-    not apply.
+    Attributes:
+        mean: over the cells.
+        std: standard deviation (n - 1); NaN for one cell.
+        low, high: 95 % interval: Student's of the mean; of a single accuracy Wilson's; else NaN.
+        n: cells.
+        gap: mean absolute difference to the retrained model of the same seed and forget set; NaN where it does not
+            apply.
     """
 
     mean: float
     std: float
-    half_width: float
+    low: float
+    high: float
     n: int
-    gap: float
+    gap: float = math.nan
 
 
-def summarise(values: Sequence[float], references: Sequence[float]) -> Summary:
-    """The summary of cells' values; ``references`` are the retrained models' values, or empty."""
-    n = len(values)
-    std = float(np.std(values, ddof=1)) if n > 1 else math.nan
-    half = float(student_t.ppf(0.975, n - 1)) * std / math.sqrt(n) if n > 1 else math.nan
+def summarise(values: Sequence[float], references: Sequence[float] = (), count: int = 0) -> Summary:
+    """The summary of cells' values.
+
+    Args:
+        references: the retrained models' values, or none.
+        count: examples behind each value, where it is an accuracy in percent.
+    """
+    n, mean = len(values), float(np.mean(values))
+    std = low = high = math.nan
+    if n > 1:
+        std = float(np.std(values, ddof=1))
+        half = float(student_t.ppf(0.975, n - 1)) * std / math.sqrt(n)
+        low, high = mean - half, mean + half
+    elif count:
+        low, high = wilson_interval(mean, count)
     gap = float(np.mean(np.abs(np.subtract(values, references)))) if len(references) == n else math.nan
-    return Summary(float(np.mean(values)), std, half, n, gap)
+    return Summary(mean, std, low, high, n, gap)
 
 
 Table = dict[str, dict[str, Summary]]
@@ -136,7 +173,7 @@ Table = dict[str, dict[str, Summary]]
 def tables(cells: Sequence[Cell]) -> dict[str, Table]:
     """Scenario to its table, in the order of the registry."""
     full = [c for c in cells if not c.brief]
-    retrained = {(c.scenario, c.target, c.seed): c.numbers for c in full if c.method == "retrain"}
+    retrained = {c.place: c.numbers for c in full if c.method == "retrain" and not c.settings.get("ssd_compat")}
     out: dict[str, Table] = {}
     for scenario in dict.fromkeys(c.scenario for c in full):
         out[scenario] = {}
@@ -147,28 +184,69 @@ def tables(cells: Sequence[Cell]) -> dict[str, Table]:
             row = {}
             for metric, column in COLUMNS.items():
                 having = [c for c in mine if metric in c.numbers]
-                if not having:
+                # Random examples are measured on themselves: D_f is D_f train.
+                if not having or (scenario == "random" and metric == "forget_train"):
                     continue
-                keys = [(c.scenario, c.target, c.seed) for c in having]
-                gaps = column.better in ("high", "retrain") and all(k in retrained for k in keys)
-                references = [retrained[k][metric] for k in keys] if gaps else []
-                row[metric] = summarise([c.numbers[metric] for c in having], references)
+                gaps = column.better in ("high", "retrain") and all(c.place in retrained for c in having)
+                references = [retrained[c.place][metric] for c in having] if gaps else []
+                count = having[0].value["counts"].get(metric, 0)
+                row[metric] = summarise([c.numbers[metric] for c in having], references, count)
             out[scenario][method] = row
     return out
 
 
-def best(table: Table, metric: str) -> set[str]:
-    """The methods with the best mean of a metric, as the tables print it: baseline and retrain do not compete."""
+def best(table: Table, metric: str, *, by_gap: bool = False) -> set[str]:
+    """The methods with the best mean of a metric, as the tables print it: baseline and retrain do not compete.
+
+    Args:
+        by_gap: the nearest to retraining are the best, whatever the metric.
+    """
     column = COLUMNS[metric]
     scores = {}
     for method, row in table.items():
         if method in ("baseline", "retrain") or metric not in row:
             continue
         summary = row[metric]
-        score = {"high": -summary.mean, "low": summary.mean, "retrain": summary.gap}[column.better]
+        direction = "retrain" if by_gap else column.better
+        score = {"high": -summary.mean, "low": summary.mean, "retrain": summary.gap}[direction]
         if not math.isnan(score):
             scores[method] = round(score, column.digits)
     return {m for m, s in scores.items() if s == min(scores.values())}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """DiStruction against the best method that reads retain data, among those that forget.
+
+    Attributes:
+        rival: that method; ``None`` where none forgets.
+        forgets: whether DiStruction itself does.
+        difference: D_r of DiStruction less the rival's, paired by seed and forget set; ``None`` without a rival.
+    """
+
+    rival: str | None
+    forgets: bool
+    difference: Summary | None
+
+
+def contest(cells: Sequence[Cell], table: Table, limit: float = 5.0) -> Contest | None:
+    """The contest of a scenario; a method forgets if its mean D_f is at most ``limit`` %.
+
+    ``None`` where DiStruction was not run.
+    """
+    if "distruction" not in table:
+        return None
+    forgets = {m for m, row in table.items() if row["forget"].mean <= limit}
+    rivals = [m for m in forgets if REGISTRY[m].reads != "none" and m != "retrain"]
+    if not rivals:
+        return Contest(None, "distruction" in forgets, None)
+    rival = max(rivals, key=lambda m: (table[m]["retain"].mean, m))
+    ours, theirs = (
+        {c.place: c.numbers["retain"] for c in cells if c.method == m and not c.brief} for m in ("distruction", rival)
+    )
+    pairs = [(ours[place], theirs[place]) for place in ours if place in theirs]
+    difference = summarise([a - b for a, b in pairs]) if pairs else None
+    return Contest(rival, "distruction" in forgets, difference)
 
 
 def published_value(scenario: str, metric: str, method: str) -> published.Value | None:

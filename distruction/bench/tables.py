@@ -3,26 +3,46 @@
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import published
-from .results import COLUMNS, Summary, Table, best, published_value
+from .results import COLUMNS, GROUPS, Summary, Table, best, published_value
 
-PAPER = ("retain", "forget", "mia_entropy")
-"""The metrics of the paper's Tables 1 to 3."""
+PAPER = {"retain": "retain_batch_mean", "forget": "forget_batch_mean", "mia_entropy": ""}
+"""The metrics of the paper's Tables 1 to 3, and the form in which they are published where it differs."""
+
+NAMES = {
+    "unsir": "UNSIR",
+    "ssd": "SSD",
+    "ssd-per-sample": "SSD per sample",
+    "scrub": "SCRUB",
+    "distruction": "DiStruction",
+}
 
 Mark = Callable[[str], str]
 
 
+def title(method: str) -> str:
+    """A method's name as the papers write it."""
+    stem = method.removesuffix("+kl")
+    return NAMES.get(stem, stem) + (" + KL" if stem != method else "")
+
+
 def number(value: float, digits: int) -> str:
-    """A number, or a dash for NaN."""
-    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
+    """A number, or a dash for NaN; never a negative zero."""
+    if math.isnan(value):
+        return "–"
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
 def entry(summary: Summary, digits: int) -> str:
-    """mean ± half width of the 95 % interval."""
+    """mean ± half width of the 95 % interval; of one accuracy with Wilson's interval; of a steady count alone."""
     text = number(summary.mean, digits)
-    return text if math.isnan(summary.half_width) else f"{text} ± {number(summary.half_width, digits)}"
+    if math.isnan(summary.low) or (digits == 0 and summary.high - summary.low < 1):
+        return text
+    if summary.n == 1:
+        return f"{text} [{number(summary.low, digits)}, {number(summary.high, digits)}]"
+    return f"{text} ± {number((summary.high - summary.low) / 2, digits)}"
 
 
 def published_entry(value: published.Value | None) -> str:
@@ -34,52 +54,49 @@ def published_entry(value: published.Value | None) -> str:
 
 
 def paper_shape(scenario: str, table: Table, bold: Mark) -> list[list[str]]:
-    """Rows of the paper's table: a head, then for each metric our row and the published one."""
-    methods = list(table)
-    rows = [["", *methods]]
-    for metric in PAPER:
-        column, winners = COLUMNS[metric], best(table, metric)
-        cells = {m: entry(row[metric], column.digits) for m, row in table.items() if metric in row}
-        rows.append([column.heading, *(bold(cells[m]) if m in winners else cells.get(m, "") for m in methods)])
-        paper = [published_entry(published_value(scenario, metric, m)) for m in methods]
+    """The paper's table: its methods as columns; for each metric our row, the same averaged over batches as published
+    where that differs, and the published row."""
+    mine = {m: row for m, row in table.items() if published_value(scenario, "retain", m) is not None}
+    rows = [["", *map(title, mine)]]
+    for metric, as_published in PAPER.items():
+        for name in filter(None, (metric, as_published)):
+            rows.append([COLUMNS[name].heading, *_line(mine, name, bold)])
+        paper = [published_entry(published_value(scenario, metric, m)) for m in mine]
         rows.append([f"published ({published.DATA[scenario]})", *paper])
     return rows
 
 
-def all_metrics(table: Table, bold: Mark) -> list[list[str]]:
-    """One row per method, one column per metric."""
-    metrics = [m for m in COLUMNS if any(m in row for row in table.values())]
-    winners = {m: best(table, m) for m in metrics}
-    rows = [["method", *(COLUMNS[m].heading for m in metrics)]]
-    for method, row in table.items():
-        cells = {m: entry(row[m], COLUMNS[m].digits) for m in metrics if m in row}
-        rows.append([method, *(bold(cells[m]) if method in winners[m] else cells.get(m, "") for m in metrics)])
-    return rows
+def metrics(table: Table, group: str, bold: Mark) -> list[list[str]]:
+    """One row per method, one column per metric of a group."""
+    names = [m for m, c in COLUMNS.items() if c.group == group and any(m in row for row in table.values())]
+    return _by_method(table, [COLUMNS[m].heading for m in names], [_line(table, m, bold) for m in names])
 
 
 def gaps(table: Table, bold: Mark) -> list[list[str]]:
     """One row per method: mean absolute difference to retraining in each metric where it means something."""
-    metrics = [m for m in COLUMNS if any(m in row and not math.isnan(row[m].gap) for row in table.values())]
-    rows = [["method", *(COLUMNS[m].heading for m in metrics)]]
-    candidates = [m for m in table if m not in ("baseline", "retrain")]
-    least = {
-        m: min((round(table[c][m].gap, COLUMNS[m].digits) for c in candidates if m in table[c]), default=math.nan)
-        for m in metrics
-    }
-    for method, row in table.items():
-        if method == "retrain":
-            continue
-        line = [method]
-        for metric in metrics:
-            if metric not in row:
-                line.append("")
-                continue
-            digits = COLUMNS[metric].digits
-            text = number(row[metric].gap, digits)
-            wins = method in candidates and round(row[metric].gap, digits) == least[metric]
-            line.append(bold(text) if wins else text)
-        rows.append(line)
-    return rows
+    names = [
+        m
+        for m, c in COLUMNS.items()
+        if c.group in GROUPS and any(m in row and not math.isnan(row[m].gap) for row in table.values())
+    ]
+    others = {method: row for method, row in table.items() if method != "retrain"}
+    columns = []
+    for name in names:
+        winners, digits = best(others, name, by_gap=True), COLUMNS[name].digits
+        texts = {m: number(row[name].gap, digits) for m, row in others.items() if name in row}
+        columns.append([bold(texts[m]) if m in winners else texts.get(m, "") for m in others])
+    return _by_method(others, [COLUMNS[m].heading for m in names], columns)
+
+
+def _line(table: Table, metric: str, bold: Mark) -> list[str]:
+    """A metric of every method, the best one bold."""
+    winners, digits = best(table, metric), COLUMNS[metric].digits
+    texts = {m: entry(row[metric], digits) for m, row in table.items() if metric in row}
+    return [bold(texts[m]) if m in winners else texts.get(m, "") for m in table]
+
+
+def _by_method(table: Table, headings: Sequence[str], columns: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [["method", *headings], *([title(m), *line] for m, *line in zip(table, *columns, strict=True))]
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -116,7 +133,16 @@ def latex(rows: list[list[str]], caption: str) -> str:
 def _tex(text: str) -> str:
     if text.startswith("**") and text.endswith("**"):
         return rf"\textbf{{{_tex(text[2:-2])}}}"
-    for plain, tex in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("–", "--"), ("|", r"$|$")):
+    for plain, tex in (
+        ("%", r"\%"),
+        ("&", r"\&"),
+        ("_", r"\_"),
+        (r"D\_r", r"$\mathcal{D}_r$"),
+        (r"D\_f", r"$\mathcal{D}_f$"),
+        ("±", r"$\pm$"),
+        ("−", "$-$"),
+        ("–", "--"),
+    ):
         text = text.replace(plain, tex)
     return text
 
@@ -125,15 +151,14 @@ def comma_separated(tables: dict[str, Table]) -> str:
     """Every summary in long form, full precision."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["scenario", "method", "metric", "mean", "std", "half_width_95", "n", "gap", "published_mean", "published_std"]
-    )
+    figures = ["mean", "std", "low_95", "high_95", "n", "gap", "published_mean", "published_std"]
+    writer.writerow(["scenario", "method", "metric", *figures])
     for scenario, table in tables.items():
         for method, row in table.items():
             for metric, s in row.items():
                 paper = published_value(scenario, metric, method) or (None, None)
-                figures = [None if math.isnan(v) else v for v in (s.mean, s.std, s.half_width, s.n, s.gap)]
-                writer.writerow([scenario, method, metric, *figures, *paper])
+                ours = [None if math.isnan(v) else v for v in (s.mean, s.std, s.low, s.high, s.n, s.gap)]
+                writer.writerow([scenario, method, metric, *ours, *paper])
     return out.getvalue()
 
 

@@ -1,6 +1,6 @@
 """Data sets: uint8 images with labels, and loaders over them."""
 
-from .images import Examples, Images, forget_split, loader
-from .sets import load
+from .images import Examples, Images, forget_split, grouped, loader
+from .sets import detect, load
 
-__all__ = ["Examples", "Images", "forget_split", "load", "loader"]
+__all__ = ["Examples", "Images", "detect", "forget_split", "grouped", "load", "loader"]

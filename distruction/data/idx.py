@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .raw import Part, Raw
 
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -27,14 +28,14 @@ def holds(folder: Path) -> bool:
     return any(_locate(folder, name) for pair in _FILES.values() for name in pair)
 
 
-def read(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images, labels) of the training and the test part: uint8 (N, 1, height, width) and int64 (N,).
+def read(folder: Path, side: int | None = None) -> Raw:
+    """The two parts; images of one channel.
 
     Raises:
         UsageError: a file is missing, damaged, or does not fit its partner.
     """
     train, test = (_part(folder, *names) for names in _FILES.values())
-    return train, test
+    return Raw(train, test)
 
 
 def array(path: Path) -> Tensor:
@@ -65,7 +66,7 @@ def array(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(content), np.uint8, offset=start).reshape(shape))
 
 
-def _part(folder: Path, images_name: str, labels_name: str) -> tuple[Tensor, Tensor]:
+def _part(folder: Path, images_name: str, labels_name: str) -> Part:
     paths = []
     for name in (images_name, labels_name):
         path = _locate(folder, name)

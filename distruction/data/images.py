@@ -1,6 +1,7 @@
 """Image classification data in memory, normalised batch by batch."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,11 +26,16 @@ class Examples(Protocol):
 class Images(Dataset):
     """Labelled images; indexing with a list of positions gives a normalised batch.
 
+    The pixels stay bytes in the CPU's memory; a batch of bytes goes to ``device`` and is normalised there.
+
     Attributes:
         images: uint8, (N, channels, height, width).
-        labels: int64, (N,).
-        classes: the classes' names.
+        labels: int64, (N,), those of the model's head.
+        classes: the labels' names.
         mean, std: per channel, in units of the stored values; a batch is (images - mean) / std.
+        fine: int64, (N,), finer labels of which each is a part of one of ``labels``; or ``None``.
+        fine_classes: their names.
+        device: where batches are.
     """
 
     images: Tensor
@@ -37,17 +43,44 @@ class Images(Dataset):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fine: Tensor | None = None
+    fine_classes: tuple[str, ...] = ()
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(t).view(-1, 1, 1) for t in (self.mean, self.std))
-        return (self.images[index].float() - mean) / std, self.labels[index]
+        mean, std = self._moments
+        images, labels = (t[index].to(self.device) for t in (self.images, self.labels))
+        return (images.float() - mean) / std, labels
+
+    @functools.cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and std on the device: made once, because each copy to a GPU waits for it."""
+        mean, std = (torch.tensor(t, device=self.device).view(-1, 1, 1) for t in (self.mean, self.std))
+        return mean, std
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same data, with batches on ``device``."""
+        return replace(self, device=device)
 
     def subset(self, where: Tensor) -> "Images":
         """The examples selected by a boolean mask or by positions."""
-        return replace(self, images=self.images[where], labels=self.labels[where])
+        fine = None if self.fine is None else self.fine[where]
+        return replace(self, images=self.images[where], labels=self.labels[where], fine=fine)
+
+    def members(self, name: str) -> Tensor:
+        """Mask of the examples of a class: bool, (N,).
+
+        Raises:
+            UsageError: it is none of ``classes`` and none of ``fine_classes``.
+        """
+        if name in self.classes:
+            return self.labels == self.classes.index(name)
+        if self.fine is not None and name in self.fine_classes:
+            return self.fine == self.fine_classes.index(name)
+        raise UsageError(f"class {name!r} is unknown; the classes are {', '.join((*self.classes, *self.fine_classes))}")
 
 
 def loader(data: Examples, *, batch_size: int, shuffle: bool = False) -> DataLoader:
@@ -57,20 +90,33 @@ def loader(data: Examples, *, batch_size: int, shuffle: bool = False) -> DataLoa
     return DataLoader(data, sampler=batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def forget_split(data: Images, forget_class: str | int) -> tuple[Images, Images]:
-    """The examples of one class, and the others.
+def grouped(data: Images, groups: Mapping[str, Sequence[str]]) -> Images:
+    """The data labelled by super class; its own labels become the fine ones.
+
+    Args:
+        groups: super class to its classes.
+
+    Raises:
+        UsageError: the groups do not name each class of the data exactly once.
+    """
+    members = [name for fine in groups.values() for name in fine]
+    if sorted(members) != sorted(data.classes):
+        missing = sorted(set(data.classes) - set(members))
+        extra = sorted({m for m in members if m not in data.classes or members.count(m) > 1})
+        raise UsageError(
+            f"the super classes must name each class once; missing: {missing}, unknown or repeated: {extra}"
+        )
+    table = torch.tensor([next(i for i, fine in enumerate(groups.values()) if c in fine) for c in data.classes])
+    return replace(data, labels=table[data.labels], classes=tuple(groups), fine=data.labels, fine_classes=data.classes)
+
+
+def forget_split(data: Images, forget_class: str) -> tuple[Images, Images]:
+    """The examples of one class, or of one fine class, and the others.
 
     Raises:
         UsageError: the class is not one of the data set's, or has no examples.
     """
-    names = data.classes
-    if isinstance(forget_class, str):
-        if forget_class not in names:
-            raise UsageError(f"class {forget_class!r} is unknown; the classes are {', '.join(names)}")
-        forget_class = names.index(forget_class)
-    if not 0 <= forget_class < len(names):
-        raise UsageError(f"class {forget_class} is out of range; there are {len(names)}: 0 to {len(names) - 1}")
-    mask = data.labels == forget_class
+    mask = data.members(forget_class)
     if not mask.any():
-        raise UsageError(f"class {names[forget_class]!r} has no examples, so there is nothing to forget")
+        raise UsageError(f"class {forget_class!r} has no examples, so there is nothing to forget")
     return data.subset(mask), data.subset(~mask)

@@ -1,6 +1,7 @@
-"""Data sets by name, found below a folder."""
+"""Data sets by name, found below a folder in whatever form they are there."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..errors import UsageError
-from . import idx
-from .images import Images
+from . import cifar, folder, idx, names, parquet
+from .images import Images, grouped
+from .raw import Format, Part, Raw
 
-FASHION_MNIST = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+ANY: tuple[Format, ...] = (folder, parquet)
+"""The forms in which any data set may come."""
 
 
 @dataclass(frozen=True)
@@ -25,75 +26,192 @@ class Known:
 
     Attributes:
         classes: names in the order of its labels.
-        places: folders to look in, relative to the root.
-        system: the folder of its Debian package.
+        native: the form in which it was published.
+        places: where to look, relative to the root.
         get: how to get it.
+        system: the folder of its Debian package.
     """
 
     classes: tuple[str, ...]
+    native: Format
     places: tuple[str, ...]
-    system: str
     get: str
+    system: str | None = None
 
     def tried(self, root: Path | None) -> Iterator[Path]:
         """Where it may be, the likeliest first."""
-        if root is None:
-            yield Path(self.system)
-        else:
-            yield from (root / place for place in (*self.places, self.system.lstrip("/")))
+        if root is not None:
+            yield from (root / place for place in self.places)
+        if self.system is not None:
+            yield Path(self.system) if root is None else root / self.system.lstrip("/")
 
 
+_CIFAR = (
+    "get {archive} from its authors' page (Krizhevsky, University of Toronto) or by "
+    "torchvision.datasets.{name}(ROOT, download=True); Parquet files and ImageFolder trees do as well"
+)
 KNOWN = {
     "fashion-mnist": Known(
-        FASHION_MNIST,
-        (".", "fashion-mnist", "FashionMNIST/raw"),
-        "/usr/share/datasets/fashion-mnist",
+        names.FASHION_MNIST,
+        idx,
+        ("fashion-mnist", "FashionMNIST/raw", "."),
         "install Debian's package dataset-fashion-mnist (or unpack it: apt-get download, dpkg-deb -x FILE ROOT)",
-    )
+        "/usr/share/datasets/fashion-mnist",
+    ),
+    "cifar10": Known(
+        names.CIFAR10,
+        cifar.CIFAR10,
+        ("cifar10", "."),
+        _CIFAR.format(archive=cifar.CIFAR10.archive, name="CIFAR10"),
+    ),
+    "cifar100": Known(
+        names.CIFAR100,
+        cifar.CIFAR100,
+        ("cifar100", "."),
+        _CIFAR.format(archive=cifar.CIFAR100.archive, name="CIFAR100"),
+    ),
 }
-NAMES = ("digits", *KNOWN)
+NAMES = ("digits", "fashion-mnist", "cifar10", "cifar20", "cifar100")
 
 
-def load(name: str, root: str | Path | None = None) -> tuple[Images, Images]:
-    """The train and test parts of a data set by name.
+def load(name: str, root: str | Path | None = None, *, side: int | None = None) -> tuple[Images, Images]:
+    """The train and test parts of a data set.
 
-    ``digits``: scikit-learn's 1,797 scans of handwritten digits, 8x8, values 0..16 (Alpaydin, Kaynak 1998), split
-    80 : 20, stratified, by a fixed seed; needs no root.
-    ``fashion-mnist``: 60,000 and 10,000 images, 28x28 (Xiao, Rasul, Vollgraf 2017), from IDX files.
+    | name            | data                                                                                        |
+    |-----------------|---------------------------------------------------------------------------------------------|
+    | `digits`        | scikit-learn's 1,797 handwritten digits, 8x8, values 0..16 (Alpaydin, Kaynak 1998), split   |
+    |                 | 80 : 20, stratified, by a fixed seed; needs no root                                         |
+    | `fashion-mnist` | 60,000 and 10,000 images, 28x28 (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747)              |
+    | `cifar10`       | 50,000 and 10,000 images, 32x32, of 10 classes (Krizhevsky 2009)                            |
+    | `cifar100`      | as many of 100 classes                                                                      |
+    | `cifar20`       | the images of CIFAR-100 with its 20 coarse labels; the 100 are the fine ones                |
+    | any other       | a folder, relative to the root (`.` is the root): an ImageFolder tree or Parquet files      |
+
+    The published sets are found as published (IDX files; Python archives, also as .tar.gz), as torchvision leaves them,
+    as Parquet files of the Hugging Face hub and as ImageFolder trees with the classes' names or numbers.
 
     Args:
-        root: folder in which the data set is looked for; ``None`` is where its Debian package puts it.
+        root: folder in which the data set is looked for, or its archive; ``None`` is where its Debian package puts it.
+        side: pixels to which images of differing sizes are cropped and resized; those of one size stay as they are.
 
     Raises:
-        UsageError: the name is unknown, or the data set is missing or damaged.
+        UsageError: the data set is missing, damaged, or not what the name says.
     """
     if name == "digits":
         return _digits()
-    if name not in KNOWN:
-        raise UsageError(f"data set {name!r} is unknown; choose {', '.join(NAMES)}")
-    known = KNOWN[name]
     root = None if root is None else Path(root)
-    tried = list(known.tried(root))
-    for folder in tried:
-        if idx.holds(folder):
-            return _parts(*idx.read(folder), known.classes, folder)
-    raise UsageError(f"no {name} in {', '.join(map(str, tried))}; {known.get}, and pass its folder by --data")
+    if name == "cifar20":
+        train, test = load("cifar100", root, side=side)
+        return grouped(train, names.CIFAR20), grouped(test, names.CIFAR20)
+    known = KNOWN.get(name)
+    places = list(known.tried(root)) if known else [Path(name) if root is None else root / name]
+    forms = (known.native, *ANY) if known else ANY
+    found = _found(places, forms)
+    if found is None:
+        raise UsageError(_missing(name, root, places))
+    place, form = found
+    raw = form.read(place, side)
+    return _images(raw, place) if known is None else _images(_numbered(raw, known.classes, name, place), place)
 
 
-def _parts(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: tuple[str, ...], where: Path
-) -> tuple[Images, Images]:
-    for part, (images, labels) in (("training", train), ("test", test)):
+def detect(root: str | Path | None) -> str:
+    """The name of the one data set in ``root``; ``digits`` without a root, CIFAR-100 with its fine labels.
+
+    Raises:
+        UsageError: there is none, or several.
+    """
+    if root is None:
+        return "digits"
+    root = Path(root)
+    found = [name for name, known in KNOWN.items() if _found(known.tried(root), (known.native,))]
+    if not found and _found([root], ANY):
+        return "."
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{root} holds several data sets; choose one of {', '.join(found)} by --dataset")
+    raise UsageError(
+        f"no data set in {root}: {_content(root)}; it may hold CIFAR's Python archives, IDX files of Fashion-MNIST, "
+        "train/ and test/ with a folder per class, or Parquet files (name it by --dataset if it is in a sub-folder)"
+    )
+
+
+def _found(places: Iterator[Path] | list[Path], forms: tuple[Format, ...]) -> tuple[Path, Format] | None:
+    return next(((place, form) for place in places for form in forms if form.holds(place)), None)
+
+
+def _missing(name: str, root: Path | None, places: list[Path]) -> str:
+    tried = ", ".join(map(str, places)) or "no folder"
+    known = KNOWN.get(name)
+    if known is None:
+        return (
+            f"data set {name!r} is none of {', '.join(NAMES)}, and {tried} is no folder with train/ and test/ or with "
+            f"Parquet files: {_content(places[0])}"
+        )
+    content = f" ({_content(root)})" if root is not None else ""
+    return f"no {name} found; tried {tried}{content}. {known.get[0].upper()}{known.get[1:]}; pass its folder by --data"
+
+
+def _content(path: Path) -> str:
+    """What is there, for messages."""
+    if not path.is_dir():
+        return f"{path} is a file of another kind" if path.exists() else f"{path} does not exist"
+    entries = sorted(entry.name for entry in path.iterdir())
+    more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
+    return f"{path} holds {', '.join(entries[:8]) or 'nothing'}{more}"
+
+
+def _numbered(raw: Raw, classes: tuple[str, ...], name: str, where: Path) -> Raw:
+    """The data with the official numbers of its classes.
+
+    Raises:
+        UsageError: it has classes of other names.
+    """
+    if raw.names is None or raw.names == classes:
+        return Raw(raw.train, raw.test, classes)
+    if all(n.isdecimal() for n in raw.names):
+        table = [int(n) for n in raw.names]
+    else:
+        # The hub's CIFAR-100 calls the crab "cra"; folders cannot be called "T-shirt/top".
+        official = {_plain(c): i for i, c in enumerate(classes)} | (
+            {"cra": classes.index("crab")} if "crab" in classes else {}
+        )
+        other = [n for n in raw.names if _plain(n) not in official]
+        if other:
+            raise UsageError(f"{where} is not {name}: it has classes named {', '.join(other[:5])}")
+        table = [official[_plain(n)] for n in raw.names]
+    numbers = torch.tensor(table)
+
+    def renumbered(part: Part) -> Part:
+        _check(part[1], len(numbers), where)
+        return part[0], numbers[part[1]]
+
+    return Raw(renumbered(raw.train), renumbered(raw.test), classes)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _check(labels: Tensor, classes: int, where: Path) -> None:
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        raise UsageError(
+            f"the labels in {where} run from {labels.min()} to {labels.max()}, but there are {classes} classes"
+        )
+
+
+def _images(raw: Raw, where: Path) -> tuple[Images, Images]:
+    assert raw.names is not None
+    for part, (images, labels) in (("training", raw.train), ("test", raw.test)):
         if not len(images):
             raise UsageError(f"the {part} part in {where} has no images")
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UsageError(
-                f"the {part} labels in {where} run from {labels.min()} to {labels.max()}, "
-                f"but there are {len(classes)} classes"
-            )
-    mean, std = moments(train[0])
-    made = [Images(images, labels, classes, mean, std) for images, labels in (train, test)]
-    return made[0], made[1]
+        _check(labels, len(raw.names), where)
+    if raw.train[0].shape[1:] != raw.test[0].shape[1:]:
+        shapes = " and ".join(str(tuple(images.shape[1:])) for images, _ in (raw.train, raw.test))
+        raise UsageError(f"the images of the two parts in {where} differ in shape: {shapes}")
+    mean, std = moments(raw.train[0])
+    train, test = (Images(images, labels, raw.names, mean, std) for images, labels in (raw.train, raw.test))
+    return train, test
 
 
 def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -67,7 +67,9 @@ class Mixed(Dataset):
             if len(mine):
                 inputs.append(source[(where[mine] - start).tolist()][0])
                 places.append(mine)
-        return torch.cat(inputs)[torch.cat(places).argsort()], self.labels[where]
+        # A method's own tensors, such as UNSIR's noise, may be elsewhere than the data's batches.
+        device = inputs[-1].device
+        return torch.cat([i.to(device) for i in inputs])[torch.cat(places).argsort().to(device)], self.labels[where]
 
 
 class Selected(Dataset):

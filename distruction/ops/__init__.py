@@ -16,10 +16,12 @@ Arguments that several ops share:
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .backends import AUTO, ENVIRONMENT, MODULES, BackendUnavailable, resolve, unavailable
 
 __all__ = [
@@ -67,13 +69,21 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _check_lists(reference: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# A step checks thousands of tensors before it may launch anything, so the checks first ask whether all is well, with
+# few operations for each tensor, and look for the culprit only if it is not.
+
+
+def _check_lists(mean: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
+    shapes, devices = [r.shape for r in mean], [r.device for r in mean]
     for name, tensors in lists.items():
-        if len(tensors) != len(reference):
-            raise ValueError(
-                f"{name} has {len(tensors)} tensors, mean has {len(reference)}; give one for each parameter"
-            )
-        for i, (t, r) in enumerate(zip(tensors, reference, strict=True)):
+        if [t.shape for t in tensors] == shapes and [t.device for t in tensors] == devices:
+            continue
+        if len(tensors) != len(mean):
+            raise ValueError(f"{name} has {len(tensors)} tensors, mean has {len(mean)}; give one for each parameter")
+        for i, (t, r) in enumerate(zip(tensors, mean, strict=True)):
             if t.shape != r.shape or t.device != r.device:
                 raise ValueError(
                     f"{name}[{i}] is {tuple(t.shape)} on {t.device}, mean[{i}] is {tuple(r.shape)} on {r.device}; "
@@ -84,6 +94,8 @@ def _check_lists(reference: Sequence[Tensor], **lists: Sequence[Tensor]) -> None
 def _check_state(mean: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     _check_lists(mean, **lists)
     for name, tensors in {"mean": mean, **lists}.items():
+        if {t.dtype for t in tensors} <= {mean[0].dtype} <= {torch.float32, torch.float64}:
+            continue
         for i, t in enumerate(tensors):
             if t.dtype != mean[0].dtype or t.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
@@ -91,13 +103,51 @@ def _check_state(mean: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
                 )
 
 
+def _served(
+    backend: str,
+    device: torch.device,
+    state: dict[str, Sequence[Tensor]],
+    samples: dict[str, Sequence[Tensor]] | None = None,
+) -> ModuleType:
+    """The backend for ``device``, which takes these tensors.
+
+    Kernels get addresses, so that nothing but float32 state, contiguous and on one device, may pass.
+    """
+    module = resolve(backend, device.type)
+    if module is reference:
+        return module
+    # The other lists are where ``mean`` is: `_check_lists`.
+    for i, m in enumerate(state["mean"]):
+        if m.device != device:
+            raise ValueError(f"mean[{i}] is on {m.device}, the call's other tensors are on {device}")
+    for types, lists in ((_KERNEL_TYPES[:1], state), (_KERNEL_TYPES, samples or {})):
+        for name, tensors in lists.items():
+            if all(map(Tensor.is_contiguous, tensors)) and {t.dtype for t in tensors} <= set(types):
+                continue
+            for i, t in enumerate(tensors):
+                if not t.is_contiguous():
+                    raise ValueError(
+                        f"{name}[{i}] of shape {tuple(t.shape)} and strides {t.stride()} is not contiguous; pass it "
+                        ".contiguous(), or choose backend='reference'"
+                    )
+                if t.dtype not in types:
+                    raise ValueError(
+                        f"{name}[{i}] is {t.dtype}, not {' or '.join(map(str, types))}; backend='reference' takes "
+                        "other types"
+                    )
+    return module
+
+
 def _check_generator(mean: Sequence[Tensor], offsets: Sequence[int], streams: Sequence[int], counters: Tensor) -> None:
     if not len(offsets) == len(mean) == len(streams):
         raise ValueError(
             f"offsets ({len(offsets)}) and streams ({len(streams)}) need one entry per tensor ({len(mean)})"
         )
-    if counters.dtype != torch.int64 or counters.shape != (3,):
-        raise ValueError(f"counters must be int64 of shape (3,), not {counters.dtype} of shape {tuple(counters.shape)}")
+    if counters.dtype != torch.int64 or counters.shape != (3,) or not counters.is_contiguous():
+        raise ValueError(
+            f"counters must be int64 of shape (3,), contiguous, not {counters.dtype} of shape {tuple(counters.shape)} "
+            f"and strides {counters.stride()}"
+        )
 
 
 def _sample_impl(out, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding, backend="auto"):
@@ -105,7 +155,7 @@ def _sample_impl(out, mean, std, offsets, streams, seed, counters, antithetic, s
     _check_lists(mean, out=out)
     _check_generator(mean, offsets, streams, counters)
     if mean:
-        resolve(backend, counters.device.type).sample(
+        _served(backend, counters.device, {"mean": mean, "std": std}, {"out": out}).sample(
             out, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding
         )
 
@@ -131,7 +181,8 @@ def _accumulate_impl(
     _check_lists(mean, param=param, grad=grad)
     _check_generator(mean, offsets, streams, counters)
     if mean:
-        resolve(backend, counters.device.type).accumulate(
+        state = {"mean": mean, "std": std, "m1": m1, "m2": m2}
+        _served(backend, counters.device, state, {"param": param, "grad": grad}).accumulate(
             param,
             m1,
             m2,
@@ -185,7 +236,8 @@ def _step_impl(
     _check_generator(mean, offsets, streams, counters)
     if not mean:
         return torch.zeros((), dtype=torch.float64, device=counters.device)
-    return resolve(backend, counters.device.type).step(
+    state = {"mean": mean, "std": std, "m1": m1, "m2": m2, "prior_mean": prior_mean, "prior_std": prior_std}
+    return _served(backend, counters.device, state, {"param": param, "grad": grad}).step(
         param,
         mean,
         std,
@@ -217,7 +269,8 @@ def _gaussian_kl_impl(mean, std, prior_mean, prior_std, *, backend="auto"):
     if not mean:
         raise ValueError("gaussian_kl needs at least one tensor")
     _check_state(mean, std=std, prior_mean=prior_mean, prior_std=prior_std)
-    return resolve(backend, mean[0].device.type).gaussian_kl(mean, std, prior_mean, prior_std)
+    state = {"mean": mean, "std": std, "prior_mean": prior_mean, "prior_std": prior_std}
+    return _served(backend, mean[0].device, state).gaussian_kl(mean, std, prior_mean, prior_std)
 
 
 for _name, _impl in {

@@ -103,7 +103,7 @@ class _Kernels(native.Kernels):
         return torch.tensor(kl, dtype=torch.float64) if kernel.restype is ctypes.c_double else None
 
 
-_kernels = _Kernels("cpp")
+_kernels = _Kernels()
 sample = _kernels.sample
 accumulate = _kernels.accumulate
 step = _kernels.step

@@ -64,7 +64,7 @@ class _Kernels(native.Kernels):
         return kl
 
 
-_kernels = _Kernels("cuda")
+_kernels = _Kernels()
 sample = _kernels.sample
 accumulate = _kernels.accumulate
 step = _kernels.step

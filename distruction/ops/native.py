@@ -3,7 +3,7 @@
 The libraries are built from ``csrc/`` without PyTorch's or Python's headers: they take pointers, so that one build
 serves every version of both, and pip's isolated build environment needs no PyTorch. (LibTorch's stable ABI, the
 other way to that end, begins with PyTorch 2.10; its registration and dispatch are Python's here.) This module
-mirrors the structures of ``csrc/model.h`` and checks every tensor before its pointer leaves Python.
+mirrors the structures of ``csrc/model.h``; `distruction.ops` has checked every tensor.
 """
 
 import ctypes
@@ -88,26 +88,7 @@ def _int64s(values: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _check(
-    backend: str, name: str, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device
-) -> None:
-    for i, t in enumerate(tensors):
-        if not t.is_contiguous():
-            raise ValueError(
-                f"backend {backend!r}: {name}[{i}] of shape {tuple(t.shape)} and strides {t.stride()} "
-                "is not contiguous; pass it .contiguous(), or choose backend='reference'"
-            )
-        if t.dtype not in dtypes:
-            raise ValueError(
-                f"backend {backend!r}: {name}[{i}] is {t.dtype}, not {' or '.join(map(str, dtypes))}; "
-                "backend='reference' takes other types"
-            )
-        if t.device != device:
-            raise ValueError(f"backend {backend!r}: {name}[{i}] is on {t.device}, the first tensor on {device}")
-
-
 def model(
-    backend: str,
     state: dict[str, Sequence[Tensor]],
     *,
     param: Sequence[Tensor] = (),
@@ -119,13 +100,12 @@ def model(
     antithetic: bool = False,
     stochastic_rounding: bool = False,
 ) -> tuple[Model, list[object]]:
-    """Check the tensors and fill a `Model`; the second value keeps its arrays alive.
+    """Fill a `Model`; the second value keeps its arrays alive.
 
     Args:
         state: lists of float32 tensors by their name in the structure; empty lists become null.
     """
     mean = state["mean"]
-    device = mean[0].device
     arrays = {
         "numel": _int64s([m.numel() for m in mean]),
         "offset": _int64s(offsets or [0] * len(mean)),
@@ -133,13 +113,10 @@ def model(
     }
     for name, tensors in {**state, "param": param, "grad": grad}.items():
         if tensors:
-            _check(backend, name, tensors, tuple(_TYPES) if name in ("param", "grad") else (torch.float32,), device)
             arrays[name] = _int64s([t.data_ptr() for t in tensors])
     for name, tensors in (("param", param), ("grad", grad)):
         if tensors:
             arrays[name + "_type"] = _int64s([_TYPES[t.dtype] for t in tensors])
-    if counters is not None:
-        _check(backend, "counters", [counters], (torch.int64,), device)
     filled = Model(
         tensors=len(mean),
         **{name: ctypes.addressof(array) for name, array in arrays.items()},
@@ -160,9 +137,6 @@ def mutated(*lists: Sequence[Tensor]) -> None:
 
 class Kernels(ABC):
     """The ops of a backend over its launchers, which read `Model` and `Options`; signatures as in the reference."""
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
 
     @abstractmethod
     def launch(
@@ -198,7 +172,6 @@ class Kernels(ABC):
     ) -> None:
         """See `distruction.ops.sample`."""
         filled, _keep = model(
-            self.backend,
             {"mean": mean, "std": std},
             param=out,
             offsets=offsets,
@@ -230,7 +203,6 @@ class Kernels(ABC):
     ) -> None:
         """See `distruction.ops.accumulate`."""
         filled, _keep = model(
-            self.backend,
             {"mean": mean, "std": std, "m1": m1, "m2": m2},
             param=param,
             grad=grad,
@@ -274,7 +246,6 @@ class Kernels(ABC):
     ) -> Tensor:
         """See `distruction.ops.step`."""
         filled, _keep = model(
-            self.backend,
             {"mean": mean, "std": std, "m1": m1, "m2": m2, "prior_mean": prior_mean, "prior_std": prior_std},
             param=param,
             grad=grad,
@@ -314,7 +285,7 @@ class Kernels(ABC):
         """See `distruction.ops.gaussian_kl`."""
         grad_mean, grad_std = [torch.empty_like(m) for m in mean], [torch.empty_like(s) for s in std]
         state = {"mean": mean, "std": std, "prior_mean": prior_mean, "prior_std": prior_std}
-        filled, _keep = model(self.backend, {**state, "grad_mean": grad_mean, "grad_std": grad_std})
+        filled, _keep = model({**state, "grad_mean": grad_mean, "grad_std": grad_std})
         kl = self.launch("gaussian_kl", filled, mean[0].device)
         assert kl is not None
         return kl, grad_mean, grad_std
