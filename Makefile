@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/distruction demo --overwrite $(DEMO_ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -11,10 +11,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import tomllib
-
 from distruction import bench, methods
 from distruction.bench import jobs, runner
+from distruction.bench.grid import tomllib
 from distruction.bench.results import Cell, collect
 from distruction.bench.store import Store
 
