@@ -567,7 +567,7 @@ def work(rank, world, port, folder):
     """Run all checks on one rank; what fails is written to ``folder``."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(minutes=5))
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(minutes=2))
     failures = {}
     for name, check in CHECKS.items():
         try:

@@ -28,6 +28,17 @@ def step_arguments(m1=(), m2=(), prior=True):
     )
 
 
+def test_empty_lists_are_a_rank_without_elements():
+    counters = torch.zeros(3, dtype=torch.int64)
+    rest = ([], [], 7, counters, True, False)
+    ops.sample([], [], [], *rest)
+    ops.accumulate([], [], [], [], [], [], *rest)
+    lr, kl_weight = torch.tensor(1.0), torch.tensor(0.1)
+    kl = ops.step(*([[]] * 8), lr, kl_weight, 1.0, *rest, 0.1, 0.1, 0.05, True, True)
+    assert kl == 0
+    assert counters.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("op", "args"),
     [

@@ -94,7 +94,7 @@ def _check_lists(mean: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
 def _check_state(mean: Sequence[Tensor], **lists: Sequence[Tensor]) -> None:
     _check_lists(mean, **lists)
     for name, tensors in {"mean": mean, **lists}.items():
-        if {t.dtype for t in tensors} <= {mean[0].dtype} <= {torch.float32, torch.float64}:
+        if {t.dtype for t in tensors} <= {m.dtype for m in mean[:1]} <= {torch.float32, torch.float64}:
             continue
         for i, t in enumerate(tensors):
             if t.dtype != mean[0].dtype or t.dtype not in (torch.float32, torch.float64):
