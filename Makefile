@@ -25,8 +25,9 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 demo: $(READY)
 	$(BIN)/distruction demo --overwrite $(DEMO_ARGS)
 
+# One thread for each of the workers: more of them than cores wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
