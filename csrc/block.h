@@ -193,11 +193,14 @@ DISTRUCTION_FN void step_group(
   }
   for (int j = 0; j < n; ++j) {
     const float prior_mu = with_prior ? prior_mean[j] : 0.0f, prior_sigma = with_prior ? prior_std[j] : 1.0f;
-    float value = 0.0f;
     bool is_finite;
-    update<with_prior>(u, s1[j], s2[j], prior_mu, prior_sigma, mean[j], std[j], value, is_finite);
-    kl += static_cast<double>(value);
+    update<with_prior>(u, s1[j], s2[j], prior_mu, prior_sigma, mean[j], std[j], is_finite);
     finite = finite && is_finite;
+    if (with_prior) {
+      float value, grad_mean, grad_std;
+      kl_with_gradients(mean[j], std[j], prior_mu, prior_sigma, value, grad_mean, grad_std);
+      kl += static_cast<double>(value);
+    }
   }
   if (u.learn_mean) store(t.mean, g, mean);
   if (u.learn_std) store(t.std, g, std);

@@ -97,7 +97,7 @@ DISTRUCTION_FN void box_muller(W radius_word, W angle_word, float sign, F& cosin
 template <class F>
 DISTRUCTION_FN F kl_value(F dm, F d, F ratio) {
   F d_minus_log;
-  if (kShortcuts<F> && all(absolute(d) < 0.33f)) {
+  if (kShortcuts<F> && all_below(absolute(d), 0.33f)) {
     d_minus_log = f_minus_log1p(d);
   } else {
     decltype(as_int(as_word(d))) exponent;
@@ -129,15 +129,14 @@ struct Update {
   bool learn_mean, learn_std;
 };
 
-// The BGD update of one element from its statistics s1 = sum(g) and s2 = sum(g * eps), and with a prior the KL of the
-// updated posterior. `finite` is false where mean and std were kept because the update was not finite.
+// The BGD update of one element from its statistics s1 = sum(g) and s2 = sum(g * eps). `finite` is false where mean and
+// std were kept because the update was not finite.
 template <bool with_prior, class F, class M>
-DISTRUCTION_FN void update(
-    const Update& u, F s1, F s2, F prior_mean, F prior_std, F& mean, F& std, F& kl, M& finite) {
+DISTRUCTION_FN void update(const Update& u, F s1, F s2, F prior_mean, F prior_std, F& mean, F& std, M& finite) {
   F a = 0.5f * u.statistic_scale * s2 * std;
-  F inverse_prior = prior_std, ratio = std;
+  F ratio = std;
   if (with_prior) {
-    inverse_prior = reciprocal(prior_std);
+    const F inverse_prior = reciprocal(prior_std);
     ratio = std * inverse_prior;
     const F d = (std - prior_std) * inverse_prior;
     a = a + 0.5f * u.kl_weight * (d * (2.0f + d));
@@ -150,13 +149,14 @@ DISTRUCTION_FN void update(
     new_mean = new_mean + v * reciprocal(1.0f + v) * (prior_mean - new_mean);
   }
   a = at_least(at_most(a, splat<F>(u.max_a)), splat<F>(-u.max_a));
-  const F root = square_root(1.0f + a * a);
   F new_std;
-  if (kShortcuts<F> && u.max_a <= 1.0f) {
-    new_std = std * (root - a);
+  if (kShortcuts<F> && u.max_a <= 0.125f) {
+    // The root's series; its next term is below 3e-9.
+    const F a2 = a * a;
+    new_std = std + std * (a2 * ((0.0625f * a2 - 0.125f) * a2 + 0.5f) - a);
   } else {
     // The larger root never cancels, so std stays positive for every a.
-    const F w = root + absolute(a);
+    const F root = square_root(1.0f + a * a), w = root + absolute(a);
     new_std = std * (a > 0.0f ? reciprocal(w) : w);
   }
   new_std = at_most(new_std, splat<F>(u.max_std));
@@ -164,9 +164,6 @@ DISTRUCTION_FN void update(
   finite = ((s1 - s1) + (s2 - s2) + (new_mean - new_mean) + (new_std - new_std) == 0.0f) & (new_std > 0.0f);
   if (u.learn_mean) mean = finite ? new_mean : mean;
   if (u.learn_std) std = finite ? new_std : std;
-  if (with_prior) {
-    kl = kl_value((mean - prior_mean) * inverse_prior, (std - prior_std) * inverse_prior, std * inverse_prior);
-  }
 }
 
 }  // namespace distruction

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import Backend
-from workloads import Options, make_model, step
+from workloads import Options, make_model, sample, step
 
 from distruction.ops import backends
 from distruction.ops.reference.philox import philox
@@ -64,6 +64,20 @@ def test_result_does_not_depend_on_threads_or_their_pool(instruction_set, monkey
     torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_samples_of_a_large_tensor_that_bypass_the_caches_are_the_same(instruction_set):
+    size = 2**17 + 101  # csrc/cpu/vectorised.h: kStreamed
+    model = make_model("cpu", (size,))
+    results = []
+    for misaligned in (False, True):  # only an aligned tensor can bypass them
+        sampled, stepped = model.to(misaligned=misaligned), model.to(misaligned=misaligned)
+        assert (sampled["param"][0].data_ptr() % 64 == 0) is not misaligned
+        sample(sampled, (3, 0, 0), backend=Backend("cpp", "cpu"))
+        step(stepped, Options(), Backend("cpp", "cpu"))
+        results.append((sampled["param"][0], stepped["param"][0]))
+    for streamed, stored in zip(*results, strict=True):
+        assert torch.equal(streamed, stored)
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_the_choices(monkeypatch):

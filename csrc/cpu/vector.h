@@ -46,18 +46,16 @@ DISTRUCTION_FN Float square_root(Float x) {
 #endif
 }
 
-// Whether every lane of a comparison holds.
-DISTRUCTION_FN bool all(Int mask) {
+DISTRUCTION_FN bool all_below(Float x, float bound) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask) == 0xFFFF;
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_LT_OQ) == 0xFFFF;
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)mask) == 0xFF;
+  return _mm256_movemask_ps((__m256)(x < bound)) == 0xFF;
 #elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)mask) == 0xF;
+  return _mm_movemask_ps((__m128)(x < bound)) == 0xF;
 #else
-  Int any = ~mask;
   for (int i = 0; i < kLanes; ++i)
-    if (any[i]) return false;
+    if (!(x[i] < bound)) return false;
   return true;
 #endif
 }
@@ -106,6 +104,26 @@ DISTRUCTION_FN V load(const T* p) {
 template <class V, class T>
 DISTRUCTION_FN void store(T* p, V x) {
   memcpy(p, &x, sizeof x);
+}
+
+// Past the caches: `p`, aligned to the vector, is not read before it is written, nor kept.
+DISTRUCTION_FN void stream(float* p, Float x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)x);
+#else
+  store(p, x);
+#endif
+}
+
+// Makes what was streamed visible to other threads in the order of the program.
+DISTRUCTION_FN void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 DISTRUCTION_FN Float bfloat16_to_float(Short x) { return as_float(__builtin_convertvector(x, Word) << 16); }

@@ -85,6 +85,12 @@ struct Full {
   inline __attribute__((always_inline)) void store(T* p, V x) const {
     distruction::store(p, x);
   }
+  inline __attribute__((always_inline)) void store_sample(float* p, Float x, bool streamed) const {
+    if (streamed)
+      stream(p, x);
+    else
+      distruction::store(p, x);
+  }
   template <class V>
   inline __attribute__((always_inline)) V used(V x) const {
     return x;
@@ -102,6 +108,7 @@ struct Partial {
   inline __attribute__((always_inline)) void store(T* p, V x) const {
     memcpy(p, &x, static_cast<size_t>(count) * sizeof(T));
   }
+  inline __attribute__((always_inline)) void store_sample(float* p, Float x, bool) const { store(p, x); }
   template <class V>
   inline __attribute__((always_inline)) V used(V x) const {
     for (int i = count; i < kLanes; ++i) x[i] = 0;
@@ -176,6 +183,9 @@ DISTRUCTION_NOINLINE void negate(int n, const float* __restrict x, float* __rest
   for_each_vector(n, [=](auto access, int i) { access.store(out + i, -access.load(x + i, Float{})); });
 }
 
+// Elements from which on a tensor's samples bypass the caches: 512 KiB would push out what the step still needs.
+constexpr int64_t kStreamed = 1 << 17;
+
 // The samples of a piece on their way into the parameter.
 struct Samples {
   const Model& m;
@@ -202,6 +212,9 @@ struct Samples {
   }
   // Where to write mean + std * eps.
   float* theta() const { return wide ? static_cast<float*>(m.param[t]) + p.index : b.theta; }
+  bool streamed() const {
+    return wide && m.numel[t] >= kStreamed && reinterpret_cast<uintptr_t>(theta()) % sizeof(Float) == 0;
+  }
   void finish() const {
     if (!wide)
       narrow(static_cast<uint16_t*>(m.param[t]) + p.index, m.param_type[t], p.n, b.theta,
@@ -229,10 +242,10 @@ void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uin
 }
 
 DISTRUCTION_NOINLINE void sample_piece(
-    int n, const float* mean, const float* std, const float* __restrict eps, float* __restrict theta) {
+    int n, const float* mean, const float* std, const float* __restrict eps, float* __restrict theta, bool streamed) {
   for_each_vector(n, [=](auto access, int i) {
-    access.store(theta + i, access.load(mean + i, Float{}) +
-                                access.load(std + i, Float{}) * access.load(eps + i, Float{}));
+    const Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, Float{});
+    access.store_sample(theta + i, mu + sigma * access.load(eps + i, Float{}), streamed);
   });
 }
 
@@ -242,21 +255,23 @@ void sample(const Model& m, Range r, Draw draw) {
     Buffers b;
     const Samples samples{m, t, p, b};
     samples.generate_normals(draw);
-    sample_piece(p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead, samples.theta());
+    sample_piece(p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead, samples.theta(),
+                 samples.streamed());
     samples.finish();
   });
+  end_of_stream();
 }
 
 DISTRUCTION_NOINLINE void accumulate_piece(
     int n, float grad_scale, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
     const float* __restrict mean, const float* __restrict std, float* __restrict m1, float* __restrict m2,
-    float* __restrict theta) {
+    float* __restrict theta, bool streamed) {
   for_each_vector(n, [=](auto access, int i) {
+    const Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, Float{});
     const Float g = access.load(grad + i, Float{}) * grad_scale;
     access.store(m1 + i, access.load(m1 + i, Float{}) + g);
     access.store(m2 + i, access.load(m2 + i, Float{}) + g * access.load(eps + i, Float{}));
-    access.store(theta + i, access.load(mean + i, Float{}) +
-                                access.load(std + i, Float{}) * access.load(next + i, Float{}));
+    access.store_sample(theta + i, mu + sigma * access.load(next + i, Float{}), streamed);
   });
 }
 
@@ -267,68 +282,10 @@ void accumulate(const Model& m, Range r, Draw draw, Draw next, float grad_scale)
     const Samples samples{m, t, p, b};
     samples.generate_normals(draw, next);
     accumulate_piece(p.n, grad_scale, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, m.mean[t] + p.index,
-                     m.std[t] + p.index, m.m1[t] + p.index, m.m2[t] + p.index, samples.theta());
+                     m.std[t] + p.index, m.m1[t] + p.index, m.m2[t] + p.index, samples.theta(), samples.streamed());
     samples.finish();
   });
-}
-
-template <bool with_prior, bool with_statistics>
-DISTRUCTION_NOINLINE double update_piece(
-    int n, Update u, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
-    float* __restrict theta, float* __restrict mean, float* __restrict std, float* __restrict m1,
-    float* __restrict m2, const float* __restrict prior_mean, const float* __restrict prior_std, bool& finite) {
-  Double total = {};
-  Int kept = {};
-  for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
-    Float s1 = access.load(grad + i, Float{}) * u.grad_scale;
-    Float s2 = s1 * access.load(eps + i, Float{});
-    if (with_statistics) {
-      s1 += access.load(m1 + i, Float{});
-      s2 += access.load(m2 + i, Float{});
-      access.store(m1 + i, Float{});
-      access.store(m2 + i, Float{});
-    }
-    Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, splat<Float>(1.0f)), kl = {};
-    const Float prior_mu = with_prior ? access.load(prior_mean + i, Float{}) : mu;
-    const Float prior_sigma = with_prior ? access.load(prior_std + i, splat<Float>(1.0f)) : sigma;
-    Int is_finite;
-    update<with_prior>(u, s1, s2, prior_mu, prior_sigma, mu, sigma, kl, is_finite);
-    kept |= access.used(~is_finite);
-    if (with_prior) total += to_double(access.used(kl));
-    if (u.learn_mean) access.store(mean + i, mu);
-    if (u.learn_std) access.store(std + i, sigma);
-    access.store(theta + i, mu + sigma * access.load(next + i, Float{}));
-  });
-  double kl = 0;
-  for (int i = 0; i < kLanes / 2; ++i) kl += total[i];
-  for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
-  return kl;
-}
-
-template <bool with_prior, bool with_statistics>
-double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  const int64_t t = r.tensor;
-  double kl = 0;
-  for_each_piece(m, r, [&](Piece p) {
-    Buffers b;
-    const int64_t i = p.index;
-    const Samples samples{m, t, p, b};
-    samples.generate_normals(draw, next);
-    kl += update_piece<with_prior, with_statistics>(
-        p.n, u, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, samples.theta(), m.mean[t] + i, m.std[t] + i,
-        with_statistics ? m.m1[t] + i : nullptr, with_statistics ? m.m2[t] + i : nullptr,
-        with_prior ? m.prior_mean[t] + i : nullptr, with_prior ? m.prior_std[t] + i : nullptr, finite);
-    samples.finish();
-  });
-  return kl;
-}
-
-double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  if (m.prior_mean)
-    return m.m1 ? step_range<true, true>(m, r, draw, next, u, finite)
-                : step_range<true, false>(m, r, draw, next, u, finite);
-  return m.m1 ? step_range<false, true>(m, r, draw, next, u, finite)
-              : step_range<false, false>(m, r, draw, next, u, finite);
+  end_of_stream();
 }
 
 template <bool with_gradients>
@@ -350,6 +307,66 @@ DISTRUCTION_NOINLINE double kl_piece(
   double kl = 0;
   for (int i = 0; i < kLanes / 2; ++i) kl += total[i];
   return kl;
+}
+
+template <bool with_prior, bool with_statistics>
+DISTRUCTION_NOINLINE void update_piece(
+    int n, Update u, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
+    float* __restrict theta, bool streamed, float* __restrict mean, float* __restrict std, float* __restrict m1,
+    float* __restrict m2, const float* __restrict prior_mean, const float* __restrict prior_std, bool& finite) {
+  Int kept = {};
+  for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
+    Float s1 = access.load(grad + i, Float{}) * u.grad_scale;
+    Float s2 = s1 * access.load(eps + i, Float{});
+    if (with_statistics) {
+      s1 += access.load(m1 + i, Float{});
+      s2 += access.load(m2 + i, Float{});
+      access.store(m1 + i, Float{});
+      access.store(m2 + i, Float{});
+    }
+    Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, splat<Float>(1.0f));
+    const Float prior_mu = with_prior ? access.load(prior_mean + i, Float{}) : mu;
+    const Float prior_sigma = with_prior ? access.load(prior_std + i, splat<Float>(1.0f)) : sigma;
+    Int is_finite;
+    update<with_prior>(u, s1, s2, prior_mu, prior_sigma, mu, sigma, is_finite);
+    kept |= access.used(~is_finite);
+    if (u.learn_mean) access.store(mean + i, mu);
+    if (u.learn_std) access.store(std + i, sigma);
+    access.store_sample(theta + i, mu + sigma * access.load(next + i, Float{}), streamed);
+  });
+  for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
+}
+
+template <bool with_prior, bool with_statistics>
+double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  const int64_t t = r.tensor;
+  double kl = 0;
+  for_each_piece(m, r, [&](Piece p) {
+    Buffers b;
+    const int64_t i = p.index;
+    const Samples samples{m, t, p, b};
+    samples.generate_normals(draw, next);
+    float *mean = m.mean[t] + i, *std = m.std[t] + i;
+    const float* prior_mean = with_prior ? m.prior_mean[t] + i : nullptr;
+    const float* prior_std = with_prior ? m.prior_std[t] + i : nullptr;
+    update_piece<with_prior, with_statistics>(
+        p.n, u, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, samples.theta(), samples.streamed(), mean, std,
+        with_statistics ? m.m1[t] + i : nullptr, with_statistics ? m.m2[t] + i : nullptr, prior_mean, prior_std,
+        finite);
+    // A second pass over the cached piece: one loop's chain of operations would be too long to overlap with the next's.
+    if (with_prior) kl += kl_piece<false>(p.n, mean, std, prior_mean, prior_std, nullptr, nullptr);
+    samples.finish();
+  });
+  end_of_stream();
+  return kl;
+}
+
+double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  if (m.prior_mean)
+    return m.m1 ? step_range<true, true>(m, r, draw, next, u, finite)
+                : step_range<true, false>(m, r, draw, next, u, finite);
+  return m.m1 ? step_range<false, true>(m, r, draw, next, u, finite)
+              : step_range<false, false>(m, r, draw, next, u, finite);
 }
 
 double gaussian_kl(const Model& m, Range r) {
