@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import Examples, loader
 from .errors import UsageError
-from .training import deterministic
+from .training import deterministic, logits_of
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def predict(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[
     model.eval()
     device = next(model.parameters()).device
     try:
-        batches = [(model(x.to(device)).float().cpu(), y.cpu()) for x, y in loader]
+        batches = [(logits_of(model(x.to(device))).float().cpu(), y.cpu()) for x, y in loader]
     finally:
         model.train(was_training)
     if not batches:
@@ -238,6 +238,6 @@ def relearn_steps(
                 if accuracy(*predict(model, probes)) >= target or step == max_steps:
                     return step
                 optimizer.zero_grad(set_to_none=True)
-                F.cross_entropy(model(x.to(device)), y.to(device)).backward()
+                F.cross_entropy(logits_of(model(x.to(device))), y.to(device)).backward()
                 optimizer.step()
                 step += 1

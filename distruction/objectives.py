@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .posterior import unwrapped
 from .sharding import is_sharded
+from .training import logits_of
 
 Objective = Callable[..., Tensor]
 
@@ -85,7 +86,7 @@ class BadTeacher:
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
         """The loss of a batch."""
         with torch.no_grad():
-            target = F.log_softmax(self.teacher(inputs) / self.temperature, dim=-1)
+            target = F.log_softmax(logits_of(self.teacher(inputs)) / self.temperature, dim=-1)
         return F.kl_div(
             F.log_softmax(logits / self.temperature, dim=-1), target, log_target=True, reduction="batchmean"
         )

@@ -116,7 +116,9 @@ class BGD(torch.optim.Optimizer):
         release_gradients: bool = False,
         **unknown: Any,
     ) -> None:
-        for name in unknown:
+        for name, value in unknown.items():
+            if name in _REFUSED and not value:
+                continue  # a factory that gives every optimizer the same options, such as timm's
             raise UsageError(f"BGD has no option {name!r}: {_REFUSED.get(name, 'see help(BGD) for those it has')}")
         if isinstance(std_init, Posterior):
             cap = std_init.largest_std()

@@ -27,6 +27,7 @@ from .compression import BLOCK, STORAGE
 from .errors import UsageError
 from .optimizer import STREAMED_ELEMENTS
 from .posterior import learnable
+from .training import logits_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of parameters by name."""
@@ -397,8 +398,8 @@ def peak_of_a_pass(
                 warnings.simplefilter("ignore")
                 inputs = torch.empty(tuple(input_shape), dtype=dtype)
                 targets = torch.zeros(input_shape[0], dtype=torch.int64)
-                loss = F.cross_entropy(torch.func.functional_call(model, tensors, (inputs,)), targets)
-                loss.backward()
+                output = torch.func.functional_call(model, tensors, (inputs,))
+                F.cross_entropy(logits_of(output), targets).backward()
         except (RuntimeError, AssertionError, IndexError, ValueError) as error:
             raise UsageError(
                 f"the model cannot take a batch of shape {tuple(input_shape)}: {str(error).splitlines()[0]}"

@@ -43,8 +43,9 @@ def prepare(
     evidence / steps of them.
 
     Args:
-        model: any classifier; only its parameters with ``requires_grad`` get a posterior. It runs in eval mode
-            (no dropout, BatchNorm statistics untouched) and ends as it was.
+        model: any classifier that gives logits or, as Hugging Face's do, an output with ``logits``. Only its parameters
+            with ``requires_grad`` get a posterior. It runs in eval mode (no dropout, BatchNorm statistics untouched)
+            and ends as it was.
         loader: (inputs, targets) batches of the whole training set, repeated as often as needed.
         steps: BGD updates.
         std_init: std to start from, and its cap; > 0.

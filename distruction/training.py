@@ -354,7 +354,7 @@ def run(
 
                 def closure(batch: Batch = batch, measured: list[tuple[Tensor, Tensor]] = measured) -> Tensor:
                     optimizer.zero_grad(set_to_none=True)
-                    logits = batch.whole(model(batch.inputs))
+                    logits = batch.whole(logits_of(model(batch.inputs)))
                     if measured == [] and not history:
                         _check_targets(logits, batch.targets)
                     loss = loss_fn(logits, batch.targets, batch.whole_inputs)
@@ -422,6 +422,21 @@ def _samplers(loader: Any) -> Iterator[Any]:
         if (inner := getattr(loader, name, None)) is not None:
             yield inner
             yield from _samplers(inner)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a classifier gives: itself, or its ``logits``, as Hugging Face's models name them.
+
+    Raises:
+        UsageError: neither is a tensor.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise UsageError(
+            f"the model gives a {type(output).__name__}, neither logits nor an output with .logits; put it into a "
+            "module whose forward returns its logits"
+        )
+    return logits
 
 
 def _labelled(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:

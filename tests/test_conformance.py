@@ -205,6 +205,7 @@ def test_options_of_other_optimizers_are_refused_with_a_reason(option):
     with pytest.raises(UsageError, match=f"BGD has no option '{option}': "):
         BGD([{"params": weights(), option: 0.5}])
     BGD([{"params": weights(), option: 0}])
+    BGD(weights(), **{option: 0})
 
 
 def test_unknown_options_are_refused():
