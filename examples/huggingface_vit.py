@@ -4,7 +4,7 @@ While the training data is there:
 
     python examples/huggingface_vit.py prepare --model my-vit --images photos/train --posterior posterior.safetensors
 
-Later, with images of what is to be forgotten alone (to_forget/LABEL/*); my-vit-forgotten is a model for from_pretrained:
+Later, with images of what is to be forgotten alone (to_forget/LABEL/*), to a new model for ``from_pretrained``:
 
     python examples/huggingface_vit.py forget --model my-vit --images to_forget --posterior posterior.safetensors \
         --out my-vit-forgotten

@@ -4,10 +4,10 @@
         --num-classes 3 --output output/train --experiment my-bgd --epochs 20 \
         --opt bgd --lr 1 --weight-decay 0 --opt-kwargs data_per_step=50000 std_init=0.02
 
-Under ``torchrun --nproc-per-node 8`` it trains with DDP, as train.py does. `data_per_step` is what one step's mean loss
-stands for, in data points; ``learn_mean=False`` keeps the weights of ``--initial-checkpoint`` and learns the stds alone.
-train.py validates, and saves as the model, a sample of the posterior; ``examples/timm_checkpoint.py extract`` takes the
-means and the stds from the optimizer's state in its last checkpoint.
+Under ``torchrun --nproc-per-node 8`` it trains with DDP, as train.py does. ``data_per_step`` is how many data points
+one step's mean loss stands for; with ``learn_mean=False`` the weights of ``--initial-checkpoint`` stay, and the stds
+alone are learnt. train.py validates a sample of the posterior, and saves it as the model; the means and stds are in the
+optimizer's state in its last checkpoint, from which ``examples/timm_checkpoint.py extract`` takes them.
 """
 
 import runpy

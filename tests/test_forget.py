@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from distruction import (
     PosteriorError,
     UsageError,
     forget,
+    metrics,
     models,
     objectives,
     prepare,
 )
 from distruction.errors import DistructionError
+from distruction.plan import plan
 
 QUIET = {"progress": False}
 
@@ -41,9 +44,9 @@ class WithEverything(nn.Module):
         return self.head(self.drop(torch.relu(self.norm(self.stem(x)))))
 
 
-def make(seed=0):
+def make(seed=0, kind=WithEverything):
     torch.manual_seed(seed)
-    model = WithEverything()
+    model = kind()
     x, y = torch.randn(60, 4), torch.arange(60) % 3
     return model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True)
 
@@ -87,6 +90,36 @@ def test_forget_ends_with_the_means_of_q():
     assert torch.equal(before["stem.weight"], after["stem.weight"])
     assert torch.equal(before["norm.running_mean"], after["norm.running_mean"])
     assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+class WithOutput(WithEverything):
+    """Gives its logits inside of an output, as Hugging Face's classifiers do."""
+
+    def forward(self, x):
+        return SimpleNamespace(loss=None, logits=super().forward(x))
+
+
+def test_logits_inside_of_an_output():
+    """The same as a model that gives them bare, wherever a user's model is called."""
+    stds, means, logits, peaks = [], [], [], []
+    for kind in (WithEverything, WithOutput):
+        model, loader = make(kind=kind)
+        peaks.append(plan(model, (4,), batch_size=16).peak)
+        posterior = prepare(model, loader, steps=4, **QUIET)
+        stds.append(posterior.stds["head.weight"])
+        result = forget(model, posterior, loader, objective="bad-teacher", steps=4, **QUIET)
+        means.append(result.posterior.means["head.weight"])
+        logits.append(metrics.predict(model, [(torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))])[0])
+    for found in (stds, means, logits):
+        assert torch.equal(*found)
+    assert peaks[0] == peaks[1]
+
+
+def test_a_model_that_gives_no_logits():
+    model, loader = make()
+    model.register_forward_hook(lambda module, inputs, output: {"scores": output})
+    with pytest.raises(UsageError, match=r"the model gives a dict, neither logits nor an output with \.logits"):
+        prepare(model, loader, steps=1, **QUIET)
 
 
 def test_the_same_seed_gives_the_same_bits():
