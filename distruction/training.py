@@ -354,6 +354,8 @@ def run(
 
                 def closure(batch: Batch = batch, measured: list[tuple[Tensor, Tensor]] = measured) -> Tensor:
                     optimizer.zero_grad(set_to_none=True)
+                    # An autocast around the whole run keeps its copies of the weights: those of the last sample.
+                    torch.clear_autocast_cache()
                     logits = batch.whole(logits_of(model(batch.inputs)))
                     if measured == [] and not history:
                         _check_targets(logits, batch.targets)
@@ -408,6 +410,7 @@ def run(
             raise
         optimizer.zero_grad(set_to_none=True)
         optimizer.eval()
+        torch.clear_autocast_cache()
     return optimizer, history
 
 

@@ -115,6 +115,21 @@ def test_logits_inside_of_an_output():
     assert peaks[0] == peaks[1]
 
 
+def test_inside_of_autocast():
+    """The same bits as without autocast's copies of the weights, which would stay those of the first sample."""
+    found = []
+    for copies in (True, False):
+        model, loader = make()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=copies):
+            posterior = prepare(model, loader, steps=4, **QUIET)
+            forget(model, posterior, loader, steps=4, **QUIET)
+            logits, _ = metrics.predict(model, [(torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))])
+        found.append((posterior.stds["head.weight"], model.head.weight.detach(), logits))
+        assert model.head.weight.dtype == torch.float32
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_model_that_gives_no_logits():
     model, loader = make()
     model.register_forward_hook(lambda module, inputs, output: {"scores": output})
