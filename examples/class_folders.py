@@ -80,10 +80,13 @@ def prepare(model: nn.Module, data: ImageDataset, args: argparse.Namespace, **op
     return posterior
 
 
-def evaluate(model: nn.Module, data: ImageDataset, label: int, args: argparse.Namespace) -> None:
-    """Print the accuracy on the classes that were to be kept, D_r, and on the forgotten one, D_f."""
+def evaluate(model: nn.Module, data: ImageDataset, args: argparse.Namespace) -> None:
+    """Print the accuracy on the classes that were to be kept, D_r, and on ``args.forgotten``, D_f."""
+    numbers = data.reader.class_to_idx
+    if args.forgotten not in numbers:
+        raise distruction.UsageError(f"class {args.forgotten!r} is unknown; the classes are {', '.join(numbers)}")
     logits, labels = predict(model, batches(data, args, shuffle=False))
-    forgotten = labels == label
+    forgotten = labels == numbers[args.forgotten]
     kept = accuracy(logits[~forgotten], labels[~forgotten])
     print(f"D_r {kept:.1f} %, D_f {accuracy(logits[forgotten], labels[forgotten]):.1f} %")
 

@@ -46,7 +46,7 @@ def main() -> None:
         model.save_pretrained(args.out)
         processor.save_pretrained(args.out)
     else:
-        evaluate(model, data, model.config.label2id[args.forgotten], args)
+        evaluate(model, data, args)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,7 @@ def main() -> None:
         )
         save(model, options.out)
     else:
-        data = read(args, args["val_split"], model)
-        evaluate(model, data, data.reader.class_to_idx[options.forgotten], options)
+        evaluate(model, read(args, args["val_split"], model), options)
 
 
 if __name__ == "__main__":

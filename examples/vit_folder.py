@@ -65,7 +65,7 @@ def main() -> None:
         distruction.forget(model, posterior, batches(data, args), steps=args.steps)
         save(model, args.out)
     else:
-        evaluate(model, data, labels[args.forgotten], args)
+        evaluate(model, data, args)
     distributed.stop()
 
 

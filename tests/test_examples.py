@@ -23,6 +23,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 from distruction import Posterior, UsageError
+from distruction.plan import plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLASSES = {"bird": (200, 40, 40), "cat": (40, 200, 40), "dog": (40, 40, 200)}
@@ -137,8 +138,10 @@ def test_vit_of_class_folders(run):
     assert accuracies(run(evaluate)) == (100, 0)
 
 
-def test_a_folder_that_is_no_class_is_not_left_out(run, here):
-    prepare, *_ = commands("vit_folder.py")
+def test_classes_that_the_model_lacks(run, here):
+    prepare, _, evaluate, *_ = commands("vit_folder.py")
+    with pytest.raises(UsageError, match="class 'dgo' is unknown; the classes are bird, cat, dog"):
+        run(["vit.safetensors" if w == "forgotten.safetensors" else w.replace("dog", "dgo") for w in evaluate])
     (here / "other" / "dgo").mkdir(parents=True, exist_ok=True)
     with pytest.raises(UsageError, match="other has folders that are no classes of the model: dgo"):
         run([w.replace("photos/train", "other") for w in prepare])
@@ -202,8 +205,8 @@ def test_checkpoint_of_timms_train_script(run, here):
     saver = CheckpointSaver(model, optimizer, args, ema, checkpoint_dir=str(folder))
     saver.save_checkpoint(0, metric=100.0)
 
-    plan, prepare, forget, evaluate, _ = commands("timm_checkpoint.py")
-    assert "Fits: " in run(plan)
+    ask, prepare, forget, evaluate, _ = commands("timm_checkpoint.py")
+    assert "Fits: " in run(ask)
     run(prepare)
     elements = sum(p.numel() for p in model.parameters())
     assert (here / "posterior.safetensors").stat().st_size < 1.3 * elements
@@ -322,6 +325,7 @@ def test_hugging_face_vit(run, here):
     fit(model, transform, here, steps=60, lr=2e-3).save_pretrained(here / "my-vit")
     processor.save_pretrained(here / "my-vit")
     prepare, forget, evaluate = commands("huggingface_vit.py")
+    assert plan(model, (3, 32, 32)).parameters == model.num_parameters()
     assert accuracies(run([w.replace("my-vit-forgotten", "my-vit") for w in evaluate])) == (100, 100)
     run(prepare)
     assert list(Posterior.load(here / "posterior.safetensors")) == [n for n, _ in model.named_parameters()]
