@@ -332,7 +332,7 @@ def foreach_step(w: Workload) -> Contestant:
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
     # Of one dimension, so that one graph of dynamic size serves all; a view would be guarded by its base's strides.
-    return [t.new_empty(0).set_(t.untyped_storage(), 0, (t.numel(),)) for t in tensors]
+    return [t.new_empty(0).set_(t.untyped_storage(), 0, (t.numel(),), (1,)) for t in tensors]
 
 
 def compiled_eager(w: Workload) -> Contestant:
