@@ -583,10 +583,11 @@ def lose_a_rank(rank, world, port, folder, how):
     """Prepare on two ranks; the last one dies or hangs in its seventh step, the others write what they are told."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    if how == "hangs":
-        dist.init_process_group("gloo", timeout=timedelta(seconds=3))
 
     def callback(step):
+        if step.step == 6 and how == "hangs":
+            # Not from the start: on a busy machine a rank may join seconds after the other.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
         if step.step == 7 and rank == world - 1:
             os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
 
