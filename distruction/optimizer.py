@@ -49,7 +49,8 @@ class BGD(torch.optim.Optimizer):
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
             ``prior``, for a posterior as ``std_init``, and for `posterior`).
-        lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step).
+        lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
+            step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
         std_init: standard deviation that every parameter starts from, or a `Posterior` to start from.
         data_per_step: how many data points one step's *mean* loss stands for. BGD wants the gradient of a sum,
             so the gradient is multiplied by it; over a run, 1/std**2 gathers the curvature of
@@ -666,8 +667,8 @@ class BGD(torch.optim.Optimizer):
             for key, value in state.items():
                 if value.shape != p.shape:
                     raise UsageError(
-                        f"the state's {key} of {label} has shape {tuple(value.shape)} and the parameter {tuple(p.shape)}; "
-                        "is it of this model, with its parameters in this order?"
+                        f"the state's {key} of {label} has shape {tuple(value.shape)} and the parameter "
+                        f"{tuple(p.shape)}; is it of this model, with its parameters in this order?"
                     )
         options = ({k: group[k] for k in self.defaults if k in group} for group in self.param_groups)
         groups = [own | saved for own, saved in zip(options, state_dict["param_groups"], strict=True)]
@@ -745,7 +746,8 @@ class BGD(torch.optim.Optimizer):
         """A group's option as a float32 scalar tensor on the device, written only when it changed."""
         value = self.param_groups[index][name]
         if isinstance(value, Tensor):
-            return value.to(device, torch.float32).reshape(())
+            # A copy to a GPU is queued: it must not wait for the steps before it.
+            return value.to(device, torch.float32, non_blocking=device.type != "cpu").reshape(())
         cached = self._scalars.get((index, name))
         if cached is None or cached[0] != value:
             tensor = cached[1] if cached is not None else torch.empty((), dtype=torch.float32, device=device)

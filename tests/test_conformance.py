@@ -11,10 +11,11 @@ import pytest
 import torch
 from test_optimizer import assert_same, batch, make_model, train_steps, values
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import SGD
 from torch.optim import lr_scheduler as schedulers
 
-from distruction import BGD, Posterior, UsageError
+from distruction import BGD, Posterior, UsageError, ops, posterior
 
 STD = 0.5
 
@@ -265,29 +266,70 @@ def test_a_bfloat16_model_has_float32_state(stochastic_rounding):
 # --- torch.compile ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior", [False, True])
-def test_a_compiled_step_has_no_graph_break_and_the_same_bits(prior):
+def compile_case(name):
+    """A small model and its BGD with a Tensor lr."""
+    model = make_model()
+    options, params = {}, list(model.named_parameters())
+    if name == "prior":
+        options = {"prior": Posterior.around(model, 0.1), "kl_weight": 0.1}
+    elif name == "two samples":
+        options = {"mc_samples": 2}
+    elif name == "groups":
+        params = [{"params": params[:2], "learn_mean": False}, {"params": params[2:], "data_per_step": 8}]
+    elif name == "bfloat16":
+        model.to(torch.bfloat16)
+        options = {"stochastic_rounding": True}
+    options = {"data_per_step": 16, **options}
+    return model, BGD(params, lr=torch.tensor(0.5), std_init=0.1, **options)
+
+
+def compiled_run(name, compiled):
+    """The posterior after eight steps, and how many graphs the last four have added."""
     torch._dynamo.reset()
-    results = []
+    model, opt = compile_case(name)
+    step = torch.compile(opt.step, fullgraph=True, backend="aot_eager") if compiled else opt.step
+    opt.train()
+    frames = {}
+    for i in range(8):
+        x, y = batch(i)
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x.to(model[0].weight.dtype)).float(), y).backward()
+        step()
+        opt.param_groups[0]["lr"].mul_(0.9)
+        frames[i] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return values(opt), frames[7] - frames[3]
+
+
+@pytest.mark.parametrize("name", ["plain", "prior", "two samples", "groups", "bfloat16"])
+def test_a_compiled_step_has_no_graph_break_and_the_same_bits(name):
+    expected, _ = compiled_run(name, compiled=False)
+    found, added = compiled_run(name, compiled=True)
+    assert added == 0
+    assert_same(expected, found)
+
+
+def test_a_compiled_training_step_breaks_at_backward_alone():
+    """Forward, backward and step in one compiled function: torch does not trace ``backward`` by default."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runs = []
     for compiled in (False, True):
-        model = make_model()
-        options = {"prior": Posterior.around(model, 0.1), "kl_weight": 0.1} if prior else {}
-        opt = BGD(model.named_parameters(), lr=torch.tensor(0.5), std_init=0.1, data_per_step=16, **options)
-        step = torch.compile(opt.step, fullgraph=True, backend="aot_eager") if compiled else opt.step
+        model, opt = compile_case("plain")
         opt.train()
-        frames = None
-        for i in range(6):
-            x, y = batch(i)
-            opt.zero_grad()
+
+        def train(x, y, model=model, opt=opt):
             nn.functional.cross_entropy(model(x), y).backward()
-            step()
-            opt.param_groups[0]["lr"].mul_(0.9)
-            if i == 2:
-                frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        if compiled:
-            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames
-        results.append(values(opt))
-    assert_same(*results)
+            opt.step()
+
+        run = torch.compile(train, backend="aot_eager") if compiled else train
+        for i in range(4):
+            opt.zero_grad()
+            run(*batch(i))
+        runs.append(values(opt))
+    breaks = list(torch._dynamo.utils.counters["graph_break"])
+    assert len(breaks) == 1
+    assert "backward" in breaks[0]
+    assert_same(*runs)
 
 
 def test_a_compiled_step_tells_of_nan_at_eval():
@@ -300,3 +342,87 @@ def test_a_compiled_step_tells_of_nan_at_eval():
     torch.compile(opt.step, fullgraph=True, backend="eager")()
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
         opt.eval()
+
+
+# --- CUDA graphs --------------------------------------------------------------------------------------------
+
+
+GRAPH_CASES = {"plain": {}, "two samples": {"mc_samples": 2}, "prior": {"kl_weight": 0.1}}
+
+
+def graph_case(name, device, backend="auto"):
+    params = {f"p{i}": nn.Parameter(p.detach().to(device)) for i, p in enumerate(weights())}
+    lr = torch.tensor(0.5, device=device)
+    options = GRAPH_CASES[name]
+    if name == "prior":
+        means = {n: p.detach().clone() for n, p in params.items()}
+        options = {**options, "prior": Posterior(means, {n: torch.full_like(m, 0.2) for n, m in means.items()})}
+    opt = BGD(params.items(), lr=lr, std_init=0.1, data_per_step=8, backend=backend, **options)
+    opt.train()
+    return list(params.values()), lr, opt
+
+
+@pytest.mark.parametrize("name", GRAPH_CASES)
+def test_a_step_on_a_gpu_asks_nothing_of_it(name, monkeypatch):
+    """What would wait for the device, and so cannot be captured, is an error for tensors without data."""
+    # The prior is made before the loop, and looks at its values.
+    monkeypatch.setattr(posterior, "_fault", lambda *_: None)
+    monkeypatch.setattr(posterior, "_raise_together", lambda *_: None)
+    with FakeTensorMode():
+        params, _, opt = graph_case(name, "cuda")
+        opt.grad_scale, opt.found_inf = (torch.tensor(v, device="cuda") for v in (2.0, 0.0))
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            opt.step()
+        with pytest.raises(DataDependentOutputException):
+            opt.raise_if_nonfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA or ROCm device")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", GRAPH_CASES)
+def test_a_training_step_replays_from_a_cuda_graph_as_it_runs(name, backend):
+    """Forward, backward and step of a loss without sums, so that its gradient has one order of operations."""
+    if (reason := ops.unavailable(backend, "cuda")) is not None:
+        pytest.skip(reason)
+
+    def run(graph):
+        params, lr, opt = graph_case(name, "cuda", backend)
+        target = torch.zeros((), device="cuda")
+
+        def update():
+            for _ in range(opt.param_groups[0]["mc_samples"]):
+                opt.zero_grad()
+                sum((p - target).square().sum() for p in params).backward()
+                opt.step()
+
+        lrs = []
+        for i in range(8):
+            target.fill_(i / 8)
+            lr.fill_(0.5 * 0.7**i)
+            lrs.append(lr.item())
+            if graph is None or i < 3:
+                # Warm-up is on a side stream, as torch.cuda.graph asks.
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    update()
+                torch.cuda.current_stream().wait_stream(side)
+                continue
+            if i == 3:
+                opt.zero_grad()
+                with torch.cuda.graph(graph):
+                    update()
+            graph.replay()
+        kl = opt.kl
+        sample = [p.detach().clone() for p in params]
+        opt.eval()
+        state = opt.state_dict()
+        return [*values(opt), *sample, *([] if kl is None else [kl.clone()])], state["param_groups"][0]["draw"], lrs
+
+    eager, captured = run(None), run(torch.cuda.CUDAGraph())
+    assert eager[1:] == captured[1:]
+    assert len(set(eager[2])) == 8
+    assert_same(eager[0], captured[0])
