@@ -163,7 +163,8 @@ def check_any_placement_draws_the_same_bits(world, folder):
         gradients = [torch.randn(t.shape, generator=g).to(dtype) for t in wholes]
 
         def place(t, how):
-            return t.clone() if how is None else distribute_tensor(t, mesh, how, src_data_rank=None)
+            t = t.clone()  # a replica would share its memory, and a sampled parameter change the prior
+            return t if how is None else distribute_tensor(t, mesh, how, src_data_rank=None)
 
         alone = [nn.Parameter(t.clone()) for t in wholes]
         spread = [nn.Parameter(place(t, how)) for t, how in zip(wholes, placements, strict=True)]
