@@ -174,6 +174,7 @@ class BGD(torch.optim.Optimizer):
         # GradScaler then leaves unscaling and skipping to the fused step, without a host sync.
         self._step_supports_amp_scaling = True
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get the next generator streams."""
         super().add_param_group(param_group)

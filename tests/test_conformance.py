@@ -80,13 +80,14 @@ def test_empty_gradients_change_nothing():
     assert_same(held, [p.detach() for p in params])
 
 
-def test_groups_and_added_groups_follow_sgd():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_groups_and_added_groups_follow_sgd(backend):
     ours, theirs = weights(), weights()
 
     def groups(params):
         return [{"params": params[:1]}, {"params": params[1:2], "lr": 0.3 / STD**2 if params is ours else 0.3}]
 
-    opt, sgd = as_sgd(groups(ours)), SGD(groups(theirs), 0.1)
+    opt, sgd = as_sgd(groups(ours), backend=backend), SGD(groups(theirs), 0.1)
     for step in range(6):
         if step == 3:
             opt.add_param_group({"params": ours[2:], "lr": 0.02 / STD**2})
@@ -369,8 +370,8 @@ def test_a_step_on_a_gpu_asks_nothing_of_it(name, monkeypatch):
     monkeypatch.setattr(posterior, "_fault", lambda *_: None)
     monkeypatch.setattr(posterior, "_raise_together", lambda *_: None)
     with FakeTensorMode():
-        params, _, opt = graph_case(name, "cuda")
-        opt.grad_scale, opt.found_inf = (torch.tensor(v, device="cuda") for v in (2.0, 0.0))
+        params, _, opt = graph_case(name, "cuda:0")
+        opt.grad_scale, opt.found_inf = (torch.tensor(v, device="cuda:0") for v in (2.0, 0.0))
         for _ in range(4):
             for p in params:
                 p.grad = torch.zeros_like(p)
