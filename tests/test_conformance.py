@@ -373,7 +373,9 @@ def test_a_step_on_a_gpu_asks_nothing_of_it(name, monkeypatch):
         try:
             torch.empty_like(torch.empty(2, device="cuda:0")).copy_(torch.empty(2, device="cuda:0"))
         except RuntimeError as error:
-            pytest.skip(f"torch {torch.__version__} needs a GPU's driver for tensors without data: {str(error).splitlines()[0]}")
+            pytest.skip(
+                f"torch {torch.__version__} needs a GPU's driver for tensors without data: {str(error).splitlines()[0]}"
+            )
         params, _, opt = graph_case(name, "cuda:0")
         opt.grad_scale, opt.found_inf = (torch.tensor(v, device="cuda:0") for v in (2.0, 0.0))
         for _ in range(4):
