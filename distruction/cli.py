@@ -415,8 +415,6 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        distributed.stop()
 
 
 if __name__ == "__main__":

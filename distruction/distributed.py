@@ -1,5 +1,6 @@
 """Ranks: who this process is among those of ``torchrun``, and the few collectives that the library needs."""
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,15 +14,16 @@ BUCKET_BYTES = 32 * 2**20
 
 
 def start() -> None:
-    """Join the processes of ``torchrun`` or ``accelerate launch``, once; without them, nothing."""
+    """Join the processes of ``torchrun`` or ``accelerate launch``, once, until exit; without them, nothing."""
     launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if launched and dist.is_available() and not dist.is_initialized():
         dist.init_process_group()
+        # While Python still runs: Gloo's threads abort the process when they drop a failed collective's tensors later.
+        atexit.register(_stop)
 
 
-def stop() -> None:
-    """Leave them again."""
-    if dist.is_available() and dist.is_initialized():
+def _stop() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -26,6 +26,8 @@ STREAMED_ELEMENTS = 2**24
 mean and std."""
 
 _POSITIVE = ("data_per_step", "max_mean_step", "max_log_std_step", "max_std")
+_PROGRESS = ("draw", "accumulated", "calls", "first_stream", "training")
+"""What a group says of the run, besides its options."""
 _ALWAYS_FUSED = "its step is always one fused op; choose an implementation with backend="
 _REFUSED = {
     "foreach": _ALWAYS_FUSED,
@@ -47,7 +49,8 @@ class BGD(torch.optim.Optimizer):
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
             ``prior``, for a posterior as ``std_init``, and for `posterior`).
-        lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step).
+        lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
+            step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
         std_init: standard deviation that every parameter starts from, or a `Posterior` to start from.
         data_per_step: how many data points one step's *mean* loss stands for. BGD wants the gradient of a sum,
             so the gradient is multiplied by it; over a run, 1/std**2 gathers the curvature of
@@ -171,6 +174,7 @@ class BGD(torch.optim.Optimizer):
         # GradScaler then leaves unscaling and skipping to the fused step, without a host sync.
         self._step_supports_amp_scaling = True
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get the next generator streams."""
         super().add_param_group(param_group)
@@ -600,41 +604,83 @@ class BGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a `state_dict`; the parameters then hold what they held when it was made (sample or means)."""
-        self._check_state(state_dict)
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype; ours is float32 whatever the parameter is.
-        params = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, p in zip(indices, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                placed = shard_like(value, p)
-                self.state[p][key] = placed.clone() if placed is value else placed
-        self._reset()
-        if self.param_groups[0]["training"]:
-            self.train()
-        else:
-            self.eval(check=False)
+        """Take over a `state_dict`; the parameters then hold what they held when it was made (sample or means).
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that cannot be this optimizer's, before anything has changed."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        if len(params) != len(indices):
-            return  # torch says so
-        for index, p in zip(indices, params, strict=True):
-            if any(is_sharded(t) and not is_sharded(p) for t in state_dict["state"].get(index, {}).values()):
+        Options that the state lacks, because it is of an older version, stay as they are.
+
+        Raises:
+            UsageError: the state is not of a BGD, or of other parameters; nothing has changed.
+        """
+        final: dict[str, Any] = {}
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            final.update(self._checked(given))
+            return final
+
+        def take_over(_: torch.optim.Optimizer) -> None:
+            # torch casts state to the parameter's dtype; ours is float32 whatever the parameter is.
+            for p, state in self._saved_states(final):
+                for key, value in state.items():
+                    placed = shard_like(value, p)
+                    self.state[p][key] = placed.clone() if placed is value else placed
+            self._reset()
+            if self.param_groups[0]["training"]:
+                self.train()
+            else:
+                self.eval(check=False)
+
+        # The last hook before and the first one after: the caller's own may change the state, and find it taken over.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(take_over, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The parameters and what ``state_dict`` holds of each; as many as there are of both."""
+        params = (p for group in self.param_groups for p in group["params"])
+        indices = (i for group in state_dict["param_groups"] for i in group["params"])
+        for p, index in zip(params, indices, strict=False):
+            yield p, state_dict["state"].get(index, {})
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state with every option, if it can be this optimizer's; else an error before anything has changed."""
+        if any(name not in group for group in state_dict["param_groups"] for name in _PROGRESS):
+            raise UsageError(
+                f"the state_dict is not of a BGD, whose groups have {', '.join(_PROGRESS)}; load one that "
+                "BGD.state_dict() has made"
+            )
+        if [len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in state_dict["param_groups"]]:
+            return state_dict  # torch says so
+        labels = [label for group in self.param_groups for label in self._labels(group)]
+        for label, (p, state) in zip(labels, self._saved_states(state_dict), strict=True):
+            if any(is_sharded(t) and not is_sharded(p) for t in state.values()):
                 raise UsageError(
                     "the state is sharded and the parameters are not: save it with torch.distributed.checkpoint's "
                     "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))"
                 )
-        for group in state_dict["param_groups"]:
+            if state and not {"mean", "std"} <= state.keys():
+                raise UsageError(f"the state of {label} has no mean and std, only {', '.join(state)}")
+            for key, value in state.items():
+                if value.shape != p.shape:
+                    raise UsageError(
+                        f"the state's {key} of {label} has shape {tuple(value.shape)} and the parameter "
+                        f"{tuple(p.shape)}; is it of this model, with its parameters in this order?"
+                    )
+        options = ({k: group[k] for k in self.defaults if k in group} for group in self.param_groups)
+        groups = [own | saved for own, saved in zip(options, state_dict["param_groups"], strict=True)]
+        for group in groups:
             held = [state_dict["state"].get(i, {}) for i in group["params"]]
             if group["accumulated"] and not any("m1" in state for state in held):
                 raise UsageError(
                     f"the state was saved after {group['accumulated']} of {group['mc_samples']} samples of an update, "
                     "but their statistics are not in it; load it before the optimizer's first train()"
                 )
+        return {**state_dict, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._sample_group is not None:
@@ -701,7 +747,8 @@ class BGD(torch.optim.Optimizer):
         """A group's option as a float32 scalar tensor on the device, written only when it changed."""
         value = self.param_groups[index][name]
         if isinstance(value, Tensor):
-            return value.to(device, torch.float32).reshape(())
+            # A copy to a GPU is queued: it must not wait for the steps before it.
+            return value.to(device, torch.float32, non_blocking=device.type != "cpu").reshape(())
         cached = self._scalars.get((index, name))
         if cached is None or cached[0] != value:
             tensor = cached[1] if cached is not None else torch.empty((), dtype=torch.float32, device=device)

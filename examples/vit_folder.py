@@ -66,7 +66,6 @@ def main() -> None:
         save(model, args.out)
     else:
         evaluate(model, data, args)
-    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ def check_any_placement_draws_the_same_bits(world, folder):
         gradients = [torch.randn(t.shape, generator=g).to(dtype) for t in wholes]
 
         def place(t, how):
-            return t.clone() if how is None else distribute_tensor(t, mesh, how, src_data_rank=None)
+            t = t.clone()  # a replica would share its memory, and a sampled parameter change the prior
+            return t if how is None else distribute_tensor(t, mesh, how, src_data_rank=None)
 
         alone = [nn.Parameter(t.clone()) for t in wholes]
         spread = [nn.Parameter(place(t, how)) for t, how in zip(wholes, placements, strict=True)]
@@ -583,8 +584,11 @@ def lose_a_rank(rank, world, port, folder, how):
     """Prepare on two ranks; the last one dies or hangs in its seventh step, the others write what they are told."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+
     if how == "hangs":
-        dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+        # The store waits for all ranks, which on a busy machine come seconds apart; from then on three are enough.
+        store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timedelta(minutes=5))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=3))
 
     def callback(step):
         if step.step == 7 and rank == world - 1:
@@ -595,3 +599,5 @@ def lose_a_rank(rank, world, port, folder, how):
                 callback=callback, **PREPARE)  # fmt: skip
     except RankError as error:
         (folder / f"told-{rank}").write_text(str(error))
+    if how == "hangs":
+        dist.destroy_process_group()  # the library leaves only what it has joined

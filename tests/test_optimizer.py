@@ -231,15 +231,6 @@ def test_schedulers_change_lr():
     assert opt.param_groups[0]["lr"] < 1
 
 
-def test_a_tensor_lr_equals_a_float():
-    models = [make_model(), make_model()]
-    for m, lr in zip(models, (0.5, torch.tensor(0.5)), strict=True):
-        opt = BGD(m.parameters(), lr=lr, data_per_step=16)
-        opt.train()
-        train_steps(m, opt, range(3))
-    assert_same(*(list(m.parameters()) for m in models))
-
-
 def test_maximize_is_the_negated_loss():
     models = [make_model(), make_model()]
     for m, sign, maximize in zip(models, (1, -1), (False, True), strict=True):
