@@ -342,14 +342,23 @@ def _plot(path: str, rows: Sequence[Row], device: str) -> None:
             for r in group
         ]
         bars = axes.barh([r.contestant for r in group], medians, xerr=errors, color=colors)
-        axes.bar_label(bars, [f"{m:.3g}" for m in medians], padding=4, fontsize=8)
-        axes.set(xscale="log", title=f"{op}, {model}, host threads: {threads}")
-        axes.margins(x=0.2)
+        axes.bar_label(bars, [_three_digits(m) for m in medians], padding=4, fontsize=8)
+        axes.set(xscale="log")
+        axes.set_title(f"{op}, {model}, {_threads(threads)}", fontsize=10)
+        axes.margins(x=0.25)
         axes.grid(alpha=0.3, axis="x")
     for axes in grid[-1]:
-        axes.set_xlabel("milliseconds, median (bars: quantiles 0.2 and 0.8)")
+        axes.set_xlabel("ms: median, quantiles 0.2 and 0.8")
     figure.suptitle(device)
     figure.savefig(path, format="png", dpi=90)
+
+
+def _three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -365,14 +374,15 @@ def markdown(rows: Sequence[Row]) -> str:
     columns = {k: v for k, v in formats.items() if any(getattr(r, v[0]) is not None for r in rows)}
     head = ["op", "contestant"]
     for model, threads in settings:
-        head += [f"{model}, {threads} thread{'s' * (threads > 1)}: ms", *columns]
+        head += [f"{model}, {_threads(threads)}: ms", *columns]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     cells = {(r.op, r.contestant, r.model, r.threads): r for r in rows}
     for op, contestant in dict.fromkeys((r.op, r.contestant) for r in rows):
         line = [op, contestant]
         for setting in settings:
             row = cells.get((op, contestant, *setting))
-            for field, form in (("median", ".3g"), *columns.values()):
+            line.append("-" if row is None else _three_digits(row.median))
+            for field, form in columns.values():
                 value = getattr(row, field, None)
                 line.append("-" if value is None else format(value, form))
         lines.append(line)
