@@ -319,7 +319,12 @@ def test_killed_at_random_moments(finished, tmp_path):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(entries(out)) <= len(seen):
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 2))
+        time.sleep(rng.uniform(0, 1))
+        if process.poll() is not None:
+            # All done, on a machine that is quick; the kills before it count.
+            assert process.returncode == 0
+            assert attempt > 2
+            break
         if attempt % 3 == 2:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(rng.choice(children)), signal.SIGKILL)
