@@ -168,7 +168,6 @@ def test_options_of_other_optimizers_are_refused_with_a_reason(option):
         BGD(weights(), **{option: True})
     with pytest.raises(UsageError, match=f"BGD has no option '{option}': "):
         BGD([{"params": weights(), option: 0.5}])
-    BGD(weights(), **{option: 0})
     BGD([{"params": weights(), option: 0}])
     BGD(weights(), **{option: 0})
 
