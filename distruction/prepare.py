@@ -12,7 +12,7 @@ from . import distributed
 from .errors import UsageError
 from .optimizer import BGD
 from .posterior import Posterior, fingerprint, learnable
-from .training import Batches, Callback, Checkpoint, Step, cosine, run
+from .training import Batches, Callback, Checkpoint, Step, cosine, rising, run
 
 
 def prepare(
@@ -39,8 +39,8 @@ def prepare(
     """Learn the posterior of a trained model by Bayesian Gradient Descent: mean = the weights, std learned.
 
     BGD never stops gathering evidence: 1/std**2 = 1/std_init**2 + the curvature of ``evidence`` data points. So
-    ``evidence`` says how much data the posterior stands for, in data points; every step counts for
-    evidence / steps of them.
+    ``evidence`` says how much data the posterior stands for, in data points. The steps' shares of it rise
+    (`distruction.training.rising`).
 
     Args:
         model: any classifier that gives logits or, as Hugging Face's do, an output with ``logits``. Only its parameters
@@ -80,6 +80,7 @@ def prepare(
     if not evidence > 0:
         raise UsageError(f"evidence must be > 0 data points, not {evidence}")
     weights = fingerprint(learnable(model))
+    shares = rising(steps)
     settings: dict[str, Any] = {
         "steps": steps,
         "std_init": std_init,
@@ -96,7 +97,7 @@ def prepare(
             learnable(model).items(),
             lr=lr,
             std_init=std_init if resumed is None else resumed,
-            data_per_step=evidence / max(steps, 1),
+            data_per_step=evidence,
             mc_samples=mc_samples,
             max_std=std_init,
             learn_mean=learn_mean,
@@ -108,6 +109,7 @@ def prepare(
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(len(history), steps)
+            group["data_per_step"] = evidence * shares[len(history)]
 
     point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     optimizer, history = run(

@@ -440,13 +440,12 @@ def check_a_distributed_sampler_makes_the_batch_of_its_parts(world, folder):
 
 def alone(model, batches):
     """What one process prepares from these batches, by BGD in a loop of its own."""
-    from distruction.training import cosine
+    from distruction.training import cosine, rising
 
     steps = PREPARE["steps"]
-    opt = BGD(model.named_parameters(), std_init=0.1, max_std=0.1, learn_mean=False, mc_samples=2,
-              data_per_step=100.0 / steps)  # fmt: skip
+    opt = BGD(model.named_parameters(), std_init=0.1, max_std=0.1, learn_mean=False, mc_samples=2)
     for step, (x, y) in enumerate(batches[:steps]):
-        opt.param_groups[0]["lr"] = cosine(step, steps)
+        opt.param_groups[0] |= {"lr": cosine(step, steps), "data_per_step": 100.0 * rising(steps)[step]}
 
         def closure(x=x, y=y):
             opt.zero_grad()

@@ -105,9 +105,9 @@ def test_one_wheel_serves_every_python_and_pytorch(tree):
     assert "distruction/ops/libdistruction_cpu.so" in names
     assert "distruction/kernels/__init__.py" in names
     assert not [n for n in names if n.startswith(("csrc", "tests", "benchmarks"))]
-    linked = run(["ldd", str(library(tree / "installed"))], tree).stdout
-    assert "libc.so" in linked
-    assert not re.search("torch|python|c10", linked)
+    linked = [line.split()[0] for line in run(["ldd", str(library(tree / "installed"))], tree).stdout.splitlines()]
+    assert [name for name in linked if name.startswith("libc.")]
+    assert not [name for name in linked if re.search("torch|python|c10", name)]
 
 
 def test_the_optimizer_needs_no_more_than_pytorch_numpy_and_safetensors(tmp_path):

@@ -33,8 +33,8 @@ from .grid import Grid, Scenario
 from .memory import Peak
 from .store import Store, canonical, file_hash, key_of
 
-FORMAT = 1
-"""Raised when a job's result changes for the same facts, so that old entries are not taken."""
+FORMATS = {"model": 1, "posterior": 2}
+"""Raised when a job's result changes for the same facts, so that old entries are not taken, nor those made from them."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _cell(
     groups = {k: list(v) for k, v in scenario.groups.items()}
     side = grid.network.get("img_size")
     model = {
-        "format": FORMAT,
+        "format": FORMATS["model"],
         "version": __version__,
         "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root, side)},
         "groups": groups,
@@ -167,7 +167,7 @@ def _cell(
     facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
     facts["retrained"] = {"model": model, "split": split}
     if methods.get(method).needs_posterior:
-        facts["posterior"] = {"model": model, "prepare": dict(grid.prepare)}
+        facts["posterior"] = {"format": FORMATS["posterior"], "model": model, "prepare": dict(grid.prepare)}
     facts["measure"] = {**grid.measure, "brief": brief}
     if not brief:
         # Shared by every seed of the grid.
