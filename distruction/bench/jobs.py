@@ -34,7 +34,7 @@ from .memory import Peak
 from .store import Store, canonical, file_hash, key_of
 
 FORMATS = {"model": 1, "posterior": 2}
-"""Raised when a job's result changes for the same facts, so that old entries and what is made from them are not taken."""
+"""Raised when a job's result changes for the same facts, so that neither old entries nor their heirs are taken."""
 
 
 @dataclass(frozen=True)
