@@ -85,6 +85,7 @@ def prepare(
         "steps": steps,
         "std_init": std_init,
         "evidence": evidence,
+        "shares": "rising",
         "mc_samples": mc_samples,
         "learn_mean": learn_mean,
         "lr": lr,
