@@ -475,7 +475,7 @@ name = "vit-micro"
 [train]
 epochs = 15
 [prepare]
-steps = 300
+steps = 1000
 std_init = 0.1
 [scenario.full-class]
 data = "digits"
