@@ -85,6 +85,7 @@ def prepare(
         "steps": steps,
         "std_init": std_init,
         "evidence": evidence,
+        # A checkpoint from before they rose must not be taken for one of these.
         "shares": "rising",
         "mc_samples": mc_samples,
         "learn_mean": learn_mean,
