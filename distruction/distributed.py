@@ -1,6 +1,7 @@
 """Ranks: who this process is among those of ``torchrun``, and the few collectives that the library needs."""
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.device_mesh import DeviceMesh
 
 BUCKET_BYTES = 32 * 2**20
 
@@ -18,13 +20,18 @@ def start() -> None:
     launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if launched and dist.is_available() and not dist.is_initialized():
         dist.init_process_group()
-        # While Python still runs: Gloo's threads abort the process when they drop a failed collective's tensors later.
+        # While Python still runs: Gloo's threads abort the process when they drop a collective's tensors later
+        # (github.com/pytorch/pytorch/issues/190489).
         atexit.register(_stop)
 
 
 def _stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        # The group ends its threads with its last reference: DTensor's caches keep the meshes, and these the group.
+        gc.collect()
+        for mesh in (o for o in gc.get_objects() if type(o) is DeviceMesh):
+            getattr(mesh, "_pg_registry", {}).clear()
 
 
 def rank() -> int:

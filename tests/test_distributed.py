@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ranks
@@ -61,19 +62,34 @@ def test_a_lost_rank_stops_the_others_and_the_checkpoint_resumes(tmp_path, how):
     ranks.assert_near(posterior, prepare(ranks.make_model(), ranks.make_loader(), **ranks.PREPARE))
 
 
-def test_the_process_group_is_left_before_the_interpreter_ends():
-    """Gloo's threads abort the process if they outlive it while they drop the tensors of a failed collective."""
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are told by /proc, which only Linux has")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_process_group_is_left_before_the_interpreter_ends(sharded):
+    """Gloo's threads abort the process if they outlive it while they drop the tensors of a collective."""
     code = """
-import atexit, torch.distributed as dist
+import atexit, sys, torch, torch.distributed as dist
+from pathlib import Path
+from torch.distributed.fsdp import fully_shard
 from distruction import distributed
-atexit.register(lambda: print(dist.is_initialized()))  # the last to run
-distributed.start()
-assert dist.is_initialized()
+
+def threads():
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+def main():
+    distributed.start()
+    model = torch.nn.Linear(2, 2)
+    if sys.argv[1] == "True":
+        fully_shard(model)
+    model(torch.ones(1, 2)).sum().backward()
+    assert dist.is_initialized() and threads()
+
+atexit.register(lambda: print(dist.is_initialized(), threads()))  # the last to run
+main()
 """
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(free_port())
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    done = subprocess.run([sys.executable, "-c", code, str(sharded)], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False 0\n"), done.stderr
 
 
 def launchers():
