@@ -20,15 +20,18 @@ def start() -> None:
     launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if launched and dist.is_available() and not dist.is_initialized():
         dist.init_process_group()
-        # While Python still runs: Gloo's threads abort the process when they drop a collective's tensors later
-        # (github.com/pytorch/pytorch/issues/190489).
-        atexit.register(_stop)
+        atexit.register(stop)
 
 
-def _stop() -> None:
-    if dist.is_initialized():
+def stop() -> None:
+    """Leave them, as `start` does at exit; whoever joined them otherwise calls it last.
+
+    Gloo's threads end with the last reference to the process group, which a global model, wrapped or sharded, still
+    holds. One that drops a collective's tensors after Python has ended aborts the process (PyTorch issue 190489).
+    """
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        # The group ends its threads with its last reference: DTensor's caches keep the meshes, and these the group.
+        # DTensor's caches keep the meshes, and these the group.
         gc.collect()
         for mesh in (o for o in gc.get_objects() if type(o) is DeviceMesh):
             getattr(mesh, "_pg_registry", {}).clear()

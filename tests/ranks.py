@@ -28,7 +28,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from distruction import BGD, NonFiniteError, Posterior, PosteriorError, RankError, UsageError, forget, prepare
+from distruction import (
+    BGD,
+    NonFiniteError,
+    Posterior,
+    PosteriorError,
+    RankError,
+    UsageError,
+    distributed,
+    forget,
+    prepare,
+)
 from distruction.sharding import Pieces
 from distruction.training import Step
 
@@ -576,7 +586,7 @@ def work(rank, world, port, folder):
             failures[name] = traceback.format_exc()
         dist.barrier()
     torch.save(failures, Path(folder) / f"failures-{world}-{rank}")
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 def lose_a_rank(rank, world, port, folder, how):
@@ -599,4 +609,4 @@ def lose_a_rank(rank, world, port, folder, how):
     except RankError as error:
         (folder / f"told-{rank}").write_text(str(error))
     if how == "hangs":
-        dist.destroy_process_group()  # the library leaves only what it has joined
+        distributed.stop()  # the library leaves only what it has joined
