@@ -79,7 +79,7 @@ def forget(
     distributed.start()
     if not 0 <= kl_weight <= 1:
         raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}")
-    unlearn = objectives.resolve(objective, model)
+    unlearn = objectives.resolve(objective, model, posterior)
     dataset = getattr(loader, "dataset", None)
     if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise UsageError("the forget set is empty, so there is nothing to forget")

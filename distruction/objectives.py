@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .posterior import unwrapped
+from .posterior import Posterior, unwrapped
 from .sharding import is_sharded
 from .training import logits_of
 
@@ -92,19 +92,50 @@ class BadTeacher:
         )
 
 
+class MaskedTeacher:
+    """KL divergence from what a teacher predicts with the true class masked out to the model's prediction.
+
+    With the model before forgetting as the teacher the forget set goes to the classes that the model found next
+    likely, which changes it least (mask distillation; Zhou et al., "Decoupled Distillation to Erase", 2025).
+
+    Args:
+        teacher: a model with the same classes, at least two; it is put into eval mode and not trained.
+    """
+
+    needs_inputs = True
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def __call__(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """The loss of a batch, in nats."""
+        with torch.no_grad():
+            others = logits_of(self.teacher(inputs)).scatter(-1, targets[:, None], -torch.inf)
+        return F.kl_div(F.log_softmax(logits, dim=-1), F.softmax(others, dim=-1), reduction="batchmean")
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A named objective: one line about it, and how to make it for a model."""
+    """A named objective: one line about it, and how to make it for a model and its posterior."""
 
     summary: str
-    make: Callable[[nn.Module], Objective]
+    make: Callable[[nn.Module, Posterior], Objective]
 
 
-def _randomised(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with every module's parameters drawn anew from a fixed seed."""
+def _before(model: nn.Module, posterior: Posterior) -> nn.Module:
+    """A copy of ``model`` with the means of ``posterior``: a resumed run's model no longer holds them."""
     if any(is_sharded(p) for p in model.parameters()):
-        raise UsageError("bad-teacher copies the model, which is sharded: pass objective=BadTeacher(teacher) instead")
+        raise UsageError(
+            "bad-teacher and masked-teacher copy the model, which is sharded: pass objective=BadTeacher(teacher) or "
+            "MaskedTeacher(teacher), with the teacher sharded as well"
+        )
     teacher = copy.deepcopy(unwrapped(model))
+    posterior.mean_(teacher)
+    return teacher
+
+
+def _randomised(teacher: nn.Module) -> nn.Module:
+    """``teacher`` with every module's parameters drawn anew from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for module in teacher.modules():
@@ -115,23 +146,31 @@ def _randomised(model: nn.Module) -> nn.Module:
 
 
 REGISTRY: dict[str, Entry] = {
-    "uniform-others": Entry("uniform over the other classes (default)", lambda model: uniform_others),
-    "uniform": Entry("uniform over all classes: highest entropy", lambda model: uniform),
-    "bounded-ce": Entry("negated cross entropy until p(true) <= 0.1", lambda model: BoundedCrossEntropy()),
-    "random-labels": Entry("cross entropy to random other labels", lambda model: random_labels),
-    "bad-teacher": Entry("a randomly initialised copy teaches", lambda model: BadTeacher(_randomised(model))),
+    "uniform-others": Entry("uniform over the other classes (default)", lambda model, posterior: uniform_others),
+    "uniform": Entry("uniform over all classes: highest entropy", lambda model, posterior: uniform),
+    "bounded-ce": Entry("negated cross entropy until p(true) <= 0.1", lambda model, posterior: BoundedCrossEntropy()),
+    "random-labels": Entry("cross entropy to random other labels", lambda model, posterior: random_labels),
+    "bad-teacher": Entry(
+        "a randomly initialised copy teaches",
+        lambda model, posterior: BadTeacher(_randomised(_before(model, posterior))),
+    ),
+    "masked-teacher": Entry(
+        "a copy from before teaches, with the true class masked out; keeps the most, costs a forward pass and a copy",
+        lambda model, posterior: MaskedTeacher(_before(model, posterior)),
+    ),
 }
 """Objectives by name."""
 
 
-def resolve(objective: str | Objective, model: nn.Module) -> Objective:
-    """The objective of that name for ``model``; a callable is returned as it is.
+def resolve(objective: str | Objective, model: nn.Module, posterior: Posterior) -> Objective:
+    """The objective of that name for ``model``, which ``posterior`` was prepared for; a callable as it is.
 
     Raises:
-        UsageError: the name is not in the registry.
+        UsageError: the name is not in the registry, or the objective copies the model and that is sharded.
+        PosteriorError: it copies the model, and the posterior belongs to another one.
     """
     if callable(objective):
         return objective
     if objective not in REGISTRY:
         raise UsageError(f"objective {objective!r} is unknown; choose {', '.join(REGISTRY)} or pass a callable")
-    return REGISTRY[objective].make(model)
+    return REGISTRY[objective].make(model, posterior)

@@ -39,6 +39,7 @@ from distruction import (
     forget,
     prepare,
 )
+from distruction.objectives import MaskedTeacher
 from distruction.sharding import Pieces
 from distruction.training import Step
 
@@ -419,13 +420,16 @@ def check_prepare_and_forget_are_those_of_one_process(world, folder):
 
 def check_objectives_that_draw_or_need_the_inputs(world, folder):
     expected = torch.load(folder / "alone", weights_only=False)
-    for objective in ("random-labels", "bad-teacher"):
+    for objective in ("random-labels", "bad-teacher", "masked-teacher"):
         model = make_model()
         result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=objective, **FORGET)
         assert_near(result.posterior, expected[objective])
     model = wrap(make_model(), "fsdp")
-    with pytest.raises(UsageError, match="bad-teacher copies the model, which is sharded"):
+    with pytest.raises(UsageError, match="bad-teacher and masked-teacher copy the model, which is sharded"):
         forget(model, Posterior.around(model, 0.1), make_loader(), objective="bad-teacher", **FORGET)
+    teacher = MaskedTeacher(wrap(make_model(), "fsdp"))
+    result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=teacher, **FORGET)
+    assert_near(result.posterior.gathered(), expected["masked-teacher"])
 
 
 def check_a_distributed_sampler_makes_the_batch_of_its_parts(world, folder):
@@ -563,7 +567,7 @@ def write_what_one_process_does(folder):
     prepared = prepare(model, make_loader(), **PREPARE)
     result = forget(model, prepared, make_loader(), **FORGET)
     facts = {"prepared": dict(prepared), "forgotten": dict(result.posterior), "history": result.history}
-    for objective in ("random-labels", "bad-teacher"):
+    for objective in ("random-labels", "bad-teacher", "masked-teacher"):
         model = make_model()
         result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=objective, **FORGET)
         facts[objective] = dict(result.posterior)

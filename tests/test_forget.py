@@ -199,6 +199,44 @@ def test_every_objective_runs_and_lowers_its_loss(name):
     assert sum(s.loss for s in result.history[-5:]) < sum(s.loss for s in result.history[:5])
 
 
+def test_masked_teacher_against_categorical_distributions():
+    """Over the other classes alone the teacher's distribution is its own, renormalised."""
+    torch.manual_seed(0)
+    teacher, inputs = nn.Linear(4, 5).double(), torch.randn(6, 4, dtype=torch.float64)
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 1, 2, 3, 4, 2])
+    found = objectives.MaskedTeacher(teacher)(logits, targets, inputs)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, target, own in zip(logits, targets, teacher(inputs).detach(), strict=True):
+        others = torch.arange(5) != target
+        p = torch.distributions.Categorical(logits=own[others])
+        log_q = torch.distributions.Categorical(logits=row).logits[others]
+        expected = expected + (p.probs * (p.logits - log_q)).sum() / 6
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+    assert (objectives.MaskedTeacher(teacher)(teacher(inputs), targets, inputs) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["bad-teacher", "masked-teacher"])
+def test_the_teacher_of_a_run_resumed_in_process_is_the_model_from_before(tmp_path, name):
+    options = {"objective": name, "steps": 8, "checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, **QUIET}
+    model, loader = make()
+    posterior = Posterior.around(model, 0.05)
+    whole = forget(model, posterior, loader, **options).posterior
+
+    def interrupt(step):
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    model, loader = make()
+    with pytest.raises(KeyboardInterrupt):
+        forget(model, posterior, loader, callback=interrupt, **options)
+    resumed = forget(model, posterior, loader, **options).posterior
+    for key in whole:
+        assert torch.equal(whole.means[key], resumed.means[key])
+
+
 RUN = """
 import sys, torch, distruction, time
 sys.path.insert(0, {tests!r})
