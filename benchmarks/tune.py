@@ -4,6 +4,7 @@ Trials run on another forgotten class and another seed than the bench reports. C
 trials with D_f <= 5 % (else the lowest D_f); random: the smallest sum of the gaps to retraining in D_r, D_f and MIA.
 
     python benchmarks/tune.py benchmarks/tuning/digits.toml runs/tune
+    python benchmarks/tune.py benchmarks/tuning/fashion.toml runs/tune DATA_ROOT
 """
 
 import itertools
@@ -28,12 +29,12 @@ def score(cell: Cell, retrained: Cell) -> tuple[float, float]:
     return max(numbers["forget"], 5.0), -numbers["retain"]
 
 
-def main(plan_file: str, out: str) -> None:
+def main(plan_file: str, out: str, data: str | None = None) -> None:
     """Run the trials and print the best settings as TOML."""
     plan = tomllib.loads(Path(plan_file).read_text())
     base = bench.preset(plan["preset"])
     found = [replace(s, targets=(plan["target"],) if s.name != "random" else s.targets) for s in base.scenarios]
-    context = jobs.Context(Path(out))
+    context = jobs.Context(Path(out), None if data is None else Path(data))
     cells = {}
     for scenario in found:
         for method, options in {"retrain": {}, **plan["trials"], **plan.get(scenario.name, {})}.items():

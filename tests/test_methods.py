@@ -444,6 +444,26 @@ def test_scrub_distance_is_the_tempered_kl_to_the_old_model(trained):
 # --- with the KL penalty -------------------------------------------------------------------------
 
 
+# --- DELETE --------------------------------------------------------------------------------------
+
+
+def test_delete_is_sgd_on_the_old_prediction_without_the_true_class():
+    """One step of a linear model in closed form: the gradient of its logits is p - p_target."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES))
+    mask = images().labels == 1
+    problem = Task(model, Counted(images().subset(mask)), Counted(images().subset(~mask)), fresh, fit)
+    x = images().subset(mask)[range(30)][0].double().flatten(1)
+    weight, bias = (p.detach().double() for p in model[1].parameters())
+    p = (x @ weight.T + bias).softmax(dim=1)
+    target = p.clone()
+    target[:, 1] = 0
+    slope = (p - target / target.sum(dim=1, keepdim=True)) / 30
+    methods.run("delete", problem, epochs=1, lr=0.5, batch_size=30)
+    torch.testing.assert_close(model[1].weight.double(), weight - 0.5 * slope.T @ x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[1].bias.double(), bias - 0.5 * slope.sum(dim=0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [n for n in REGISTRY if REGISTRY[n].needs_posterior])
 def test_a_larger_penalty_stays_closer_to_the_posterior(name, trained):
     spent = []

@@ -16,6 +16,7 @@ NAMES = {
     "ssd": "SSD",
     "ssd-per-sample": "SSD per sample",
     "scrub": "SCRUB",
+    "delete": "DELETE",
     "distruction": "DiStruction",
 }
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UsageError
 from ..forget import ForgetReport
-from . import amnesiac, baseline, distruction, finetune, retrain, scrub, ssd, teacher, unsir
+from . import amnesiac, baseline, delete, distruction, finetune, retrain, scrub, ssd, teacher, unsir
 from .base import Counted, Method, Task, forget_with
 
 REGISTRY: dict[str, Method] = {
@@ -24,6 +24,7 @@ REGISTRY: dict[str, Method] = {
     "ssd": ssd.BATCH_MEAN,
     "ssd-per-sample": ssd.PER_SAMPLE,
     "scrub": scrub.METHOD,
+    "delete": delete.METHOD,
     "teacher+kl": teacher.WITH_KL,
     "unsir+kl": unsir.WITH_KL,
     "amnesiac+kl": amnesiac.WITH_KL,
