@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from distruction.files import write_atomically
 from distruction.plan import Plan, plan
 
@@ -62,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -3,16 +3,18 @@
 Trials run on another forgotten class and another seed than the bench reports. Class scenarios: the highest D_r among
 trials with D_f <= 5 % (else the lowest D_f); random: the smallest sum of the gaps to retraining in D_r, D_f and MIA.
 
-    python benchmarks/tune.py benchmarks/tuning/digits.toml runs/tune
-    python benchmarks/tune.py benchmarks/tuning/fashion.toml runs/tune DATA_ROOT
+    python -m benchmarks.tune benchmarks/tuning/digits.toml runs/tune
+    python -m benchmarks.tune benchmarks/tuning/fashion.toml runs/tune --data ROOT
 """
 
 import itertools
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from distruction import bench, methods
+import typer
+
+from distruction import bench, methods, scenarios
 from distruction.bench import jobs, runner
 from distruction.bench.grid import tomllib
 from distruction.bench.results import Cell, collect
@@ -29,12 +31,20 @@ def score(cell: Cell, retrained: Cell) -> tuple[float, float]:
     return max(numbers["forget"], 5.0), -numbers["retain"]
 
 
-def main(plan_file: str, out: str, data: str | None = None) -> None:
+def main(
+    plan_file: Annotated[Path, typer.Argument(help="TOML: preset, target, seed and trials.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the trials; finished ones stay.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+) -> None:
     """Run the trials and print the best settings as TOML."""
-    plan = tomllib.loads(Path(plan_file).read_text())
+    plan = tomllib.loads(plan_file.read_text())
     base = bench.preset(plan["preset"])
-    found = [replace(s, targets=(plan["target"],) if s.name != "random" else s.targets) for s in base.scenarios]
-    context = jobs.Context(Path(out), None if data is None else Path(data))
+    found = [
+        replace(s, targets=(plan["target"],) if s.name != "random" else s.targets)
+        for s in base.scenarios
+        if s.name in plan.get("scenarios", scenarios.NAMES)
+    ]
+    context = jobs.Context(out, data)
     cells = {}
     for scenario in found:
         for method, options in {"retrain": {}, **plan["trials"], **plan.get(scenario.name, {})}.items():
@@ -70,4 +80,4 @@ def main(plan_file: str, out: str, data: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    typer.run(main)

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +18,44 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from benchmarks import contestants, gpu, harness, memory, profile
+from distruction import methods, scenarios
+from distruction.bench.grid import tomllib
 from distruction.ops import backends
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [torch.Size(s) for s in ((7, 5), (64,), (1, 3, 3))]
+
+
+def commands():
+    """What the README, the pages and the benchmarks themselves call benchmarks by."""
+    files = [
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("benchmarks/tuning/*"),
+    ]
+    return {c for file in files for c in re.findall(r"python (?:-m )?benchmarks[./]\w+(?:\.py)?", file.read_text())}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_a_command_that_is_written_somewhere_starts(command, monkeypatch, capsys):
+    # Only as modules: as scripts, their folder's profile.py hides the standard library's.
+    module = re.fullmatch(r"python -m (benchmarks\.\w+)", command)[1]
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("plan", sorted(ROOT.glob("benchmarks/tuning/*.toml")), ids=lambda p: p.stem)
+def test_tuning_gives_every_method_eight_trials_of_settings_that_it_has(plan):
+    plan = tomllib.loads(plan.read_text())
+    for name in ("trials", *scenarios.NAMES):
+        for method, options in plan.get(name, {}).items():
+            methods.check(method, options)
+            assert math.prod(map(len, options.values())) == 8
 
 
 @pytest.fixture
