@@ -59,6 +59,9 @@ Overwrite = Annotated[bool, typer.Option(help="Replace the output where it exist
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per forward pass.")]
 ModelFile = Annotated[Path, typer.Option("--model", help="Model file (safetensors) written by `train` or `forget`.")]
 ForgetClass = Annotated[str, typer.Option("--class", help="Name of the class to forget.")]
+ObjectiveName = Annotated[
+    str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
+]
 CheckpointFile = Annotated[
     Path | None, typer.Option(help="Resume from this file and write it now and then; removed at the end.")
 ]
@@ -170,6 +173,7 @@ def plan(
     prior_std: Annotated[str, typer.Option(help=f"How the prior's std is kept: {', '.join(STORAGE)}.")] = "float32",
     prior_mean: Annotated[str, typer.Option(help=f"How its mean is kept: {', '.join(STORAGE[:2])}.")] = "float32",
     offload_prior: Annotated[bool, typer.Option(help="The prior stays in the CPU's memory.")] = False,
+    objective: ObjectiveName = "uniform-others",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU when there is one.")] = "auto",
     free_gib: Annotated[
         float | None, typer.Option("--free", min=0, help="GiB that are free there; default: ask it.")
@@ -191,6 +195,7 @@ def plan(
         prior_std=prior_std,
         prior_mean=prior_mean,
         offload_prior=offload_prior,
+        objective=objective,
         device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
         available=None if free_gib is None else int(free_gib * 2**30),
     )
@@ -263,9 +268,7 @@ def forget(
     forget_class: ForgetClass,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
-    objective: Annotated[
-        str, typer.Option(help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
-    ] = "uniform-others",
+    objective: ObjectiveName = "uniform-others",
     steps: Annotated[int, typer.Option(help="BGD updates.")] = 150,
     kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
     data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 100.0,

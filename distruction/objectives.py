@@ -116,10 +116,17 @@ class MaskedTeacher:
 
 @dataclass(frozen=True)
 class Entry:
-    """A named objective: one line about it, and how to make it for a model and its posterior."""
+    """A named objective.
+
+    Attributes:
+        summary: one line about it.
+        make: of the model and its posterior.
+        copies: whether it holds a copy of the model.
+    """
 
     summary: str
     make: Callable[[nn.Module, Posterior], Objective]
+    copies: bool = False
 
 
 def _before(model: nn.Module, posterior: Posterior) -> nn.Module:
@@ -153,10 +160,12 @@ REGISTRY: dict[str, Entry] = {
     "bad-teacher": Entry(
         "a randomly initialised copy teaches",
         lambda model, posterior: BadTeacher(_randomised(_before(model, posterior))),
+        copies=True,
     ),
     "masked-teacher": Entry(
-        "a copy from before teaches, with the true class masked out; keeps the most, costs a forward pass and a copy",
+        "a copy from before teaches, with the true class masked out: keeps more, costs a forward pass and a copy",
         lambda model, posterior: MaskedTeacher(_before(model, posterior)),
+        copies=True,
     ),
 }
 """Objectives by name."""
@@ -169,8 +178,15 @@ def resolve(objective: str | Objective, model: nn.Module, posterior: Posterior) 
         UsageError: the name is not in the registry, or the objective copies the model and that is sharded.
         PosteriorError: it copies the model, and the posterior belongs to another one.
     """
-    if callable(objective):
-        return objective
-    if objective not in REGISTRY:
-        raise UsageError(f"objective {objective!r} is unknown; choose {', '.join(REGISTRY)} or pass a callable")
-    return REGISTRY[objective].make(model, posterior)
+    return objective if callable(objective) else entry(objective).make(model, posterior)
+
+
+def entry(name: str) -> Entry:
+    """The registry's entry.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in REGISTRY:
+        raise UsageError(f"objective {name!r} is unknown; choose {', '.join(REGISTRY)} or pass a callable")
+    return REGISTRY[name]

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import models
+from . import models, objectives
 from .compression import BLOCK, STORAGE
 from .errors import UsageError
 from .optimizer import STREAMED_ELEMENTS
@@ -43,6 +43,7 @@ class Options:
         release_gradients: see `distruction.BGD`.
         prior_std, prior_mean: how the prior of `forget` is kept; see `distruction.Posterior.compress`.
         offload_prior: the prior stays in the CPU's memory.
+        objective: of `forget`, a name in `distruction.objectives.REGISTRY`; some hold a copy of the model.
     """
 
     batch_size: int = 64
@@ -51,6 +52,7 @@ class Options:
     prior_std: str = "float32"
     prior_mean: str = "float32"
     offload_prior: bool = False
+    objective: str = "uniform-others"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def plan(
     prior_std: str = "float32",
     prior_mean: str = "float32",
     offload_prior: bool = False,
+    objective: str = "uniform-others",
     device: str = "cpu",
     available: int | None = None,
 ) -> Plan:
@@ -136,7 +139,7 @@ def plan(
         batch_size: examples in a forward pass.
         num_classes: of a model given by name.
         dtype: of the parameters: float32, bfloat16 or float16. The posterior is float32 in any case.
-        mc_samples, release_gradients, prior_std, prior_mean, offload_prior: see `Options`.
+        mc_samples, release_gradients, prior_std, prior_mean, offload_prior, objective: see `Options`.
         device: where it will run; need not exist.
         available: free bytes there; ``None`` asks the device.
 
@@ -145,7 +148,7 @@ def plan(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
-    options = Options(batch_size, mc_samples, release_gradients, prior_std, prior_mean, offload_prior)
+    options = Options(batch_size, mc_samples, release_gradients, prior_std, prior_mean, offload_prior, objective)
     _check(options)
     if len(input_shape) != 3 and isinstance(model, str):
         raise UsageError(f"input_shape must be (channels, height, width), not {tuple(input_shape)}")
@@ -183,6 +186,7 @@ def _check(options: Options) -> None:
     for what, storage, allowed in (("std", options.prior_std, STORAGE), ("mean", options.prior_mean, STORAGE[:2])):
         if storage not in allowed:
             raise UsageError(f"prior_{what}={storage!r} is unknown; choose {', '.join(allowed)}")
+    objectives.entry(options.objective)
 
 
 def _phases(
@@ -210,6 +214,8 @@ def _phases(
         "prior mean": sum(_kept(k, options.prior_mean) for k in elements),
         "prior std": sum(_kept(k, options.prior_std) for k in elements),
     }
+    copied = resident["parameters"] + resident["buffers"]
+    teacher = {"teacher": copied} if objectives.entry(options.objective).copies else {}
     streamed = options.offload_prior and device.type != "cpu"
     restored = _restored(elements, options, streamed)
     elsewhere = 0 if device.type == "cpu" else 8 * n  # the posterior on its way from or to a file
@@ -217,7 +223,7 @@ def _phases(
         Phase("prepare", resident, 0 if options.release_gradients else gradients, passing, gradients, elsewhere),
         Phase(
             "forget",
-            resident | ({} if streamed else prior),
+            resident | ({} if streamed else prior) | teacher,
             0 if options.release_gradients else gradients,
             passing + (restored if options.release_gradients else 0),
             gradients + restored,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from distruction import BGD, Posterior, UsageError, models, plan
+from distruction import BGD, Posterior, UsageError, models, objectives, plan
 from distruction.compression import BLOCK
 
 SMALL = {"num_classes": 10, "in_chans": 3, "img_size": 64}
@@ -55,6 +55,19 @@ def test_what_stays_is_what_the_optimizer_and_the_posterior_hold(mc_samples, dty
     assert prepared.resident == expected
     assert sum(forgotten.resident.values()) == sum(expected.values()) + prior.nbytes
     assert prepared.gradients == sum(p.grad.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", objectives.REGISTRY)
+def test_an_objective_with_a_teacher_holds_a_copy_of_the_model(name):
+    model = convolutional()
+    made = objectives.resolve(name, model, Posterior.around(model, 0.05))
+    teacher = getattr(made, "teacher", None)
+    tensors = [] if teacher is None else [*teacher.parameters(), *teacher.buffers()]
+    assert not {t.data_ptr() for t in tensors} & {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    prepared, forgotten = plan.plan(model, (3, 8, 8), objective=name).phases
+    before, after = plan.plan(model, (3, 8, 8)).phases
+    assert prepared == before
+    assert forgotten.peak - after.peak == sum(t.nbytes for t in tensors)
 
 
 def test_activations_of_a_closed_form():
@@ -165,6 +178,7 @@ def test_free_memory(tmp_path, monkeypatch):
         ({"prior_std": "int4"}, "prior_std='int4' is unknown; choose float32, bfloat16, log8"),
         ({"prior_mean": "log8"}, "prior_mean='log8' is unknown; choose float32, bfloat16"),
         ({"device": "warp"}, "device 'warp' cannot be used"),
+        ({"objective": "hope"}, "objective 'hope' is unknown; choose uniform-others"),
         ({"model": "nonesuch"}, "model 'nonesuch' is unknown"),
         ({"model": nn.Linear(2, 2).requires_grad_(False)}, "no parameter with requires_grad"),
         ({"model": nn.Linear(2, 2)}, r"cannot take a batch of shape \(64, 3, 8, 8\)"),
