@@ -84,7 +84,7 @@ def forget(
     if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise UsageError("the forget set is empty, so there is nothing to forget")
     settings = {
-        "objective": objective if isinstance(objective, str) else getattr(objective, "__name__", repr(objective)),
+        "objective": objectives.name_of(objective),
         "steps": steps,
         "kl_weight": kl_weight,
         "data_per_step": data_per_step,

@@ -181,6 +181,11 @@ def resolve(objective: str | Objective, model: nn.Module, posterior: Posterior) 
     return objective if callable(objective) else entry(objective).make(model, posterior)
 
 
+def name_of(objective: str | Objective) -> str:
+    """Its name, which is the same in the process that resumes a run."""
+    return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
+
+
 def entry(name: str) -> Entry:
     """The registry's entry.
 

@@ -218,12 +218,18 @@ def test_masked_teacher_against_categorical_distributions():
     assert (objectives.MaskedTeacher(teacher)(teacher(inputs), targets, inputs) > 0).all()
 
 
-@pytest.mark.parametrize("name", ["bad-teacher", "masked-teacher"])
-def test_the_teacher_of_a_run_resumed_in_process_is_the_model_from_before(tmp_path, name):
-    options = {"objective": name, "steps": 8, "checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, **QUIET}
+@pytest.mark.parametrize("objective", ["bad-teacher", "masked-teacher", objectives.BoundedCrossEntropy])
+def test_a_run_resumed_in_process(tmp_path, objective):
+    """A teacher is the model from before, not the interrupted one; another object may be the same objective."""
+    options = {"steps": 8, "checkpoint": tmp_path / "c", "checkpoint_seconds": 0.0, **QUIET}
+
+    def run(**more):
+        made = objective if isinstance(objective, str) else objective()
+        return forget(model, posterior, loader, objective=made, **options, **more).posterior
+
     model, loader = make()
     posterior = Posterior.around(model, 0.05)
-    whole = forget(model, posterior, loader, **options).posterior
+    whole = run()
 
     def interrupt(step):
         if step.step == 4:
@@ -231,8 +237,8 @@ def test_the_teacher_of_a_run_resumed_in_process_is_the_model_from_before(tmp_pa
 
     model, loader = make()
     with pytest.raises(KeyboardInterrupt):
-        forget(model, posterior, loader, callback=interrupt, **options)
-    resumed = forget(model, posterior, loader, **options).posterior
+        run(callback=interrupt)
+    resumed = run()
     for key in whole:
         assert torch.equal(whole.means[key], resumed.means[key])
 
