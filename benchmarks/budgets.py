@@ -22,6 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from distruction.kernels import tables
 from distruction.kernels.kl import gaussian_kl_kernel
+from distruction.kernels.philox import KEYS
 from distruction.kernels.sample import sample_kernel
 from distruction.kernels.step import accumulate_kernel, step_kernel
 
@@ -95,7 +96,7 @@ _POINTERS = {
     "found_inf": "*fp32",
     "partial": "*fp64",
 }
-_SCALARS = {"chunk": "i32", "tensors": "i32", "keys": ("i32",) * 20}
+_SCALARS = {"chunk": "i32", "tensors": "i32", **dict.fromkeys(KEYS, "i32")}
 
 
 @dataclass(frozen=True)

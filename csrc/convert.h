@@ -13,16 +13,20 @@ DISTRUCTION_FN uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((x + 0x7FFFu + ((x >> 16) & 1u)) >> 16);
 }
 
-// Adds the word's low 16 bits below bfloat16's last place and truncates: the expected result is `value`.
+// Adds the word's low 16 bits below bfloat16's last place and truncates: the expected result is `value`. The sum of a NaN
+// could be infinity or, past the last word, zero.
 DISTRUCTION_FN uint16_t float_to_bfloat16_stochastic(float value, uint32_t word) {
+  if ((as_word(value) & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
   return static_cast<uint16_t>((as_word(value) + (word & 0xFFFFu)) >> 16);
 }
 
 DISTRUCTION_FN float float16_to_float(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16, magnitude = static_cast<uint32_t>(x & 0x7FFFu) << 13;
   if (magnitude >= 0x0F800000u) return as_float(sign | 0x70000000u | magnitude);  // infinite or NaN
-  // Scaling by 2**112 moves the exponent's bias, subnormal numbers included.
-  return as_float(sign | as_word(as_float(magnitude) * 0x1p112f));
+  if (magnitude >= 0x00800000u) return as_float(sign | (magnitude + 0x38000000u));
+  // Subnormal: an addition to 2**-14, whose last place is below theirs, and back. No number on the way is a subnormal
+  // float, which a compiler's or a processor's mode may take for zero.
+  return as_float(sign | as_word(as_float(0x38800000u | magnitude) - 0x1p-14f));
 }
 
 DISTRUCTION_FN uint16_t float_to_float16(float value) {

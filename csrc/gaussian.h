@@ -146,7 +146,9 @@ DISTRUCTION_FN void update(const Update& u, F s1, F s2, F prior_mean, F prior_st
   F new_mean = mean - std * step;
   if (with_prior) {
     const F v = u.lr * u.kl_weight * ratio * ratio;
-    new_mean = new_mean + v * reciprocal(1.0f + v) * (prior_mean - new_mean);
+    // From the nearer end: the other one's digits would cancel.
+    const F distance = prior_mean - new_mean, share = reciprocal(1.0f + v);
+    new_mean = v < 1.0f ? new_mean + v * share * distance : prior_mean - share * distance;
   }
   a = at_least(at_most(a, splat<F>(u.max_a)), splat<F>(-u.max_a));
   F new_std;

@@ -8,6 +8,8 @@ four that shares a call of the generator lies in one program.
 import triton
 import triton.language as tl
 
+from .philox import interleave
+
 # The cells of a tensor's record: int64 each.
 NUMEL = tl.constexpr(0)
 SHIFT = tl.constexpr(1)  # elements between the first chunk's start and the tensor's
@@ -64,7 +66,8 @@ def block_of(first, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """The block that starts at ``first``: indices that may be accessed, and which of them are the tensor's.
 
     Aligned tensors are read without a mask, since a mask costs the initialisation of the registers: the last four
-    elements stand in for those beyond the end.
+    elements stand in for those beyond the end. Another thread may be overwriting them, and a stand-in has normals of
+    its own, so that whatever comes of it must go nowhere.
     """
     i = first + tl.arange(0, BLOCK)
     if ALIGNED:
@@ -81,6 +84,20 @@ def load(p, inside, ALIGNED: tl.constexpr):
         return tl.load(p).to(tl.float32)
     else:
         return tl.load(p, inside).to(tl.float32)
+
+
+@triton.jit
+def of_groups_inside(factor, first, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """The factor of gradients: for elements that stand in for those beyond the end it is zero.
+
+    An update without a gradient is finite where the state is, so that a stand-in refuses nothing that its element does
+    not. This is cheaper than leaving it out of the count.
+    """
+    if ALIGNED:
+        of_group = tl.where(first + 4 * tl.arange(0, BLOCK // 4) < end, factor, 0.0)
+        return interleave(of_group, of_group, of_group, of_group, BLOCK)
+    else:
+        return factor
 
 
 @triton.jit
@@ -101,9 +118,10 @@ def finish_kernel(
     """One program, after the others: the sum of the partial sums in a fixed order, and the counters."""
     if total is not None:
         sums = tl.zeros([BLOCK], tl.float64)
-        for first in range(0, partials, BLOCK):
-            i = first + tl.arange(0, BLOCK)
-            sums += tl.load(partial + i, i < partials, 0.0)
+        if partial is not None:
+            for first in range(0, partials, BLOCK):
+                i = first + tl.arange(0, BLOCK)
+                sums += tl.load(partial + i, i < partials, 0.0)
         tl.store(total, tl.sum(sums, 0))
     if ADVANCE:
         draw = tl.load(counters)

@@ -9,6 +9,10 @@ import triton.language as tl
 
 from .approximate import log2, opaque, square_root
 
+KEYS = tuple(f"k{i}" for i in range(20))
+"""The names under which a kernel takes its round keys: one by one, since Triton specialises the elements of a tuple,
+and would compile anew for a seed with a key that is 1 or divisible by 16, whatever ``do_not_specialize`` says."""
+
 
 @triton.jit
 def philox(c0, c1, c2, c3, keys):
@@ -88,7 +92,7 @@ def words_and_normals(
         group, group_high: the two words of the chunk's first group (element index // 4).
         first: the block's first element in the chunk.
         draw: draw number, int64.
-        keys: the generator's round keys, `multi_tensor.key_schedule`.
+        keys: the generator's round keys, a tuple of what a kernel takes as `KEYS`.
     """
     groups = group + (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     if ANTITHETIC:

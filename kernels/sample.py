@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
-from .philox import words_and_normals
+from .philox import KEYS, words_and_normals
 from .tables import key_schedule, launches, mutated, on
 
 
@@ -17,7 +17,8 @@ def rounded(theta, words, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, TARGET: 
     if TYPE == tl.bfloat16 and (STOCHASTIC or TARGET == "interpreter"):  # noqa: SIM300
         bits = theta.to(tl.uint32, bitcast=True)
         if STOCHASTIC:
-            bits += words & 0xFFFF
+            # The sum of a NaN could be infinity or, past the last word, zero.
+            bits = tl.where(theta == theta, bits + (words & 0xFFFF), 0x7FC00000)
         else:
             # To nearest even: the interpreter's own conversion truncates.
             bits = tl.where(theta == theta, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
@@ -26,22 +27,23 @@ def rounded(theta, words, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr, TARGET: 
         return theta.to(TYPE)
 
 
-@triton.jit(do_not_specialize=["counters", "chunk", "keys"])
+@triton.jit(do_not_specialize=["counters", "chunk", *KEYS])
 def sample_kernel(
     records,
     tensor_of_chunk,
     counters,
     chunk,
-    keys,
+    k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19,
     PARAM_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
-):
+):  # fmt: skip
     _, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     stream = tl.load(record + STREAM).to(tl.uint32)
+    keys = (k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19)
     draw = tl.load(counters)
     param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
     mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
@@ -71,7 +73,7 @@ def sample(
             arguments.pop("fresh")
             sample_kernel[(launch.chunks,)](
                 counters=counters,
-                keys=key_schedule(seed),
+                **key_schedule(seed),
                 PARAM_TYPE=launch.types[0],
                 ANTITHETIC=antithetic,
                 STOCHASTIC=stochastic_rounding,

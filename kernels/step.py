@@ -25,15 +25,16 @@ from .multi_tensor import (
     block_of,
     load,
     locate,
+    of_groups_inside,
     pointer,
     sum_of_groups,
 )
-from .philox import words_and_normals
+from .philox import KEYS, words_and_normals
 from .sample import rounded
 from .tables import finish, key_schedule, launches, mutated, on, scalar
 
 
-@triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", "keys"])
+@triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", *KEYS])
 def accumulate_kernel(
     records,
     tensor_of_chunk,
@@ -42,7 +43,7 @@ def accumulate_kernel(
     grad_scale,
     found_inf,
     chunk,
-    keys,
+    k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -50,7 +51,7 @@ def accumulate_kernel(
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
-):
+):  # fmt: skip
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     if found_inf is not None:
         end = tl.where(tl.load(found_inf) == 0.0, end, 0)
@@ -58,6 +59,7 @@ def accumulate_kernel(
     if grad_scale is not None:
         inverse_scale = 1.0 / tl.load(grad_scale)
     stream = tl.load(record + STREAM).to(tl.uint32)
+    keys = (k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19)
     draw = tl.load(counters)
     param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
     mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
@@ -81,7 +83,7 @@ def accumulate_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["counters", "lr", "kl_weight", "grad_scale", "found_inf", "partial", "chunk", "keys"],
+    do_not_specialize=["counters", "lr", "kl_weight", "grad_scale", "found_inf", "partial", "chunk", *KEYS],
 )
 def step_kernel(
     records,
@@ -94,7 +96,7 @@ def step_kernel(
     found_inf,
     partial,
     chunk,
-    keys,
+    k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19,
     loss_scale,
     max_mean_step,
     max_a,
@@ -111,7 +113,7 @@ def step_kernel(
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
-):
+):  # fmt: skip
     """The update, the KL's partial sum and the next sample.
 
     PRIOR, STATISTICS: there is a prior; there are sums over earlier samples.
@@ -127,6 +129,7 @@ def step_kernel(
         # No std is below it, so that none is accepted.
         max_std = tl.where(proceed, max_std, float("-inf"))
     stream = tl.load(record + STREAM).to(tl.uint32)
+    keys = (k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19)
     draw = tl.load(counters)
     rate = tl.load(lr)
     weight = 0.0
@@ -163,14 +166,15 @@ def step_kernel(
         std = load(std_p + i, inside, ALIGNED)
         grad = load(grad_p + i, inside, ALIGNED)
         _, eps = words_and_normals(group, group_high, first, stream, draw, keys, ANTITHETIC, BLOCK, TARGET)
+        scales = of_groups_inside(scale, first, end, BLOCK, ALIGNED)
         if STATISTICS:
-            grad = grad * inverse_scale
-            s1 = (load(m1_p + i, inside, ALIGNED) + grad) * scale
-            s2 = tl.fma(grad, eps, load(m2_p + i, inside, ALIGNED)) * scale
+            grad = grad * of_groups_inside(inverse_scale, first, end, BLOCK, ALIGNED)
+            s1 = (load(m1_p + i, inside, ALIGNED) + grad) * scales
+            s2 = tl.fma(grad, eps, load(m2_p + i, inside, ALIGNED)) * scales
             tl.store(m1_p + i, tl.zeros([BLOCK], tl.float32), stored)
             tl.store(m2_p + i, tl.zeros([BLOCK], tl.float32), stored)
         else:
-            s1 = grad * scale
+            s1 = grad * scales
             s2 = s1 * eps
         # Every clamp keeps a NaN, so that it is found below.
         in_stds = tl.clamp(std * (2.0 * rate) * s1, -max_mean_step, max_mean_step, tl.PropagateNan.ALL)
@@ -183,7 +187,15 @@ def step_kernel(
             ratio2 = ratio * ratio
             a = tl.fma(s2, std, tl.fma(ratio2, half_weight, -half_weight))
             v = ratio2 * (rate * weight)
-            new_mean = tl.fma(v * reciprocal(1.0 + v, TARGET), prior_mean - new_mean, new_mean)
+            share = reciprocal(1.0 + v, TARGET)
+            if BOUNDED:
+                # The nearer end is the mean, which has moved little.
+                new_mean = tl.fma(v * share, prior_mean - new_mean, new_mean)
+            else:
+                # From the nearer end, or the digits of a prior that is much nearer to zero than the mean cancel.
+                nearer = tl.where(v < 1.0, new_mean, prior_mean)
+                share = tl.where(v < 1.0, v, -1.0) * share
+                new_mean = tl.fma(share, prior_mean - new_mean, nearer)
         else:
             a = s2 * std
         a = tl.clamp(a, -max_a, max_a, tl.PropagateNan.ALL)
@@ -256,7 +268,7 @@ def accumulate(
         for launch, arguments in launches(arrays, [grad], offsets, streams):
             accumulate_kernel[(launch.chunks,)](
                 counters=counters,
-                keys=key_schedule(seed),
+                **key_schedule(seed),
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],
                 ANTITHETIC=antithetic,
@@ -331,7 +343,7 @@ def step(
         for launch, arguments in planned:
             step_kernel[(launch.chunks,)](
                 counters=counters,
-                keys=key_schedule(seed),
+                **key_schedule(seed),
                 partial=None if partial is None else partial[first:],
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .multi_tensor import finish_kernel
+from .philox import KEYS
 
 WARPS = 4
 
@@ -270,14 +271,17 @@ def finish(
 
 
 @functools.lru_cache(maxsize=64)
-def key_schedule(seed: int) -> tuple[int, ...]:
-    """The generator's round keys as int32: arguments of a kernel cost it nothing, unlike sums."""
+def key_schedule(seed: int) -> dict[str, int]:
+    """The generator's round keys as int32, by the names of the kernels' arguments `KEYS`.
+
+    Arguments of a kernel cost it nothing, unlike sums or loads.
+    """
     keys = []
     for r in range(10):
         for shift, weyl in ((0, 0x9E3779B9), (32, 0xBB67AE85)):
             key = ((seed >> shift) + r * weyl) & 0xFFFFFFFF
             keys.append(key - (key >> 31 << 32))
-    return tuple(keys)
+    return dict(zip(KEYS, keys, strict=True))
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -75,7 +75,7 @@ def test_known_answers_of_random123(counter, key, answer):
     counters = torch.tensor([int(w, 16) for w in counter.split()], device=DEVICE).repeat_interleave(4)
     low, high = (int(w, 16) for w in key.split())
     out = torch.empty(16, dtype=torch.int64, device=DEVICE)
-    words_kernel[(1,)](counters, out, tables.key_schedule(low | high << 32), N=4)
+    words_kernel[(1,)](counters, out, tuple(tables.key_schedule(low | high << 32).values()), N=4)
     assert [f"{w:08x}" for w in out[::4].tolist()] == answer.split()
 
 
@@ -94,7 +94,7 @@ def test_words_are_the_references_bit_for_bit():
     n = 1024
     counters = torch.randint(2**32, (4, n), generator=torch.Generator().manual_seed(0))
     out = torch.empty(4, n, dtype=torch.int64, device=DEVICE)
-    words_kernel[(1,)](counters.to(DEVICE), out, tables.key_schedule(-77), N=n)
+    words_kernel[(1,)](counters.to(DEVICE), out, tuple(tables.key_schedule(-77).values()), N=n)
     assert torch.equal(out.cpu(), torch.stack(reference_philox(tuple(counters), -77)))
 
 
@@ -200,7 +200,7 @@ def test_addresses_and_indices_beyond_32_bits():
         tensor_of_chunk,
         counters,
         chunk,
-        tables.key_schedule(-77),
+        **tables.key_schedule(-77),
         PARAM_TYPE=tl.float32,
         ALIGNED=True,
         ANTITHETIC=False,

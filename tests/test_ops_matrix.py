@@ -270,11 +270,90 @@ def test_every_16_bit_gradient_is_read_exactly(backend, dtype):
     ops.accumulate(*lists, [0], [0], 1, counters, False, False, None, None, backend.name)
     number = ~grad.isnan()
     exact = grad.float()
-    if backend.device == "cuda" or backend.name == "triton":
+    if backend.name in ("cuda", "triton"):
         # bfloat16's subnormal numbers may be flushed; float16's are normal in float32.
         number &= (exact.abs() >= 2.0**-126) | (exact == 0)
     assert torch.equal(m1[number], exact[number])
     assert m1[grad.isnan()].isnan().all()
+
+
+def test_float16_gradients_keep_their_digits_where_subnormal_floats_count_as_zero(backend):
+    # As in the CUDA kernels, which share their source with the CPU's, and wherever a user sets this mode.
+    grad = torch.arange(-(2**15), 2**15).short().view(torch.float16)
+    grad = grad[grad.isfinite()].to(backend.device)
+    exact = grad.float()
+    param, m1, m2, mean, std = (torch.zeros(grad.shape, device=backend.device) for _ in range(5))
+    counters = torch.zeros(3, dtype=torch.int64, device=backend.device)
+    lists = ([t] for t in (param, m1, m2, grad, mean, std))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        ops.accumulate(*lists, [0], [0], 1, counters, False, False, None, None, backend.name)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(m1, exact)
+
+
+@pytest.mark.parametrize("name", ["backend", "reference"])
+def test_stochastic_rounding_keeps_a_nan(backend, name):
+    # GPUs make the first of them.
+    words = [0x7FFFFFFF, -1, 0x7FC00000, 0x7FFF0001, -0x400000, 0x7F800001]
+    mean = torch.tensor(words, dtype=torch.int32).view(torch.float32).repeat(1000).to(backend.device)
+    out = torch.zeros_like(mean, dtype=torch.bfloat16)
+    model = Model({"param": [out], "mean": [mean], "std": [torch.ones_like(mean)]}, (0,), (0,))
+    sample(model, [4, 0, 0], stochastic_rounding=True, backend=backend if name == "backend" else None)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_nothing_counts_as_refused_but_elements_of_the_tensor(backend, statistics):
+    # Whether these gradients overflow depends on the normals; beyond the end they would be others.
+    found = set()
+    for stream in range(24):
+        model = make_model(backend.device, (8,), offsets=(0,), streams=(stream,))
+        for name, value in {"mean": 0.0, "std": 0.05, "grad": 2e38, "m1": 0.0, "m2": 0.0}.items():
+            model[name][0].fill_(value)
+        before = model.to(backend.device)
+        options = Options(loss_scale=1.9, prior=False, statistics=statistics, counters=(0, int(statistics), 0))
+        counters, _ = step(model, options, backend)
+        kept = (model["std"][0] == before["std"][0]) & (model["mean"][0] == before["mean"][0])
+        assert counters[2] == kept.any(), stream
+        found.add(counters[2])
+    assert found == {0, 1}
+
+
+@pytest.mark.parametrize("prior_mean", [0.0, 1.0])
+def test_the_pull_towards_the_prior_is_exact_at_both_ends(backend, prior_mean):
+    ratio = torch.logspace(-5, 5, 201)
+    prior_std = torch.full_like(ratio, 0.01)
+    std = (ratio * prior_std).float()
+    mean = torch.full_like(ratio, 1.0 - prior_mean)
+    zeros = torch.zeros_like(ratio)
+    tensors = {
+        "mean": mean,
+        "std": std,
+        "prior_mean": torch.full_like(ratio, prior_mean),
+        "prior_std": prior_std,
+        "grad": zeros,
+        "param": zeros,
+    }
+    model = Model({name: [t.clone().to(backend.device)] for name, t in tensors.items()}, (0,), (0,))
+    unbounded = {"max_mean_step": math.inf, "max_log_std_step": math.inf, "max_std": math.inf}
+    step(model, Options(lr=0.5, kl_weight=0.25, **unbounded), backend)
+    v = 0.125 * (std.double() / prior_std.double()) ** 2
+    exact = (mean.double() + v * prior_mean) / (1 + v)
+    # Relative, though one of the two means is zero: two roundings of the ratio, doubled by its square, and eight.
+    assert_close(model["mean"], [exact], [12 * 2.0**-24 * exact.abs()], "mean")
+
+
+def test_a_posterior_at_its_prior_stays_there(backend):
+    model = make_model(backend.device)
+    for mine, prior in (("mean", "prior_mean"), ("std", "prior_std")):
+        model.tensors[mine] = [t.clone() for t in model[prior]]
+    model.tensors["grad"] = [torch.zeros_like(t) for t in model["grad"]]
+    for kl_weight in (0.0, 0.1, 1.0):
+        step(model, Options(kl_weight=kl_weight, max_std=math.inf), backend)
+    assert all(torch.equal(a, b) for a, b in zip(model["mean"], model["prior_mean"], strict=True))
 
 
 @pytest.mark.parametrize("n", [1, 3, 17, 512, 513])

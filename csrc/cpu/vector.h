@@ -135,7 +135,8 @@ DISTRUCTION_FN Short float_to_bfloat16(Float value) {
 }
 
 DISTRUCTION_FN Short float_to_bfloat16_stochastic(Float value, Word word) {
-  return __builtin_convertvector((as_word(value) + (word & 0xFFFFu)) >> 16, Short);
+  const Word rounded = (as_word(value) + (word & 0xFFFFu)) >> 16;
+  return __builtin_convertvector(value == value ? rounded : rounded * 0u + 0x7FC0u, Short);
 }
 
 DISTRUCTION_FN Float float16_to_float(Short x) {

@@ -12,11 +12,12 @@ def round_to(value: Tensor, out: Tensor, words: Tensor | None) -> None:
     """Store ``value`` in ``out``'s dtype; given random words, a bfloat16 store rounds stochastically.
 
     Stochastic rounding adds the low 16 bits of each element's word below bfloat16's last place and
-    truncates, so that the expected stored value is ``value``.
+    truncates, so that the expected stored value is ``value``. A NaN stays one.
     """
     if words is not None and out.dtype == torch.bfloat16:
         bits = value.float().view(torch.int32)
-        value = ((bits + (words.reshape(value.shape) & 0xFFFF).int()) & -0x10000).view(torch.float32)
+        rounded = ((bits + (words.reshape(value.shape) & 0xFFFF).int()) & -0x10000).view(torch.float32)
+        value = torch.where(value.isnan(), value, rounded)
     out.copy_(value)
 
 

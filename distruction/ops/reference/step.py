@@ -187,7 +187,9 @@ def _update_tensor(
     new_mean = mean - torch.clamp(lr * std * std * s1, -bound, bound)
     if prior is not None:
         v = lr * kl_weight * (std / prior[1]) ** 2
-        new_mean = new_mean + (v / (1.0 + v)) * (prior[0] - new_mean)
+        # From the nearer end: the other one's digits would cancel.
+        distance, share = prior[0] - new_mean, 1.0 / (1.0 + v)
+        new_mean = torch.where(v < 1.0, new_mean + v * share * distance, prior[0] - share * distance)
     new_std = shrink(std, a.clamp(-max_a, max_a)).clamp(max=max_std)
     finite = s1.isfinite() & s2.isfinite() & new_mean.isfinite() & new_std.isfinite() & (new_std > 0)
     if learn_mean:
