@@ -220,8 +220,8 @@ def test_gauss_newton_of_many_types_in_one_call(backend):
 
 
 def posterior_of(std, grad):
-    """A model of one tensor with these stds and gradients, and means of zero."""
-    tensors = {"param": [torch.zeros_like(std)], "mean": [torch.zeros_like(std)], "std": [std], "grad": [grad]}
+    """A model of one tensor with these stds and gradients, and means of one: no sample is subnormal, as GPUs flush."""
+    tensors = {"param": [torch.zeros_like(std)], "mean": [torch.ones_like(std)], "std": [std], "grad": [grad]}
     return Model(tensors, (0,), (0,))
 
 
