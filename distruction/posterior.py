@@ -17,7 +17,6 @@ from .modules import unwrapped as unwrapped
 from .sharding import Pieces, gather, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
 
 
-
 class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     """Independent Gaussians N(mean, std**2), one per parameter element, by parameter name.
 
@@ -360,5 +359,3 @@ def _raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
     flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
     if largest(flag, groups_of(tensors)).item():
         raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")
-
-

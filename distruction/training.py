@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from . import distributed
 from .errors import NonFiniteError, PosteriorError, RankError, UsageError
 from .files import check_writable, remove_leftovers
+from .modules import deterministic, learnable, logits_of
 from .optimizer import BGD
 from .posterior import Posterior
-from .modules import deterministic, learnable, logits_of
 from .sharding import groups_of, is_sharded, largest, layout, local, reshard
 
 Batches = Iterable[tuple[Tensor, Tensor]]
