@@ -12,9 +12,21 @@ from torch import Tensor, nn
 from . import distributed, ops, posterior_file
 from .compression import STORAGE, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
-from .modules import check_same, difference, fingerprint, learnable
+from .modules import check_same, covered, difference, fingerprint, learnable, require_suitable
 from .modules import unwrapped as unwrapped
-from .sharding import Pieces, gather, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
+from .sharding import (
+    Pieces,
+    contiguous,
+    gather,
+    groups_of,
+    is_sharded,
+    largest,
+    layout,
+    local,
+    shard_like,
+    sum_over_shards,
+    writable,
+)
 
 
 class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
@@ -50,13 +62,19 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                 f"means and stds name different parameters: {difference(means, stds)}; give both for each name"
             )
         _raise_together(_fault(means, stds), means.values())
-        self._means, self._stds = stored(means), stored(stds)
+        # The ops take contiguous tensors; those of a channels_last model are not.
+        self._means, self._stds = (
+            {n: contiguous(t) if isinstance(t, Tensor) else t for n, t in stored(tensors).items()}
+            for tensors in (means, stds)
+        )
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
     def around(cls, model: nn.Module, std: float | Mapping[str, Tensor]) -> "Posterior":
         """A posterior whose means are copies of the model's parameters, with a given or constant std."""
-        means = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in learnable(model).items()}
+        params = learnable(model)
+        require_suitable(params)
+        means = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in params.items()}
         stds = {n: torch.full_like(m, std) if isinstance(std, float) else std[n] for n, m in means.items()}
         return cls(means, stds)
 
@@ -161,14 +179,25 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         mapped._stds = {n: function(t) for n, t in self._stds.items()}
         return mapped
 
-    def like(self, model: nn.Module) -> "Posterior":
-        """This posterior where ``model`` has its parameters: on their devices and, if they are sharded, as they are.
+    def restricted(self, names: Iterable[str]) -> "Posterior":
+        """This posterior over some of its parameters; tensors are shared."""
+        kept = set(names)
+        part = copy.copy(self)
+        part._means = {n: t for n, t in self._means.items() if n in kept}
+        part._stds = {n: t for n, t in self._stds.items() if n in kept}
+        return part
 
-        Each rank takes its part of a whole posterior without communication. A compressed one stays so, unless the
-        parameters are sharded.
+    def like(self, model: nn.Module) -> "Posterior":
+        """This posterior over what ``model`` learns: without its frozen parameters, where it has the others.
+
+        They are on their devices and, if they are sharded, as they are: each rank takes its part of a whole posterior
+        without communication. A compressed one stays so, unless the parameters are sharded.
         """
-        self.check(model)
-        params = learnable(model)
+        params = {n: p for n, p in covered(model, self.shapes).items() if p.requires_grad}
+        return self.restricted(params)._beside(params)
+
+    def _beside(self, params: Mapping[str, Tensor]) -> "Posterior":
+        """This posterior where the parameters are, which are its own."""
         placed = copy.copy(self)
         if any(is_sharded(t) for t in [*params.values(), *self.means.values()]):
             placed._means = {n: shard_like(t, params[n]) for n, t in self.means.items()}
@@ -190,8 +219,10 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     def kl(self, prior: "Posterior", *, backend: str = "auto") -> Tensor:
         """KL(self || prior) in nats, a float64 scalar (paper, section 3.2).
 
+        The prior may cover more: parameters that were frozen since are where it has them and add nothing.
+
         Raises:
-            PosteriorError: the two are over different parameters.
+            PosteriorError: the prior lacks a parameter, or has it in another shape.
         """
         check_same(self.shapes, prior.shapes, "the prior")
         layouts: dict[Any, list[str]] = {}
@@ -214,14 +245,16 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Raise unless this posterior belongs to ``model``.
 
         Args:
-            model: its learnable parameters must have this posterior's names and shapes.
-            same_weights: require also that the model's weights are the means (to the lower of both precisions).
+            model: it must have a parameter of each of this posterior's names and shapes, of which some may be frozen,
+                and learn no other.
+            same_weights: require also that the model's weights, frozen ones too, are the means (to the lower of both
+                precisions).
 
         Raises:
+            UsageError: a parameter is of a kind that no posterior can cover, such as float64.
             PosteriorError: with the first few names, shapes or the parameter that differ.
         """
-        params = learnable(model)
-        check_same({n: p.shape for n, p in params.items()}, self.shapes, "the posterior")
+        params = covered(model, self.shapes)
         if same_weights:
             fault = None
             for name, p in params.items():
@@ -239,14 +272,15 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
     @torch.no_grad()
     def mean_(self, model: nn.Module) -> None:
-        """Write the means into the model's parameters."""
-        self.check(model)
-        for name, p in learnable(model).items():
+        """Write the means into the model's parameters, frozen ones too."""
+        for name, p in covered(model, self.shapes).items():
             local(p).copy_(local(shard_like(self.means[name], p)))
 
     @torch.no_grad()
     def sample_(self, model: nn.Module, *, seed: int, draw: int = 0, backend: str = "auto") -> None:
-        """Write a sample mean + std * eps into the model's parameters; the same (seed, draw) gives the same sample.
+        """Write a sample mean + std * eps into the model's parameters, frozen ones too.
+
+        The same (seed, draw) gives the same sample, whatever is frozen.
 
         Args:
             model: the model that this posterior belongs to.
@@ -254,12 +288,12 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             draw: number of the sample, in [0, 2**32).
             backend: see `distruction.ops`.
         """
-        params = learnable(model)
-        here = self.like(model)
+        params = covered(model, self.shapes)
+        here = self._beside(params)
         pieces = Pieces(list(params.values()), list(range(len(params))))
-        outs = pieces.of([local(p) for p in params.values()])
+        held, outs = zip(*(writable(p) for p in params.values()), strict=True)
         ops.sample(
-            outs,
+            pieces.of(outs),
             pieces.of([here.means[n] for n in params]),
             pieces.of([here.stds[n] for n in params]),
             pieces.offsets,
@@ -270,6 +304,9 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             False,
             backend,
         )
+        for out, t in zip(outs, held, strict=True):
+            if out is not t:
+                t.copy_(out)
 
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
         """Write a safetensors file atomically; its header has the metadata and a checksum of everything.
@@ -318,8 +355,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
     def _of(self, model: nn.Module) -> "Posterior":
         """This posterior, checked to belong to the model; of a sharded one this rank's part."""
-        self.check(model)
-        return self.like(model) if any(is_sharded(p) for p in model.parameters()) else self
+        params = covered(model, self.shapes)
+        return self._beside(params) if any(map(is_sharded, params.values())) else self
 
     def _on_first_rank(self) -> "Posterior | None":
         """The whole of a sharded posterior in the CPU's memory of rank 0; ``None`` elsewhere."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .compression import BLOCK, LogCodes, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
 from .files import load_tensors, save_tensors
-from .modules import check_same, fingerprint, learnable
+from .modules import covered, fingerprint
 from .sharding import gather
 
 FORMAT = "distruction-posterior-1"
@@ -83,9 +83,7 @@ def _means_of(
             f"{path} is compressed: its means are the weights that it was prepared for; pass the model that holds "
             "them as model="
         )
-    params = learnable(model)
-    shapes = {n: s.shape for n, s in stored(stds).items()}
-    check_same({n: p.shape for n, p in params.items()}, shapes, "the posterior")
+    params = covered(model, {n: s.shape for n, s in stored(stds).items()})
     if fingerprint({n: params[n] for n in names}) != sha256:
         raise PosteriorError(
             f"{path} was prepared for other weights: their SHA-256 differs from that of the model's; load the "
