@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from . import distributed
 from .errors import NonFiniteError, PosteriorError, RankError, UsageError
 from .files import check_writable, remove_leftovers
+from .modules import deterministic, learnable, logits_of
 from .optimizer import BGD
-from .posterior import Posterior, learnable
+from .posterior import Posterior
 from .sharding import groups_of, is_sharded, largest, layout, local, reshard
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -89,19 +89,6 @@ def seeded_batches(loader: Batches, *, seed: int, start: int, stop: int) -> Iter
         if empty:
             raise UsageError("the data loader gave no batch; the data set is empty")
         epoch += 1
-
-
-@contextmanager
-def deterministic(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout, frozen BatchNorm statistics) and a private global generator; both restored after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -437,21 +424,6 @@ def _samplers(loader: Any) -> Iterator[Any]:
         if (inner := getattr(loader, name, None)) is not None:
             yield inner
             yield from _samplers(inner)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a classifier gives: itself, or its ``logits``, as Hugging Face's models name them.
-
-    Raises:
-        UsageError: neither is a tensor.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise UsageError(
-            f"the model gives a {type(output).__name__}, neither logits nor an output with .logits; put it into a "
-            "module whose forward returns its logits"
-        )
-    return logits
 
 
 def _labelled(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
