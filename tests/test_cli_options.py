@@ -125,7 +125,13 @@ def test_a_bad_value_is_refused_in_one_line(distruction, files, tmp_path, comman
     if any(p.opts[0] == "--progress" for p in COMMANDS[command]):
         words.append("--no-progress")
     before = sorted(files.rglob("*"))
-    status, out, err = distruction(command, *words)
+    import signal
+    def late(*_): raise AssertionError("LATE")
+    signal.signal(signal.SIGALRM, late); signal.alarm(6)
+    try:
+        status, out, err = distruction(command, *words)
+    finally:
+        signal.alarm(0)
     assert status in (1, 2), out
     assert "Traceback" not in err + out
     lines = [line for line in err.splitlines() if line]

@@ -59,10 +59,10 @@ def extensions() -> frozenset[str]:
     endings = Image.registered_extensions()
 
     def is_read(format: str) -> bool:
-        # Some formats are only recognised; a film's pixels are not read either.
-        factory = Image.OPEN[format][0] if format in Image.OPEN else ImageFile.StubImageFile
+        # MPO is opened as JPEG. Some formats are only written, others only recognised, as are films.
+        factory = Image.OPEN["JPEG" if format == "MPO" else format][0] if format in {*Image.OPEN, "MPO"} else None
         stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
-        return not stub and format != "MPEG"
+        return factory is not None and not stub and format != "MPEG"
 
     return frozenset(ending for ending, format in endings.items() if is_read(format))
 
