@@ -17,12 +17,14 @@ from . import distributed, models, objectives, ops, report
 from . import plan as plans
 from .compression import STORAGE
 from .data import Images, detect, forget_split, load, loader
+from .data.raw import named
 from .data.sets import NAMES
-from .errors import DistructionError, UsageError
+from .errors import UsageError
 from .files import check_writable, remove_leftovers
 from .forget import forget as forget_
 from .posterior import Posterior
 from .prepare import prepare as prepare_
+from .terminal import Command, run
 from .train import train as train_
 
 app = typer.Typer(
@@ -34,6 +36,9 @@ app = typer.Typer(
     While the training data is there: `train` (or bring your own model) and `prepare`. Later, with the forget set
     alone: `forget`. `demo` shows the whole on real data in a few minutes.""",
 )
+
+SEEDS = 2**63 - 1
+"""The largest seed."""
 
 DataRoot = Annotated[
     Path | None,
@@ -50,15 +55,20 @@ Dataset = Annotated[
     ),
 ]
 DatasetOfModel = Annotated[str | None, typer.Option(help="As in `train`; default: what the model was trained on.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave out image files that cannot be read, instead of stopping.")
+]
 Pretrained = Annotated[str | None, typer.Option(help="File of a timm model's pretrained weights, or hub.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
 Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(ops.MODULES)}.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of everything that is drawn.")]
 Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the output where it exists.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples per forward pass.")]
 ModelFile = Annotated[Path, typer.Option("--model", help="Model file (safetensors) written by `train` or `forget`.")]
-ForgetClass = Annotated[str, typer.Option("--class", help="Name of the class to forget.")]
+ForgetClasses = Annotated[
+    list[str], typer.Option("--class", help="Name of the class to forget; of several, forgotten together, repeat it.")
+]
 ObjectiveName = Annotated[
     str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
 ]
@@ -105,12 +115,27 @@ def _alone(command: str) -> None:
         raise UsageError(f"`{command}` runs in one process; start prepare and forget alone with torchrun")
 
 
-def _data_of(config: Mapping[str, Any], dataset: str | None, root: Path | None) -> tuple[Images, Images]:
-    """The data set of a model's file, or the one that is asked for instead."""
-    return load(dataset or config.get("data", "digits"), root, side=config["img_size"])
+def _data_of(
+    config: Mapping[str, Any], dataset: str | None, root: Path | None, *, need_test: bool, skip_unreadable: bool
+) -> tuple[Images, Images]:
+    """The data set of a model's file, or the one that is asked for instead.
+
+    Raises:
+        UsageError: it has other classes than the model, whose labels would then mean something else.
+    """
+    name = dataset or config.get("data", "digits")
+    parts = load(name, root, side=config["img_size"], need_test=need_test, skip_unreadable=skip_unreadable)
+    classes = parts[0].classes
+    if len(classes) != config["num_classes"] or list(classes) != config.get("classes", list(classes)):
+        known = f": {named(config['classes'])}" if "classes" in config else ""
+        raise UsageError(
+            f"the model tells {config['num_classes']} classes apart{known}; the data set {name!r} has {len(classes)}: "
+            f"{named(classes)}; pass the data that it was trained on"
+        )
+    return parts
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     out: Annotated[Path, typer.Option(help="Model file to write.")],
     data: DataRoot = None,
@@ -121,13 +146,14 @@ def train(
         int | None, typer.Option(min=1, help="Input size of the model, to which images are resized; default: theirs.")
     ] = None,
     without_class: Annotated[
-        str | None, typer.Option(help="Leave this class out: retraining, the gold standard.")
-    ] = None,
+        list[str], typer.Option(help="Leave this class out: retraining, the gold standard; may be repeated.")
+    ] = [],  # noqa: B006
     epochs: Annotated[int, typer.Option(min=1)] = demos.EPOCHS,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     batch_size: BatchSize = 64,
     crop: Annotated[int, typer.Option(min=0, help="Augmentation: random shifts by up to this many pixels.")] = 0,
     flip: Annotated[bool, typer.Option(help="Augmentation: random horizontal flips.")] = False,
+    skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
     device: Device = "auto",
     progress: Progress = True,
@@ -138,7 +164,8 @@ def train(
     _output(out, overwrite)
     place = _device(device)
     dataset = dataset or detect(data)
-    train_data, test_data = (part.to(place) for part in load(dataset, data, side=img_size))
+    parts = load(dataset, data, side=img_size, need_test=False, skip_unreadable=skip_unreadable)
+    train_data, test_data = (part.to(place) for part in parts)
     side = train_data.images.shape[-1]
     config: dict[str, Any] = {
         "name": model,
@@ -146,7 +173,7 @@ def train(
         "in_chans": train_data.images.shape[1],
         "img_size": img_size or side,
     }
-    if without_class is not None:
+    if without_class:
         _, train_data = forget_split(train_data, without_class)
     torch.manual_seed(seed)
     network = models.create(**config, pretrained=pretrained).to(place)
@@ -155,12 +182,13 @@ def train(
         models.resize_inputs(network, config["img_size"])
     settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "crop": crop, "flip": flip}
     train_(network, train_data, **settings, seed=seed, progress=progress)
-    models.save(network, out, {**config, "data": dataset})
-    accuracy = demos.accuracy(*demos.predict(network, loader(test_data, batch_size=512)))
-    Console().print(f"{out}: {accuracy:.1f} % on the test set")
+    models.save(network, out, {**config, "data": dataset, "classes": list(train_data.classes)})
+    measured, name = (test_data, "test") if len(test_data) else (train_data, "training")
+    accuracy = demos.accuracy(*demos.predict(network, loader(measured, batch_size=512)))
+    Console().print(f"{out}: {accuracy:.1f} % on the {name} set")
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     model: Annotated[str, typer.Option(help="vit-micro, a timm model, or a model file written by `train`.")],
     img_size: Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")] = 224,
@@ -206,7 +234,7 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def prepare(
     model: ModelFile,
     out: Annotated[Path, typer.Option(help="Posterior file to write.")],
@@ -226,6 +254,7 @@ def prepare(
     checkpoint_seconds: CheckpointSeconds = 60.0,
     checkpoint_steps: CheckpointSteps = None,
     release_gradients: ReleaseGradients = False,
+    skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
@@ -235,7 +264,8 @@ def prepare(
     """Learn the posterior, while the training data is there."""
     _output(out, overwrite)
     network, config = models.load(model, device=_device(device))
-    train_data = _data_of(config, dataset, data)[0].to(_device(device))
+    parts = _data_of(config, dataset, data, need_test=False, skip_unreadable=skip_unreadable)
+    train_data = parts[0].to(_device(device))
     posterior = prepare_(
         network,
         loader(train_data, batch_size=batch_size, shuffle=True),
@@ -260,12 +290,12 @@ def prepare(
     Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy {facts['sampled_accuracy']:.1f} %")
 
 
-@app.command()
+@app.command(cls=Command)
 def forget(
     model: ModelFile,
     posterior: Annotated[Path, typer.Option(help="Posterior file written by `prepare`.")],
     out: Annotated[Path, typer.Option(help="Unlearned model file to write.")],
-    forget_class: ForgetClass,
+    forget_class: ForgetClasses,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     objective: ObjectiveName = "uniform-others",
@@ -280,17 +310,19 @@ def forget(
     checkpoint_seconds: CheckpointSeconds = 60.0,
     checkpoint_steps: CheckpointSteps = None,
     release_gradients: ReleaseGradients = False,
+    skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
     progress: Progress = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Forget one class, reading the forget set and nothing else."""
+    """Forget a class, or several at once, reading the forget set and nothing else."""
     _output(out, overwrite)
     network, config = models.load(model, device=_device(device))
     prior = Posterior.load(posterior, model=network)
-    forget_data, _ = forget_split(_data_of(config, dataset, data)[0].to(_device(device)), forget_class)
+    parts = _data_of(config, dataset, data, need_test=False, skip_unreadable=skip_unreadable)
+    forget_data, _ = forget_split(parts[0].to(_device(device)), forget_class)
     result = forget_(
         network,
         prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
@@ -317,30 +349,34 @@ def forget(
     Console().print(f"{out}: KL(q || p) {last.kl:.1f} nats after {last.steps} steps in {result.seconds:.1f} s")
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     model: ModelFile,
-    forget_class: ForgetClass,
+    forget_class: ForgetClasses,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = "auto",
 ) -> None:
-    """Accuracy on the retained and the forgotten class, and membership inference."""
+    """Accuracy on the retained and the forgotten classes, and membership inference."""
     _alone("evaluate")
     network, config = models.load(model, device=_device(device))
-    train_data, test_data = (part.to(_device(device)) for part in _data_of(config, dataset, data))
+    parts = _data_of(config, dataset, data, need_test=True, skip_unreadable=skip_unreadable)
+    train_data, test_data = (part.to(_device(device)) for part in parts)
     row = demos.measure(network, train_data, test_data, forget_class)
     columns = {k: v for k, v in demos.COLUMNS.items() if k in row}
     name = dataset or config.get("data", "digits")
-    Console().print(report.table(f"{name}, class {forget_class}", {str(model): row}, columns))
+    Console().print(report.table(f"{name}, class {', '.join(forget_class)}", {str(model): row}, columns))
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Report folder to write.")] = Path("runs/demo"),
-    forget_class: Annotated[list[str], typer.Option("--class", help="Digit to forget; may be repeated.")] = ["3"],  # noqa: B006
+    forget_class: Annotated[list[str], typer.Option("--class", help="Digit to forget; repeat it for several, one at a time.")] = ["3"],  # noqa: B006
     ablations: Annotated[bool, typer.Option(help="Also with a constant std and with a diagonal Fisher std.")] = False,
-    seed: Annotated[list[int], typer.Option(help="Seed of everything that is drawn; may be repeated.")] = [0],  # noqa: B006
+    seed: Annotated[
+        list[int], typer.Option(min=0, max=SEEDS, help="Seed of everything that is drawn; may be repeated.")
+    ] = [0],  # noqa: B006
     backend: Backend = "auto",
     progress: Progress = True,
     overwrite: Overwrite = False,
@@ -369,7 +405,7 @@ def demo(
     console.print(f"report: {out}")
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     preset: Annotated[str | None, typer.Option(help=", ".join(benches.PRESETS))] = None,
     grid: Annotated[Path | None, typer.Option(help="TOML file of scenarios, methods and seeds.")] = None,
@@ -378,8 +414,9 @@ def bench(
     data: DataRoot = None,
     pretrained: Pretrained = None,
     device: Annotated[str, typer.Option(help="Devices, with commas; auto takes every GPU or the CPU.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes per device; 0: one per GPU or CPU core.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes per device; 0: one per GPU or CPU core.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="CPU threads of each process.")] = 1,
+    skip_unreadable: SkipUnreadable = False,
     backend: Backend = "auto",
     progress: Progress = True,
 ) -> None:
@@ -395,7 +432,7 @@ def bench(
     _, outcome = benches.run(
         experiment,
         out,
-        benches.Context(store or out / "store", data, pretrained, backend=backend),
+        benches.Context(store or out / "store", data, pretrained, backend=backend, skip_unreadable=skip_unreadable),
         devices=devices * each,
         threads=threads,
         command=shlex.join(["distruction", *sys.argv[1:]]),
@@ -411,13 +448,7 @@ def bench(
 
 def main() -> None:
     """Run the command line: user errors end with one line and status 2, Ctrl-C with status 130."""
-    try:
-        app(standalone_mode=True)
-    except (DistructionError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(app)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class Run:
         return self.rows["baseline"]["retain_test"] - self.rows["DiStruction"]["retain_test"]
 
 
-def measure(model: nn.Module, train_data: Images, test_data: Images, forget_class: str) -> dict[str, float]:
+def measure(
+    model: nn.Module, train_data: Images, test_data: Images, forget_class: str | Sequence[str]
+) -> dict[str, float]:
     """Accuracy on retained and forgotten classes, and the entropy membership inference, in percent."""
     forget_train, retain_train = forget_split(train_data, forget_class)
     forget_test, retain_test = forget_split(test_data, forget_class)

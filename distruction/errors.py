@@ -19,3 +19,11 @@ class NonFiniteError(DistructionError, FloatingPointError):
 
 class RankError(DistructionError, RuntimeError):
     """Another process of a distributed run failed or cannot be reached."""
+
+
+class BackendUnavailable(DistructionError, RuntimeError):
+    """An explicitly chosen backend cannot serve the device."""
+
+
+class DataWarning(UserWarning):
+    """A part of a data set was left out, or is missing and not needed."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .posterior import learnable
+from .training import deterministic
 
 
 def per_sample(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -19,8 +20,6 @@ def per_sample(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> di
     total = {n: torch.zeros_like(p) for n, p in params.items()}
     values = {n: p.detach() for n, p in params.items()}
     others = dict(model.named_buffers()) | {n: p.detach() for n, p in model.named_parameters() if n not in params}
-    was_training = model.training
-    model.eval()
 
     def negative_log_likelihood(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         logits = torch.func.functional_call(model, {**values, **others}, (x[None],))
@@ -29,15 +28,12 @@ def per_sample(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> di
     gradients = torch.func.vmap(torch.func.grad(negative_log_likelihood), in_dims=(None, 0, 0))
     device = next(model.parameters()).device
     count = 0
-    try:
-        # The fused attention kernels have no batching rule.
-        with sdpa_kernel(SDPBackend.MATH):
-            for x, y in batches:
-                count += len(y)
-                for n, g in gradients(values, x.to(device), y.to(device)).items():
-                    total[n] += g.square().sum(dim=0)
-    finally:
-        model.train(was_training)
+    # The fused attention kernels have no batching rule.
+    with deterministic(model), sdpa_kernel(SDPBackend.MATH):
+        for x, y in batches:
+            count += len(y)
+            for n, g in gradients(values, x.to(device), y.to(device)).items():
+                total[n] += g.square().sum(dim=0)
     return {n: t / max(count, 1) for n, t in total.items()}
 
 
@@ -50,16 +46,12 @@ def batch_mean(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> di
     params = learnable(model)
     total = {n: torch.zeros_like(p) for n, p in params.items()}
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     count = 0
-    try:
+    with deterministic(model):
         for x, y in batches:
             count += 1
             loss = F.cross_entropy(model(x.to(device)), y.to(device))
             gradients = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             for n, g in zip(params, gradients, strict=True):
                 total[n] += g.square()
-    finally:
-        model.train(was_training)
     return {n: t / max(count, 1) for n, t in total.items()}

@@ -22,14 +22,13 @@ from .training import deterministic, logits_of
 
 @torch.no_grad()
 def predict(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and labels (N,) of a whole loader, on the CPU, in eval mode; the mode is restored."""
-    was_training = model.training
-    model.eval()
+    """Logits (N, classes) and labels (N,) of a whole loader, on the CPU, in eval mode.
+
+    Each module's mode and the global generator are restored, so that a measurement changes nothing that follows it.
+    """
     device = next(model.parameters()).device
-    try:
+    with deterministic(model):
         batches = [(logits_of(model(x.to(device))).float().cpu(), y.cpu()) for x, y in loader]
-    finally:
-        model.train(was_training)
     if not batches:
         return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
     logits, labels = zip(*batches, strict=True)

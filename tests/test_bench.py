@@ -10,8 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,6 +294,61 @@ def test_failures_are_recorded_and_listed(finished, tmp_path):
     assert "NonFiniteError" in page
 
 
+class Workers:
+    """Processes that all die when a job of ``killers`` runs, as those of a pool do, and are replaced."""
+
+    def __init__(self, devices, threads):
+        self.size = len(devices)
+        self.running = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, job, context):
+        assert len(self.running) < self.size
+        self.running.append((job, Future()))
+        self.starts[job.facts["method"]] += 1
+        return self.running[-1][1]
+
+    def wait(self, running, return_when):
+        """As `concurrent.futures.wait`, once the workers have gone on."""
+        first, future = self.running[0]
+        if any(job.facts["method"] in self.killers for job, _ in self.running):
+            for _, broken in self.running:
+                broken.set_exception(BrokenProcessPool())
+            self.running.clear()
+        else:
+            self.running.pop(0)
+            future.set_result(0.1)
+        return SimpleNamespace(done=[f for f in running if f.done()])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_death_is_charged_to_the_job_that_runs_alone(tmp_path, monkeypatch, size):
+    """A job that kills its worker takes its neighbours with it, over and over; none of them fails for that."""
+    made = []
+    monkeypatch.setattr(Workers, "starts", Counter(), raising=False)
+    monkeypatch.setattr(Workers, "killers", {"3", "6"}, raising=False)
+    monkeypatch.setattr(runner, "_Pool", lambda *given: made.append(Workers(*given)) or made[-1])
+    monkeypatch.setattr(runner, "wait", lambda *given, **more: made[-1].wait(*given, **more))
+    model = {"seed": 0, "data": {"name": "digits"}}
+    cells = [Cell("cell", {"method": str(i), "model": model}) for i in range(9)]
+    outcome = runner.run(cells, Context(tmp_path), devices=["cpu"] * size, threads=1, progress=False)
+    assert sorted(title for title, _ in outcome.failures.values()) == ["cell digits 3 seed 0", "cell digits 6 seed 0"]
+    assert outcome.done == 7
+    assert max(Workers.starts.values()) <= runner.ATTEMPTS + 1
+
+
+class Cell(jobs.Job):
+    """A job that needs no other."""
+
+    def needs(self):
+        return iter(())
+
+
 def test_jobs_behind_a_failure_are_listed_too(tmp_path):
     text = TINY.replace("[train]\nepochs = 1", "[train]\nepochs = 1\nlr = 1e30").replace("[0, 1]", "[0]")
     cells, outcome = run(tmp_path, text)
@@ -431,21 +490,68 @@ def test_the_likelihood_ratio_attack_is_fair_and_finds_members():
 
 def test_summary_is_scipys():
     values, references = [97.0, 98.5, 96.2], [95.0, 99.0, 96.0]
-    found = summarise(values, references, count=36)
+    found = summarise(values, [0, 1, 2], references, count=36)
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert (found.low, found.high) == pytest.approx((low, high))
     assert found.std == pytest.approx(stats.tstd(values))
     assert found.gap == pytest.approx((2 + 0.5 + 0.2) / 3)
-    alone = summarise([1.0])
+    alone = summarise([1.0], [0])
     assert all(math.isnan(v) for v in (alone.std, alone.low, alone.high, alone.gap))
 
 
+def test_targets_of_one_seed_are_not_independent():
+    """Five targets on three seeds are three values: the mean's error is that of the seeds' means."""
+    rng = np.random.default_rng(0)
+    values = rng.normal([[90], [95], [92]], 0.1, (3, 5))
+    seeds = np.repeat([[7], [1], [4]], 5, axis=1)
+    found = summarise(values.ravel().tolist(), seeds.ravel().tolist(), values.ravel() - 1.0)
+    means = values.mean(axis=1)
+    low, high = stats.t.interval(0.95, 2, loc=means.mean(), scale=stats.sem(means))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert (found.n, found.std, found.gap) == (3, pytest.approx(stats.tstd(means)), pytest.approx(1.0))
+    assert found.values == pytest.approx(means[[1, 2, 0]])
+    # The interval of fifteen independent values would be far too narrow.
+    naive = stats.t.interval(0.95, 14, loc=values.mean(), scale=stats.sem(values.ravel()))
+    assert naive[1] - naive[0] < 0.5 * (high - low)
+    one_seed = summarise([90.0, 95.0], [0, 0], count=36)
+    assert (one_seed.n, one_seed.values) == (1, (92.5,))
+    assert tables.entry(one_seed, 1) == "92.5"
+
+
+def test_three_seeds_are_shown_and_four_have_an_interval():
+    assert tables.entry(summarise([97.0, 98.5, 96.2], [0, 1, 2]), 1) == "97.2 (97.0, 98.5, 96.2)"
+    assert tables.entry(summarise([97.0, 98.5], [0, 1]), 1) == "97.8 (97.0, 98.5)"
+    values = [97.0, 98.5, 96.2, 97.9]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert tables.entry(summarise(values, range(4)), 1) == f"97.4 ± {(high - low) / 2:.1f}"
+    assert tables.entry(Summary(97.2, 1.17, 94.3, 100.1, 3), 1) == "97.2 (s 1.2)"
+    assert tables.entry(summarise([256.0] * 3, range(3)), 0) == "256"
+
+
+def test_summaries_are_read_as_written():
+    cells = [cell(m, 90 + s / 7, 3.0, s) for m in ("retrain", "ssd") for s in range(3)]
+    found = results.tables(cells)
+    assert tables.read(tables.comma_separated(found)) == found
+    # A file without the values of the seeds, as older versions wrote it.
+    old = "\n".join(line.rpartition(",")[0] for line in tables.comma_separated(found).splitlines())
+    (table,) = tables.read(old).values()
+    assert table["ssd"]["retain"] == replace(found["full-class"]["ssd"]["retain"], values=())
+
+
+@pytest.mark.parametrize("folder", ["digits", "fashion"])
+def test_committed_tables_are_made_from_the_committed_numbers(folder):
+    place = Path(__file__).parents[1] / "benchmarks/results" / folder
+    for scenario, table in tables.read((place / "summary.csv").read_text()).items():
+        for name, (_, rows) in tables.forms(scenario, table).items():
+            assert (place / f"{scenario}-{name}.md").read_text() == tables.markdown(rows)
+
+
 def test_one_accuracy_has_wilsons_interval():
-    found = summarise([100 * 35 / 36], count=36)
+    found = summarise([100 * 35 / 36], [0], count=36)
     expected = stats.binomtest(35, 36).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((100 * expected.low, 100 * expected.high))
     assert tables.entry(found, 1) == "97.2 [85.8, 99.5]"
-    assert tables.entry(summarise([12.0]), 0) == "12"
+    assert tables.entry(summarise([12.0], [0]), 0) == "12"
 
 
 def test_numbers_are_written_as_a_reader_expects():
@@ -457,7 +563,7 @@ def test_numbers_are_written_as_a_reader_expects():
 
 
 def summary(mean, gap=math.nan):
-    return Summary(mean, 0.1, mean - 0.2, mean + 0.2, 3, gap)
+    return Summary(mean, 0.1, mean - 0.2, mean + 0.2, 4, gap)
 
 
 def test_bold_is_the_best_entry_other_than_baseline_and_retrain():

@@ -47,6 +47,7 @@ class Context:
         pretrained: file of pretrained weights, ``hub`` for the hub's cache, or ``None``.
         device: as torch names it.
         backend: see `distruction.ops`.
+        skip_unreadable: leave out image files that cannot be read; what is left is part of a job's facts.
     """
 
     store: Path
@@ -54,6 +55,7 @@ class Context:
     pretrained: str | None = None
     device: str = "cpu"
     backend: str = "auto"
+    skip_unreadable: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _cell(
     model = {
         "format": FORMATS["model"],
         "version": __version__,
-        "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root, side)},
+        "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root, side, context.skip_unreadable)},
         "groups": groups,
         "network": dict(grid.network),
         "pretrained": _pretrained_hash(context.pretrained),
@@ -178,14 +180,14 @@ def _cell(
 
 
 @functools.cache
-def _data(name: str, root: Path | None, side: int | None) -> tuple[Images, Images]:
-    return load(name, root, side=side)
+def _data(name: str, root: Path | None, side: int | None, skip_unreadable: bool) -> tuple[Images, Images]:
+    return load(name, root, side=side, skip_unreadable=skip_unreadable)
 
 
 @functools.cache
-def _data_hash(name: str, root: Path | None, side: int | None) -> str:
+def _data_hash(name: str, root: Path | None, side: int | None, skip_unreadable: bool) -> str:
     digest = hashlib.sha256()
-    for part in _data(name, root, side):
+    for part in _data(name, root, side, skip_unreadable):
         digest.update(canonical([list(part.images.shape), part.classes]).encode())
         digest.update(part.images.contiguous().numpy().data)
         digest.update(part.labels.contiguous().numpy().data)
@@ -240,7 +242,8 @@ def _fresh(facts: Mapping[str, Any], context: Context) -> nn.Module:
 
 def _training_data(facts: Mapping[str, Any], context: Context) -> tuple[Images, Images]:
     """Labelled as the model's head is, on its device."""
-    parts = _data(facts["data"]["name"], context.data_root, facts["network"].get("img_size"))
+    side = facts["network"].get("img_size")
+    parts = _data(facts["data"]["name"], context.data_root, side, context.skip_unreadable)
     if facts["groups"]:
         parts = grouped(parts[0], facts["groups"]), grouped(parts[1], facts["groups"])
     return parts[0].to(context.device), parts[1].to(context.device)

@@ -21,10 +21,10 @@ from ..report import examples, folder, write_json
 from . import figures, tables
 from .grid import Grid
 from .jobs import Context, Job, make_split, sweep_cells
-from .results import COLUMNS, GROUPS, Cell, Contest, Table, collect, contest, summarise
+from .results import COLUMNS, Cell, Contest, Table, collect, contest, summarise
 from .results import tables as summaries_of
 from .runner import Outcome
-from .store import Store
+from .store import Facts, Store
 
 SCREEN_DPI = 96
 """A figure's pixels per inch on a page; files have twice as many."""
@@ -66,11 +66,7 @@ def _write(
     for scenario, table in by_scenario.items():
         heading, note = HEADINGS[scenario]
         mine = [c for c in found if c.scenario == scenario]
-        bold = tables.bold_markdown
-        forms = {"paper": ("In the shape of the paper's table", tables.paper_shape(scenario, table, bold))}
-        forms |= {group: (title, tables.metrics(table, group, bold)) for group, title in GROUPS.items()}
-        if "retrain" in table:
-            forms["gaps"] = ("Mean absolute gap to retraining", tables.gaps(table, bold))
+        forms = tables.forms(scenario, table)
         for name, (title, rows) in forms.items():
             (out / f"{scenario}-{name}.md").write_text(tables.markdown(rows))
             (out / f"{scenario}-{name}.tex").write_text(tables.latex(rows, f"{grid.title}, {scenario}: {title}."))
@@ -257,7 +253,12 @@ def _preparation(context: Context, found: Sequence[Cell]) -> dict[str, str]:
     out = {}
     for kind, name in names.items():
         facts = {job.id: job.facts for c in found for job in Job("cell", c.facts).needs() if job.kind == kind}
-        seconds = [value["seconds"] for f in facts.values() if (value := store.load(kind, f)) is not None]
-        if seconds:
-            out[name] = f"{tables.entry(summarise(seconds), 1)} (n = {len(seconds)})"
+        done = [(value["seconds"], _seed_of(f)) for f in facts.values() if (value := store.load(kind, f)) is not None]
+        if done:
+            out[name] = f"{tables.entry(summarise(*zip(*done, strict=True)), 1)} (n = {len(done)})"
     return out
+
+
+def _seed_of(facts: Facts) -> int:
+    seed: int = facts.get("model", facts)["seed"]
+    return seed

@@ -1,4 +1,4 @@
-"""Finished cells, and their summaries over seeds and forgotten classes."""
+"""Finished cells, and their summaries over seeds, each the mean over its forgotten classes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -126,17 +126,22 @@ def collect(jobs: Sequence[Job], store: Store) -> list[Cell]:
     return found
 
 
+SHOWN = 3
+"""Up to so many seeds their values are shown: an interval of Student's t on two degrees of freedom says little."""
+
+
 @dataclass(frozen=True)
 class Summary:
-    """Of ``n`` cells.
+    """Over ``n`` seeds; the cells of one seed share a trained model, so that they count as their mean.
 
     Attributes:
-        mean: over the cells.
-        std: standard deviation (n - 1); NaN for one cell.
-        low, high: 95 % interval: Student's of the mean; of a single accuracy Wilson's; else NaN.
-        n: cells.
+        mean: over the seeds.
+        std: standard deviation over the seeds (n - 1); NaN for one.
+        low, high: 95 % interval: Student's of the mean; of a single accuracy Wilson's; NaN for several cells of one seed.
+        n: seeds.
         gap: mean absolute difference to the retrained model of the same seed and forget set; NaN where it does not
             apply.
+        values: the seeds' means, in the order of the seeds; empty where only their summary is known.
     """
 
     mean: float
@@ -145,25 +150,33 @@ class Summary:
     high: float
     n: int
     gap: float = math.nan
+    values: tuple[float, ...] = ()
 
 
-def summarise(values: Sequence[float], references: Sequence[float] = (), count: int = 0) -> Summary:
+def summarise(
+    values: Sequence[float], seeds: Sequence[int], references: Sequence[float] = (), count: int = 0
+) -> Summary:
     """The summary of cells' values.
 
     Args:
+        seeds: of the cells.
         references: the retrained models' values, or none.
         count: examples behind each value, where it is an accuracy in percent.
     """
-    n, mean = len(values), float(np.mean(values))
+    by_seed: dict[int, list[float]] = {}
+    for value, seed in sorted(zip(values, seeds, strict=True), key=lambda pair: pair[1]):
+        by_seed.setdefault(seed, []).append(value)
+    means = [float(np.mean(mine)) for mine in by_seed.values()]
+    n, mean = len(means), float(np.mean(means))
     std = low = high = math.nan
     if n > 1:
-        std = float(np.std(values, ddof=1))
+        std = float(np.std(means, ddof=1))
         half = float(student_t.ppf(0.975, n - 1)) * std / math.sqrt(n)
         low, high = mean - half, mean + half
-    elif count:
+    elif count and len(values) == 1:
         low, high = wilson_interval(mean, count)
-    gap = float(np.mean(np.abs(np.subtract(values, references)))) if len(references) == n else math.nan
-    return Summary(mean, std, low, high, n, gap)
+    gap = float(np.mean(np.abs(np.subtract(values, references)))) if len(references) == len(values) else math.nan
+    return Summary(mean, std, low, high, n, gap, tuple(means))
 
 
 Table = dict[str, dict[str, Summary]]
@@ -190,7 +203,7 @@ def tables(cells: Sequence[Cell]) -> dict[str, Table]:
                 gaps = column.better in ("high", "retrain") and all(c.place in retrained for c in having)
                 references = [retrained[c.place][metric] for c in having] if gaps else []
                 count = having[0].value["counts"].get(metric, 0)
-                row[metric] = summarise([c.numbers[metric] for c in having], references, count)
+                row[metric] = summarise([c.numbers[metric] for c in having], [c.seed for c in having], references, count)
             out[scenario][method] = row
     return out
 
@@ -244,8 +257,8 @@ def contest(cells: Sequence[Cell], table: Table, limit: float = 5.0) -> Contest 
     ours, theirs = (
         {c.place: c.numbers["retain"] for c in cells if c.method == m and not c.brief} for m in ("distruction", rival)
     )
-    pairs = [(ours[place], theirs[place]) for place in ours if place in theirs]
-    difference = summarise([a - b for a, b in pairs]) if pairs else None
+    pairs = [(ours[place] - theirs[place], place[-1]) for place in ours if place in theirs]
+    difference = summarise(*zip(*pairs, strict=True)) if pairs else None
     return Contest(rival, "distruction" in forgets, difference)
 
 

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import threading
 import traceback
-from collections import defaultdict
+import warnings
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,12 +21,13 @@ import torch
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..errors import UsageError
+from ..errors import DataWarning, UsageError
 from .jobs import Context, Job, execute
 from .store import Store
 
 ATTEMPTS = 2
-"""Times that a job is started when its worker process dies; a worker's death takes its neighbours' jobs with it."""
+"""Times that a job's worker process may die under it alone. A death takes the neighbours' jobs with it, so that only a
+job that ran alone is charged with it."""
 
 
 @dataclass
@@ -98,7 +100,8 @@ def run(cells: Sequence[Job], context: Context, *, devices: Sequence[str], threa
     outcome = Outcome(reused=reused)
     sorter = TopologicalSorter(needs)
     sorter.prepare()
-    attempts: dict[str, int] = defaultdict(int)
+    deaths: dict[str, int] = defaultdict(int)
+    alone = False
     seconds: dict[str, list[float]] = defaultdict(list)
     left = dict(todo)
     columns = (
@@ -111,18 +114,25 @@ def run(cells: Sequence[Job], context: Context, *, devices: Sequence[str], threa
     with _Pool(devices, threads) as pool, Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("bench", total=len(todo) + reused, completed=reused, left="")
         running: dict[Future[float], str] = {}
+        ready: deque[str] = deque()
+        suspects: deque[str] = deque()
         while sorter.is_active():
-            for name in sorter.get_ready():
+            ready.extend(sorter.get_ready())
+            # Jobs that were interrupted by a death run one at a time, so that the next one has a culprit.
+            queue, room = (suspects, 1) if suspects else (ready, len(devices))
+            while queue and len(running) < room:
+                name = queue.popleft()
                 running[pool.submit(todo[name], context)] = name
+                alone = queue is suspects or len(devices) == 1
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    attempts[name] += 1
-                    if attempts[name] < ATTEMPTS:
-                        running[pool.submit(todo[name], context)] = name
+                    deaths[name] += alone
+                    if deaths[name] < ATTEMPTS:
+                        suspects.append(name)
                         continue
                 if error is None:
                     sorter.done(name)
@@ -182,6 +192,8 @@ def _initialise(devices: Any, threads: int) -> None:
     global _device
     _device = devices.get()
     torch.set_num_threads(threads)
+    # The process that started the workers has said it.
+    warnings.simplefilter("ignore", DataWarning)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

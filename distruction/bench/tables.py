@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from . import published
-from .results import COLUMNS, GROUPS, Summary, Table, best, published_value
+from .results import COLUMNS, GROUPS, SHOWN, Summary, Table, best, published_value
 
 PAPER = {"retain": "retain_batch_mean", "forget": "forget_batch_mean", "mia_entropy": ""}
 """The metrics of the paper's Tables 1 to 3, and the form in which they are published where it differs."""
@@ -37,13 +37,23 @@ def number(value: float, digits: int) -> str:
 
 
 def entry(summary: Summary, digits: int) -> str:
-    """mean ± half width of the 95 % interval; of one accuracy with Wilson's interval; of a steady count alone."""
+    """The mean, and what is known of its spread.
+
+    Up to three seeds: (their values), or where these are lost (s and their standard deviation); more: ± half width of
+    the 95 % interval of the mean; one accuracy: [Wilson's interval]; a count that is steady: nothing.
+    """
     text = number(summary.mean, digits)
-    if math.isnan(summary.low) or (digits == 0 and summary.high - summary.low < 1):
-        return text
     if summary.n == 1:
+        if math.isnan(summary.low):
+            return text
         return f"{text} [{number(summary.low, digits)}, {number(summary.high, digits)}]"
-    return f"{text} ± {number((summary.high - summary.low) / 2, digits)}"
+    if digits == 0 and summary.high - summary.low < 1:
+        return text
+    if summary.n > SHOWN:
+        return f"{text} ± {number((summary.high - summary.low) / 2, digits)}"
+    if not summary.values:
+        return f"{text} (s {number(summary.std, digits)})"
+    return f"{text} ({', '.join(number(value, digits) for value in summary.values)})"
 
 
 def published_entry(value: published.Value | None) -> str:
@@ -148,19 +158,43 @@ def _tex(text: str) -> str:
     return text
 
 
+FIGURES = ("mean", "std", "low_95", "high_95", "n", "gap")
+"""The columns of `comma_separated` that are numbers of a `Summary`, in its order."""
+
+
 def comma_separated(tables: dict[str, Table]) -> str:
     """Every summary in long form, full precision."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    figures = ["mean", "std", "low_95", "high_95", "n", "gap", "published_mean", "published_std"]
-    writer.writerow(["scenario", "method", "metric", *figures])
+    writer.writerow(["scenario", "method", "metric", *FIGURES, "published_mean", "published_std", "seeds"])
     for scenario, table in tables.items():
         for method, row in table.items():
             for metric, s in row.items():
                 paper = published_value(scenario, metric, method) or (None, None)
                 ours = [None if math.isnan(v) else v for v in (s.mean, s.std, s.low, s.high, s.n, s.gap)]
-                writer.writerow([scenario, method, metric, *ours, *paper])
+                writer.writerow([scenario, method, metric, *ours, *paper, " ".join(map(repr, s.values))])
     return out.getvalue()
+
+
+def read(text: str) -> dict[str, Table]:
+    """The summaries that `comma_separated` wrote; older files have no column of the seeds' values."""
+    found: dict[str, Table] = {}
+    for line in csv.DictReader(io.StringIO(text)):
+        mean, std, low, high, n, gap = (float(line[name] or "nan") for name in FIGURES)
+        values = tuple(map(float, (line.get("seeds") or "").split()))
+        row = found.setdefault(line["scenario"], {}).setdefault(line["method"], {})
+        row[line["metric"]] = Summary(mean, std, low, high, int(n), gap, values)
+    return found
+
+
+def forms(scenario: str, table: Table) -> dict[str, tuple[str, list[list[str]]]]:
+    """Every table of a scenario, best entries bold, by the stem of its file: its title and its rows."""
+    bold = bold_markdown
+    found = {"paper": ("In the shape of the paper's table", paper_shape(scenario, table, bold))}
+    found |= {group: (title, metrics(table, group, bold)) for group, title in GROUPS.items()}
+    if "retrain" in table:
+        found["gaps"] = ("Mean absolute gap to retraining", gaps(table, bold))
+    return found
 
 
 def bold_markdown(text: str) -> str:

@@ -111,26 +111,29 @@ class Archive:
         """Whether ``place`` is the folder, the archive, or holds one of them."""
         return self._locate(place) is not None
 
-    def read(self, place: Path, side: int | None) -> Raw:
-        """The two parts, in the archive's order, and the names in ``meta``.
+    def read(self, place: Path, side: int | None = None, skip_unreadable: bool = False) -> Raw:
+        """The two parts, in the archive's order, and the names in ``meta``. The options are of no use here.
 
         Raises:
-            UsageError: a file is missing or damaged, asks for code, or has other classes or labels than CIFAR's.
+            UsageError: a file is missing or damaged, asks for code, or has other classes or labels than CIFAR's; those
+                of the test part may be missing.
         """
         where = self._locate(place)
         assert where is not None
         batches = _archive(where, self.folder, self.files) if where.is_file() else _folder(where, self.files)
         missing = [name for name in self.files if name not in batches]
-        if missing:
+        if set(missing) - set(self.test):
             raise UsageError(f"{where} has no {', '.join(missing)}; get {self.archive} again")
         found = batches[self.meta].get(self.labels[1])
         if found != list(self.classes):
             raise UsageError(f"{where}: {self.meta} has other {self.labels[1]} than {self.archive}; get it again")
         train, test = (
-            self._part([batches[name] for name in part], f"{where}, {', '.join(part)}")
-            for part in (self.train, self.test)
+            self._part([batches[name] for name in part], f"{where}, {', '.join(part)}") if part else None
+            for part in (self.train, () if missing else self.test)
         )
-        return Raw(train, test, self.classes)
+        assert train is not None
+        no_test = f"{where} has no {', '.join(missing)}; get {self.archive} again" if missing else ""
+        return Raw(train, test, self.classes, no_test)
 
     def _locate(self, place: Path) -> Path | None:
         if place.is_file():

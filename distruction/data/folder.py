@@ -1,46 +1,92 @@
-"""ImageFolder trees: ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val/``), as torchvision reads them."""
+"""ImageFolder trees: ``train/CLASS/*.png`` and ``test/CLASS/*.png`` (or ``val/``), as torchvision reads them.
 
+Every file whose ending Pillow knows is read; hidden files and folders are not, and what is not read is counted.
+"""
+
+import os
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from ..errors import UsageError
-from .raw import Raw, Source, decode
+from .raw import Raw, Source, decode, extensions, ignored, named
 
 _TEST = ("test", "val", "valid", "validation")
 
 
 def holds(place: Path) -> bool:
     """Whether ``place/train`` has folders in it."""
-    return _has_folders(place / "train")
+    return bool(_classes(place / "train"))
 
 
-def read(place: Path, side: int | None) -> Raw:
+def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
     """The two parts, by class and then by path; classes are the folders of ``train``, in alphabetical order.
 
     Raises:
-        UsageError: a part or a class has no images, the test part has a class of its own, or an image cannot be read.
+        UsageError: a class has no images, the test part has a class of its own, or an image cannot be read.
     """
-    test = next((place / name for name in _TEST if _has_folders(place / name)), None)
-    if test is None:
-        raise UsageError(f"{place} has train/, but none of {', '.join(f'{n}/' for n in _TEST)} with class folders")
-    names, numbers = find_classes(str(place / "train"))
-    extra = sorted(set(find_classes(str(test))[0]) - set(names))
+    train = place / "train"
+    names = _classes(train)
+    test = next((place / name for name in _TEST if _classes(place / name)), None)
+    extra = sorted(set(_classes(test)) - set(names)) if test is not None else []
     if extra:
-        raise UsageError(f"{test} has classes that {place / 'train'} lacks: {', '.join(extra)}")
-    try:
-        train_files = make_dataset(str(place / "train"), numbers, IMG_EXTENSIONS)
-        test_files = make_dataset(str(test), numbers, IMG_EXTENSIONS, allow_empty=True)
-    except FileNotFoundError as error:
-        raise UsageError(f"{place / 'train'}: {error}") from error
-    files = train_files + test_files
-    sources: list[Source] = [(path, Path(path).read_bytes) for path, _ in files]
-    images = decode(sources, side)
-    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-    count = len(train_files)
-    return Raw((images[:count], labels[:count]), (images[count:], labels[count:]), tuple(names))
+        raise UsageError(f"{test} has classes that {train} lacks: {', '.join(extra)}")
+    parts: list[list[tuple[Path, int]]] = []
+    notes: tuple[str, ...] = ()
+    for folder in (train, test):
+        files, others = _files(folder, names) if folder is not None else ([], [])
+        parts.append(files)
+        notes += ignored(others, folder) if folder is not None else ()
+    _check_classes(parts[0], names, f"{train}: Found no valid file for the classes", notes)
+    files = parts[0] + parts[1]
+    sources: list[Source] = [(str(path), path.read_bytes) for path, _ in files]
+    images, kept, unreadable = decode(sources, side, skip_unreadable)
+    labels = torch.tensor([label for _, label in files], dtype=torch.int64)[kept]
+    _check_classes([files[i] for i in kept.tolist() if i < len(parts[0])], names, "No readable image is left of", ())
+    cut = int((kept < len(parts[0])).sum())
+    return Raw(
+        (images[:cut], labels[:cut]),
+        (images[cut:], labels[cut:]) if test is not None else None,
+        tuple(names),
+        f"{place} has train/, but none of {', '.join(f'{n}/' for n in _TEST)} with class folders",
+        notes + unreadable,
+    )
 
 
-def _has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir())
+def _check_classes(files: list[tuple[Path, int]], names: list[str], what: str, notes: tuple[str, ...]) -> None:
+    found = {label for _, label in files}
+    lacking = [name for label, name in enumerate(names) if label not in found]
+    if lacking:
+        raise UsageError("; ".join((f"{what} {named(lacking)}", *notes)))
+
+
+def _classes(folder: Path) -> list[str]:
+    """The class folders: all that are not hidden, such as those that Jupyter and file managers leave behind."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files(folder: Path, names: list[str]) -> tuple[list[tuple[Path, int]], list[Path]]:
+    """The images with their labels, in torchvision's order, and what else is there."""
+    images: list[tuple[Path, int]] = []
+    others = [folder / e.name for e in os.scandir(folder) if not e.is_dir() or e.name.startswith(".")]
+    for label, name in enumerate(names):
+        for parent, folders, entries in sorted(_walk(folder / name), key=lambda found: found[0]):
+            others += [Path(parent, hidden) for hidden in folders if hidden.startswith(".")]
+            for entry in sorted(entries):
+                path = Path(parent, entry)
+                if path.suffix.lower() in extensions() and not entry.startswith("."):
+                    images.append((path, label))
+                else:
+                    others.append(path)
+    return images, sorted(others)
+
+
+def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
+    """`os.walk` without what is below hidden folders, which are listed in their parents."""
+    found = []
+    for parent, folders, entries in os.walk(folder, followlinks=True):
+        found.append((parent, list(folders), entries))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return found

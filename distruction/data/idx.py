@@ -28,14 +28,16 @@ def holds(folder: Path) -> bool:
     return any(_locate(folder, name) for pair in _FILES.values() for name in pair)
 
 
-def read(folder: Path, side: int | None = None) -> Raw:
-    """The two parts; images of one channel.
+def read(folder: Path, side: int | None = None, skip_unreadable: bool = False) -> Raw:
+    """The two parts; images of one channel. The options are of no use here.
 
     Raises:
-        UsageError: a file is missing, damaged, or does not fit its partner.
+        UsageError: a file is missing, damaged, or does not fit its partner; the whole test part may be missing.
     """
-    train, test = (_part(folder, *names) for names in _FILES.values())
-    return Raw(train, test)
+    train = _part(folder, *_FILES["train"])
+    if not any(_locate(folder, name) for name in _FILES["test"]):
+        return Raw(train, None, None, f"{folder} has no {' and no '.join(_FILES['test'])}, plain or gzipped")
+    return Raw(train, _part(folder, *_FILES["test"]))
 
 
 def array(path: Path) -> Tensor:

@@ -110,13 +110,19 @@ def grouped(data: Images, groups: Mapping[str, Sequence[str]]) -> Images:
     return replace(data, labels=table[data.labels], classes=tuple(groups), fine=data.labels, fine_classes=data.classes)
 
 
-def forget_split(data: Images, forget_class: str) -> tuple[Images, Images]:
-    """The examples of one class, or of one fine class, and the others.
+def forget_split(data: Images, forget_class: str | Sequence[str]) -> tuple[Images, Images]:
+    """The examples of one class or several, fine classes included, and the others.
 
     Raises:
-        UsageError: the class is not one of the data set's, or has no examples.
+        UsageError: a class is not one of the data set's, is named twice, or has no examples.
     """
-    mask = data.members(forget_class)
-    if not mask.any():
-        raise UsageError(f"class {forget_class!r} has no examples, so there is nothing to forget")
+    names = [forget_class] if isinstance(forget_class, str) else list(forget_class)
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"name each class to forget once, not {', '.join(names) or 'none'}")
+    mask = torch.zeros(len(data), dtype=torch.bool)
+    for name in names:
+        members = data.members(name)
+        if not members.any():
+            raise UsageError(f"class {name!r} has no examples, so there is nothing to forget")
+        mask |= members
     return data.subset(mask), data.subset(~mask)

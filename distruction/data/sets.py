@@ -2,8 +2,9 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import DataWarning, UsageError
 from . import cifar, folder, idx, names, parquet
 from .images import Images, grouped
 from .raw import Format, Part, Raw
@@ -74,7 +75,14 @@ KNOWN = {
 NAMES = ("digits", "fashion-mnist", "cifar10", "cifar20", "cifar100")
 
 
-def load(name: str, root: str | Path | None = None, *, side: int | None = None) -> tuple[Images, Images]:
+def load(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    side: int | None = None,
+    need_test: bool = True,
+    skip_unreadable: bool = False,
+) -> tuple[Images, Images]:
     """The train and test parts of a data set.
 
     | name            | data                                                                                        |
@@ -93,6 +101,11 @@ def load(name: str, root: str | Path | None = None, *, side: int | None = None) 
     Args:
         root: folder in which the data set is looked for, or its archive; ``None`` is where its Debian package puts it.
         side: pixels to which images of differing sizes are cropped and resized; those of one size stay as they are.
+        need_test: refuse data without labelled test images. If false, the test part is empty then.
+        skip_unreadable: leave out image files that cannot be read, instead of stopping at the first one.
+
+    Warns:
+        DataWarning: files were not read, images were left out, or the test part is empty.
 
     Raises:
         UsageError: the data set is missing, damaged, or not what the name says.
@@ -101,7 +114,7 @@ def load(name: str, root: str | Path | None = None, *, side: int | None = None) 
         return _digits()
     root = None if root is None else Path(root)
     if name == "cifar20":
-        train, test = load("cifar100", root, side=side)
+        train, test = load("cifar100", root, side=side, need_test=need_test, skip_unreadable=skip_unreadable)
         return grouped(train, names.CIFAR20), grouped(test, names.CIFAR20)
     known = KNOWN.get(name)
     places = list(known.tried(root)) if known else [Path(name) if root is None else root / name]
@@ -110,8 +123,10 @@ def load(name: str, root: str | Path | None = None, *, side: int | None = None) 
     if found is None:
         raise UsageError(_missing(name, root, places))
     place, form = found
-    raw = form.read(place, side)
-    return _images(raw, place) if known is None else _images(_numbered(raw, known.classes, name, place), place)
+    raw = form.read(place, side, skip_unreadable)
+    for note in raw.notes:
+        warnings.warn(note, DataWarning, stacklevel=2)
+    return _images(raw if known is None else _numbered(raw, known.classes, name, place), place, need_test)
 
 
 def detect(root: str | Path | None) -> str:
@@ -168,7 +183,7 @@ def _numbered(raw: Raw, classes: tuple[str, ...], name: str, where: Path) -> Raw
         UsageError: it has classes of other names.
     """
     if raw.names is None or raw.names == classes:
-        return Raw(raw.train, raw.test, classes)
+        return replace(raw, names=classes)
     if all(n.isdecimal() for n in raw.names):
         table = [int(n) for n in raw.names]
     else:
@@ -183,10 +198,14 @@ def _numbered(raw: Raw, classes: tuple[str, ...], name: str, where: Path) -> Raw
     numbers = torch.tensor(table)
 
     def renumbered(part: Part) -> Part:
+        if _unlabelled(part[1]):
+            return part
         _check(part[1], len(numbers), where)
         return part[0], numbers[part[1]]
 
-    return Raw(renumbered(raw.train), renumbered(raw.test), classes)
+    return replace(
+        raw, train=renumbered(raw.train), test=None if raw.test is None else renumbered(raw.test), names=classes
+    )
 
 
 def _plain(name: str) -> str:
@@ -200,18 +219,41 @@ def _check(labels: Tensor, classes: int, where: Path) -> None:
         )
 
 
-def _images(raw: Raw, where: Path) -> tuple[Images, Images]:
+def _images(raw: Raw, where: Path, need_test: bool) -> tuple[Images, Images]:
     assert raw.names is not None
-    for part, (images, labels) in (("training", raw.train), ("test", raw.test)):
-        if not len(images):
-            raise UsageError(f"the {part} part in {where} has no images")
-        _check(labels, len(raw.names), where)
-    if raw.train[0].shape[1:] != raw.test[0].shape[1:]:
-        shapes = " and ".join(str(tuple(images.shape[1:])) for images, _ in (raw.train, raw.test))
+    images, labels = raw.train
+    if not len(images):
+        raise UsageError(f"the training part in {where} has no images")
+    if _unlabelled(labels):
+        raise UsageError(f"the training part in {where} has no labels: all of them are -1")
+    _check(labels, len(raw.names), where)
+    mean, std = moments(images)
+    train = Images(images, labels, raw.names, mean, std)
+    test = _test_part(raw, where)
+    if isinstance(test, str):
+        if need_test:
+            raise UsageError(f"{test}; labelled test images are needed here")
+        warnings.warn(f"no test images: {test}", DataWarning, stacklevel=3)
+        return train, train.subset(torch.empty(0, dtype=torch.int64))
+    _check(test[1], len(raw.names), where)
+    if images.shape[1:] != test[0].shape[1:]:
+        shapes = " and ".join(str(tuple(t.shape[1:])) for t in (images, test[0]))
         raise UsageError(f"the images of the two parts in {where} differ in shape: {shapes}")
-    mean, std = moments(raw.train[0])
-    train, test = (Images(images, labels, raw.names, mean, std) for images, labels in (raw.train, raw.test))
-    return train, test
+    return train, Images(*test, raw.names, mean, std)
+
+
+def _unlabelled(labels: Tensor) -> bool:
+    """Whether they only hold the place of labels that are kept secret."""
+    return len(labels) > 0 and bool((labels == -1).all())
+
+
+def _test_part(raw: Raw, where: Path) -> Part | str:
+    """The labelled test images, or why there are none."""
+    if raw.test is None:
+        return raw.no_test
+    if not len(raw.test[0]):
+        return f"the test part in {where} has no images"
+    return f"the labels of the test part in {where} are all -1" if _unlabelled(raw.test[1]) else raw.test
 
 
 def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -11,7 +11,7 @@ import os
 import warnings
 from types import ModuleType
 
-from ..errors import DistructionError, UsageError
+from ..errors import BackendUnavailable, UsageError
 
 MODULES = {
     "reference": "distruction.ops.reference",
@@ -26,10 +26,6 @@ AUTO = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 ENVIRONMENT = "DISTRUCTION_BACKEND"
 """The environment variable that replaces ``"auto"``."""
-
-
-class BackendUnavailable(DistructionError, RuntimeError):
-    """An explicitly chosen backend cannot serve the device."""
 
 
 @functools.cache
@@ -55,7 +51,7 @@ def resolve(name: str, device_type: str) -> ModuleType:
     Warns, once, where ``"auto"`` finds no kernels for the device.
 
     Raises:
-        ValueError: ``name`` is no backend.
+        UsageError: ``name`` is no backend.
         BackendUnavailable: it cannot serve the device; the message says why and what to do.
     """
     if name == "auto":

@@ -1,0 +1,73 @@
+"""What the user of the command line sees of a mistake: one line, whoever raised it; and no option that is lost."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from typer.core import TyperCommand
+
+from .errors import DataWarning, DistructionError
+
+TRACEBACK = "DISTRUCTION_TRACEBACK"
+"""The environment variable that lets the traceback of an error through."""
+
+
+class Command(TyperCommand):
+    """A command that refuses an option given twice where only the last value would count."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command line."""
+        given = list(self.make_parser(ctx).parse_args(args=list(args))[2])
+        for option in {id(p): p for p in given}.values():
+            names = {*option.opts, *option.secondary_opts}
+            # The same flag twice is one wish.
+            harmless = getattr(option, "is_flag", False) and len(names.intersection(args)) == 1
+            if given.count(option) > 1 and not option.multiple and not harmless:
+                ctx.fail(f"{' / '.join(sorted(names))} is given {given.count(option)} times, but takes one value")
+        return super().parse_args(ctx, args)
+
+
+def run(app: Callable[[], object]) -> None:
+    """Run a command line: an error ends with one line and a status other than 0, Ctrl-C with status 130.
+
+    The status is 2 where the library or the operating system refused something, and 1 for an error that neither foresaw.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DataWarning)
+            _show_as_lines()
+            app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DistructionError, OSError) as error:
+        _fail(f"error: {error}", 2, error)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        _fail(f"error: {type(error).__name__}: {reason} ({TRACEBACK}=1 shows where)", 1, error)
+
+
+def _fail(text: str, status: int, error: Exception) -> None:
+    if os.environ.get(TRACEBACK):
+        raise error
+    _print(text, "red")
+    sys.exit(status)
+
+
+def _show_as_lines() -> None:
+    """Warnings about data as one line each, from one process of several; the others as Python shows them."""
+    show = warnings.showwarning
+
+    def line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, DataWarning):
+            show(message, category, *where, **more)
+        elif os.environ.get("RANK", "0") == "0":
+            _print(f"note: {message}", "yellow")
+
+    warnings.showwarning = line
+
+
+def _print(text: str, style: str) -> None:
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,140 @@
+"""Every option of every command: what it refuses, and what happens to one that is given twice."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from distruction import Posterior, cli, models
+
+COMMANDS = {name: command.params for name, command in typer.main.get_command(cli.app).commands.items()}
+"""Of each command, its options as they are declared."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model of the digits with random weights, a posterior around it, and what is none of these."""
+    folder = tmp_path_factory.mktemp("options")
+    config = {"name": "vit-micro", "num_classes": 10, "in_chans": 1, "img_size": 8}
+    torch.manual_seed(0)
+    model = models.create(**config)
+    models.save(model, folder / "model", {**config, "data": "digits"})
+    Posterior.around(model, 0.05).save(folder / "posterior")
+    (folder / "text").write_text("no = [model")
+    (folder / "bytes").write_bytes(b"\x80\x04\xff\x00" * 9)
+    (folder / "folder").mkdir()
+    (folder / "empty.toml").write_text("")
+    return folder
+
+
+@pytest.fixture
+def distruction(capsys, monkeypatch):
+    """Runs the command line; gives its status, output and errors."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["distruction", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return (stop.value.code, *capsys.readouterr())
+
+    return run
+
+
+NEEDED = {
+    "train": ["--epochs", "1"],
+    "plan": ["--model", "vit-micro", "--img-size", "8", "--device", "cpu"],
+    "prepare": ["--model", "{files}/model", "--steps", "1"],
+    "forget": ["--model", "{files}/model", "--posterior", "{files}/posterior", "--class", "3", "--steps", "1"],
+    "evaluate": ["--model", "{files}/model", "--class", "3"],
+    "demo": [],
+    "bench": ["--preset", "digits"],
+}
+"""What a command needs beside the option that is tried."""
+
+NOT_A_NUMBER = ["", "x", "1e", "nan"]
+NOT_A_COUNT = [*NOT_A_NUMBER, "1.5", "-1", "0", "9" * 30]
+NOT_POSITIVE = ["", "x", "nan", "inf", "-inf", "-1", "0"]
+NO_FILE = ["", "{files}", "{files}/none", "{files}/text", "{files}/bytes", "{files}/model/below", "\0"]
+NO_PLACE = ["", "{files}/folder", "{files}/none/below", "{files}/model/below", "{files}/text", "/proc/none", "\0"]
+NO_NAME = ["", "nothing", "3 8", "\u2003", "-1"]
+NO_DEVICE = ["", "warp", "cuda:99", "cpu:-1", "cpu:x", "meta:1:2", "cpu,"]
+
+BAD = {
+    "--data": ["{files}/none", "{files}/folder", "{files}/bytes", "\0"],
+    "--dataset": ["nothing", "../..", "{files}/none", "\0"],
+    "--model": NO_FILE,
+    "--pretrained": ["{files}/none", "{files}/text", "{files}/folder", "\0"],
+    "--posterior": NO_FILE,
+    "--grid": [*NO_FILE, "{files}/empty.toml"],
+    "--out": NO_PLACE,
+    "--store": ["{files}/text", "{files}/model/below", "/proc/none", "\0"],
+    "--checkpoint": NO_PLACE,
+    "--checkpoint-seconds": ["", "x", "nan", "-1", "-inf"],
+    "--checkpoint-steps": NOT_A_COUNT,
+    "--class": NO_NAME,
+    "--without-class": NO_NAME,
+    "--objective": NO_NAME,
+    "--backend": [*NO_NAME, "cuda"],
+    "--device": NO_DEVICE,
+    "--preset": NO_NAME,
+    "--dtype": NO_NAME,
+    "--prior-std": NO_NAME,
+    "--prior-mean": [*NO_NAME, "log8"],
+    "--img-size": NOT_A_COUNT,
+    "--in-chans": NOT_A_COUNT,
+    "--num-classes": NOT_A_COUNT,
+    "--batch-size": NOT_A_COUNT,
+    "--steps": NOT_A_COUNT,
+    "--epochs": NOT_A_COUNT,
+    "--mc-samples": NOT_A_COUNT,
+    "--crop": [*NOT_A_NUMBER, "1.5", "-1", "9" * 30],
+    "--workers": [*NOT_A_NUMBER, "1.5", "-1", "9" * 30],
+    "--threads": NOT_A_COUNT,
+    "--seed": [*NOT_A_NUMBER, "1.5", "-1", "9" * 30],
+    "--lr": NOT_POSITIVE,
+    "--std-init": NOT_POSITIVE,
+    "--evidence": NOT_POSITIVE,
+    "--kl-weight": ["", "x", "nan", "inf", "-1", "1.5"],
+    "--data-per-step": NOT_POSITIVE,
+    "--free": ["", "x", "nan", "inf", "-1"],
+}
+"""Values that no command can use."""
+
+
+def cases():
+    for command, params in COMMANDS.items():
+        for param in params:
+            if not param.is_flag and param.opts[0] != "--help":
+                yield from ((command, param.opts[0], value) for value in BAD[param.opts[0]])
+
+
+@pytest.mark.parametrize(("command", "option", "value"), list(cases()))
+def test_a_bad_value_is_refused_in_one_line(distruction, files, tmp_path, command, option, value):
+    def filled(text):
+        return text.replace("{files}", str(files))
+
+    given = dict(zip(NEEDED[command][::2], NEEDED[command][1::2], strict=True)) | {option: value}
+    if any(p.opts[0] == "--out" for p in COMMANDS[command]):
+        given.setdefault("--out", str(tmp_path / "out"))
+    if command == "bench" and option == "--grid":
+        del given["--preset"]
+    words = [filled(word) for pair in given.items() for word in pair]
+    if any(p.opts[0] == "--progress" for p in COMMANDS[command]):
+        words.append("--no-progress")
+    before = sorted(files.rglob("*"))
+    import signal
+    def late(*_): raise AssertionError("LATE")
+    signal.signal(signal.SIGALRM, late); signal.alarm(6)
+    try:
+        status, out, err = distruction(command, *words)
+    finally:
+        signal.alarm(0)
+    assert status in (1, 2), out
+    assert "Traceback" not in err + out
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 or lines[0].startswith("Usage: "), err
+    assert "internal" not in err
+    assert sorted(files.rglob("*")) == before
