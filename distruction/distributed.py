@@ -3,7 +3,7 @@
 import atexit
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,14 @@ def gather_rows(rows: Tensor, start: int, total: int) -> Tensor:
     whole[start:stop] = rows.detach()
     dist.all_reduce(whole)
     return torch.cat([whole[:start], rows, whole[stop:]])
+
+
+def by_rows(function: Callable[[Tensor], Tensor], whole: Tensor) -> Tensor:
+    """``function`` of a batch that every rank has, each computing its share of the rows; without gradients."""
+    start, stop = (i * len(whole) // size() for i in (rank(), rank() + 1))
+    # A sharded model needs every rank in its forward pass.
+    rows = function(whole[start:stop] if stop > start else whole[:1])
+    return gather_rows(rows[: stop - start], start, len(whole))
 
 
 def all_reduce_(tensors: Sequence[Tensor], group: Any = None) -> None:
