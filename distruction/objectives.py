@@ -216,7 +216,7 @@ REGISTRY: dict[str, Entry] = {
     "random-labels": Entry("cross entropy to random other labels", _plain(random_labels)),
     "bad-teacher": Entry(
         "the model with random weights teaches",
-        lambda model, posterior, forgotten: Distillation(Randomised(model), forgotten=forgotten),
+        lambda model, posterior, forgotten: Distillation(Randomised(model, posterior), forgotten=forgotten),
         copies=True,
         teaches=True,
     ),

@@ -85,19 +85,22 @@ class Randomised(_SameModel):
 
     Args:
         model: the model; it ends as it was.
+        posterior: of the model, so that a resumed run, whose parameters have moved, draws the same.
 
     Raises:
+        PosteriorError: the posterior belongs to another model.
         UsageError: the model is sharded.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, posterior: Posterior) -> None:
+        posterior.check(model)
         super().__init__(model)
         if any(is_sharded(p) for p in self._model.parameters()):
             raise UsageError(
                 "bad-teacher draws new weights for the whole model, which is sharded: pass "
                 "objective=Distillation(teacher) with a randomly initialised teacher, sharded as well"
             )
-        self._weights = _drawn_anew(self._model)
+        self._weights = _drawn_anew(self._model, posterior)
 
     def _answer(self, inputs: Tensor) -> Tensor:
         return logits_of(torch.func.functional_call(self._model, self._weights, (inputs,)))
@@ -119,15 +122,18 @@ def holding_means(model: nn.Module, posterior: Posterior) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _drawn_anew(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the model with each parameter drawn anew, of the seed 0."""
-    before = {name: t.data for name, t in [*model.named_parameters(), *model.named_buffers()]}
+def _drawn_anew(model: nn.Module, posterior: Posterior) -> dict[str, Tensor]:
+    """Parameters and buffers of the model at the posterior's means, with each parameter drawn anew, of the seed 0."""
+    names = {id(p): name for name, p in learnable(model).items()}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = {name: t.data for name, t in tensors.items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            for name, t in tensors.items():
-                t.data = before[name].clone()
+            for t in tensors.values():
+                known = id(t) in names
+                t.data = posterior.fetch(names[id(t)], t.device)[0].to(t.dtype, copy=True) if known else t.data.clone()
+            base = {name: t.data.clone() for name, t in model.named_parameters()}
             for module in model.modules():
                 reset = getattr(module, "reset_parameters", None)
                 if callable(reset):
@@ -135,8 +141,8 @@ def _drawn_anew(model: nn.Module) -> dict[str, Tensor]:
             drawn = {name: t.data for name, t in tensors.items()}
         finally:
             for name, t in tensors.items():
-                t.data = before[name]
-        for name, p in model.named_parameters():
-            if torch.equal(drawn[name], p) and p.numel() > 1 and not (p == p.flatten()[0]).all():
-                drawn[name].normal_(p.float().mean().item(), p.float().std().item())
+                t.data = held[name]
+        for name, values in base.items():
+            if torch.equal(drawn[name], values) and not (values == values.flatten()[:1]).all():
+                drawn[name].normal_(values.float().mean().item(), values.float().std().item())
     return drawn
