@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .posterior import Posterior, unwrapped
 from .sharding import is_sharded
-from .training import logits_of
+from .running import logits_of
 
 Objective = Callable[..., Tensor]
 

@@ -27,7 +27,7 @@ from .compression import BLOCK, STORAGE
 from .errors import UsageError
 from .optimizer import STREAMED_ELEMENTS
 from .posterior import learnable
-from .training import logits_of
+from .running import logits_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of parameters by name."""

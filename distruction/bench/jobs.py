@@ -27,7 +27,7 @@ from ..metrics import predict
 from ..posterior import Posterior
 from ..prepare import prepare
 from ..train import RECIPES
-from ..training import seed_of
+from ..running import seed_of
 from . import measure
 from .grid import Grid, Scenario
 from .memory import Peak
