@@ -2,8 +2,8 @@
 
 from .errors import DistructionError, NonFiniteError, PosteriorError, RankError, UsageError
 from .forget import ForgetReport, forget
-from .loss import GaussianKL, gaussian_kl
 from .loop import Callback, Step
+from .loss import GaussianKL, gaussian_kl
 from .optimizer import BGD
 from .posterior import Posterior
 from .prepare import prepare

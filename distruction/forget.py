@@ -9,9 +9,9 @@ from torch import nn
 
 from . import distributed, objectives
 from .errors import UsageError
+from .loop import Batches, Callback, Checkpoint, Step, cosine, run
 from .optimizer import BGD
 from .posterior import Posterior, learnable
-from .loop import Batches, Callback, Checkpoint, Step, cosine, run
 
 
 @dataclass(frozen=True)

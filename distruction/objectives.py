@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .errors import UsageError
 from .posterior import Posterior, unwrapped
-from .sharding import is_sharded
 from .running import logits_of
+from .sharding import is_sharded
 
 Objective = Callable[..., Tensor]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
+from .loop import Batches, Callback, Checkpoint, Step, cosine, rising, run
 from .optimizer import BGD
 from .posterior import Posterior, fingerprint, learnable
-from .loop import Batches, Callback, Checkpoint, Step, cosine, rising, run
 
 
 def prepare(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import metrics
 from ..data import Images, loader
 from ..forget import ForgetReport
-from ..scenarios import Split
 from ..running import seed_of
+from ..scenarios import Split
 from . import published
 
 EXAMPLES = 8
