@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import Examples, loader
 from .errors import UsageError
-from .running import deterministic, logits_of
+from .modules import deterministic, logits_of
 
 
 @torch.no_grad()

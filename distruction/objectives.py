@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .modules import logits_of
 from .posterior import Posterior, unwrapped
-from .running import logits_of
 from .sharding import is_sharded
 
 Objective = Callable[..., Tensor]

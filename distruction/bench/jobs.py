@@ -26,7 +26,7 @@ from ..methods import Counted, Task
 from ..metrics import predict
 from ..posterior import Posterior
 from ..prepare import prepare
-from ..running import seed_of
+from ..seeds import seed_of
 from ..train import RECIPES
 from . import measure
 from .grid import Grid, Scenario

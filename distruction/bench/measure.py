@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import metrics
 from ..data import Images, loader
 from ..forget import ForgetReport
-from ..running import seed_of
 from ..scenarios import Split
+from ..seeds import seed_of
 from . import published
 
 EXAMPLES = 8

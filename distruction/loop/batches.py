@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..errors import UsageError
-from ..running import seed_of
+from ..seeds import seed_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..errors import NonFiniteError, RankError, UsageError
+from ..modules import deterministic, logits_of
 from ..optimizer import BGD
 from ..posterior import Posterior
-from ..running import deterministic, logits_of
 from ..sharding import reshard
 from .batches import Batch, Batches, Batching, seeded_batches
 from .checkpoint import Checkpoint

@@ -1,30 +1,22 @@
-"""Seeds, eval mode and logits: what everything that runs a user's model needs."""
+"""What the library asks of a model: its mode and its logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .errors import UsageError
-
-
-def seed_of(*parts: int) -> int:
-    """A 63-bit seed that differs for every tuple of small non-negative integers."""
-    value = 0
-    for part in parts:
-        value = (value * 0x9E3779B97F4A7C15 + part + 1) % 2**63
-    return value
+from .seeds import private_generators
 
 
 @contextmanager
 def deterministic(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout, frozen BatchNorm statistics) and a private global generator; both restored after."""
+    """Eval mode (no dropout, frozen BatchNorm statistics) and private global generators; both restored after."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.random.fork_rng():
+        with private_generators():
             yield
     finally:
         for module, mode in modes.items():
