@@ -9,9 +9,9 @@ from torch import nn
 
 from . import distributed, objectives
 from .errors import UsageError
+from .loop import Batches, Callback, Checkpoint, Step, cosine, run
 from .optimizer import BGD
 from .posterior import Posterior, learnable
-from .training import Batches, Callback, Checkpoint, Step, cosine, run
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ForgetReport:
 
     Attributes:
         posterior: q, the posterior of the unlearned model; its means are in the model.
-        history: one `distruction.training.Step` per step: loss, KL(q || p), forget accuracy of the samples.
+        history: one `distruction.Step` per step: loss, KL(q || p), forget accuracy of the samples.
         seconds: wall time of the unlearning alone, of this process.
     """
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .modules import logits_of
 from .posterior import Posterior
 from .teachers import AtMeans, Randomised
-from .training import logits_of
 
 Objective = Callable[..., Tensor]
 Labels = Sequence[int]
@@ -240,12 +240,8 @@ def resolve(
 
 
 def name_of(objective: str | Objective) -> str:
-    """Its name and its options, which are the same in the process that resumes a run."""
-    if isinstance(objective, str):
-        return objective
-    name = getattr(objective, "__name__", type(objective).__name__)
-    options = {k: v for k, v in getattr(objective, "__dict__", {}).items() if isinstance(v, bool | int | float | str)}
-    return f"{name}({', '.join(f'{k}={v!r}' for k, v in sorted(options.items()))})" if options else name
+    """Its name, which is the same in the process that resumes a run."""
+    return objective if isinstance(objective, str) else getattr(objective, "__name__", type(objective).__name__)
 
 
 def entry(name: str) -> Entry:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
+from .loop import Batches, Callback, Checkpoint, Step, cosine, rising, run
 from .optimizer import BGD
 from .posterior import Posterior, fingerprint, learnable
-from .training import Batches, Callback, Checkpoint, Step, cosine, rising, run
 
 
 def prepare(
@@ -40,7 +40,7 @@ def prepare(
 
     BGD never stops gathering evidence: 1/std**2 = 1/std_init**2 + the curvature of ``evidence`` data points. So
     ``evidence`` says how much data the posterior stands for, in data points. The steps' shares of it rise
-    (`distruction.training.rising`).
+    (`distruction.loop.rising`).
 
     Args:
         model: any classifier that gives logits or, as Hugging Face's do, an output with ``logits``. Only its parameters
@@ -59,7 +59,7 @@ def prepare(
             ``checkpoint_steps``. A run that was killed at any point and started again ends with the same bits.
         keep_checkpoint: leave the file at the end, for a caller that deletes it once the result is on the disk.
         release_gradients: see `BGD`: the same bits with less memory, on one rank.
-        callback: called with a `distruction.training.Step` after each step.
+        callback: called with a `distruction.Step` after each step.
         progress: show a progress bar.
 
     Returns:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
+from .modules import deterministic, logits_of
 from .posterior import Posterior, learnable, unwrapped
 from .sharding import is_sharded, local, reshard
-from .training import deterministic, logits_of
 
 
 class _SameModel(ABC):

@@ -34,6 +34,7 @@ from distruction import (
     Posterior,
     PosteriorError,
     RankError,
+    Step,
     UsageError,
     distributed,
     forget,
@@ -41,7 +42,6 @@ from distruction import (
 )
 from distruction.objectives import MaskedTeacher
 from distruction.sharding import Pieces
-from distruction.training import Step
 
 QUIET = {"progress": False}
 PREPARE = {"steps": 12, "std_init": 0.1, **QUIET}
@@ -454,7 +454,7 @@ def check_a_distributed_sampler_makes_the_batch_of_its_parts(world, folder):
 
 def alone(model, batches):
     """What one process prepares from these batches, by BGD in a loop of its own."""
-    from distruction.training import cosine, rising
+    from distruction.loop import cosine, rising
 
     steps = PREPARE["steps"]
     opt = BGD(model.named_parameters(), std_init=0.1, max_std=0.1, learn_mean=False, mc_samples=2)

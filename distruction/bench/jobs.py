@@ -26,8 +26,8 @@ from ..methods import Counted, Task
 from ..metrics import predict
 from ..posterior import Posterior
 from ..prepare import prepare
+from ..seeds import seed_of
 from ..train import RECIPES
-from ..training import seed_of
 from . import measure
 from .grid import Grid, Scenario
 from .memory import Peak
