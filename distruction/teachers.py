@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
+from .loop.batches import Inputs, call
 from .modules import deterministic, logits_of
 from .posterior import Posterior, learnable, unwrapped
 from .sharding import is_sharded, local, reshard
@@ -24,20 +25,25 @@ class _SameModel(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrapped(model)
-        self._kept: tuple[Tensor, int, Tensor] | None = None
+        self._kept: tuple[Inputs, list[int], Tensor] | None = None
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Inputs) -> Tensor:
         """Logits of the batch."""
-        if self._kept is None or self._kept[0] is not inputs or self._kept[1] != inputs._version:
+        versions = [t._version for t in ([inputs] if isinstance(inputs, Tensor) else inputs.values())]
+        if self._kept is None or self._kept[0] is not inputs or self._kept[1] != versions:
             with ExitStack() as stack:
                 if any(module.training for module in self._model.modules()):
                     stack.enter_context(deterministic(self._model))
-                self._kept = inputs, inputs._version, distributed.by_rows(self._answer, inputs)
+                self._kept = inputs, versions, distributed.by_rows(self._answer, inputs)
         return self._kept[2]
 
+    def _with(self, weights: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))
+        return logits_of(torch.func.functional_call(self._model, weights, positional, named))
+
     @abstractmethod
-    def _answer(self, inputs: Tensor) -> Tensor:
+    def _answer(self, inputs: Inputs) -> Tensor:
         """Logits of these rows."""
 
 
@@ -61,11 +67,11 @@ class AtMeans(_SameModel):
         super().__init__(model)
         self._posterior = posterior
 
-    def _answer(self, inputs: Tensor) -> Tensor:
+    def _answer(self, inputs: Inputs) -> Tensor:
         params = learnable(self._model)
         if any(is_sharded(p) for p in params.values()):
             with holding_means(self._model, self._posterior):
-                return logits_of(self._model(inputs))
+                return logits_of(call(self._model, inputs))
         # By the names within the module, which a wrapper around a part of it makes others than the posterior's.
         names = {id(p): name for name, p in params.items()}
         weights = {
@@ -73,7 +79,7 @@ class AtMeans(_SameModel):
             for within, p in self._model.named_parameters()
             if id(p) in names
         }
-        return logits_of(torch.func.functional_call(self._model, weights, (inputs,)))
+        return self._with(weights, inputs)
 
 
 class Randomised(_SameModel):
@@ -102,8 +108,8 @@ class Randomised(_SameModel):
             )
         self._weights = _drawn_anew(self._model, posterior)
 
-    def _answer(self, inputs: Tensor) -> Tensor:
-        return logits_of(torch.func.functional_call(self._model, self._weights, (inputs,)))
+    def _answer(self, inputs: Inputs) -> Tensor:
+        return self._with(self._weights, inputs)
 
 
 @contextmanager
