@@ -64,6 +64,15 @@ def agree(value: int, device: torch.device) -> bool:
     return bool(both[0] == -both[1])
 
 
+def on_any_rank(value: bool, device: torch.device) -> bool:
+    """Whether ``value`` holds on one rank at least; all ranks call it."""
+    if size() == 1:
+        return value
+    told = torch.tensor(int(value), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
 def of_first_rank(value: int, device: torch.device) -> int:
     """Rank 0's ``value`` on all ranks."""
     if size() == 1:

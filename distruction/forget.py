@@ -9,7 +9,8 @@ from torch import nn
 
 from . import distributed, objectives
 from .errors import UsageError
-from .loop import Batches, Callback, Checkpoint, Step, cosine, run
+from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, cosine, run
+from .modules import described
 from .optimizer import BGD
 from .posterior import Posterior, learnable
 
@@ -92,7 +93,10 @@ def forget(
         "mc_samples": mc_samples,
         "seed": seed,
     }
-    run_of = settings if checkpoint is None else {**settings, "prior": posterior.fingerprint()}
+    run_of: dict[str, Any] = settings
+    if checkpoint is not None:
+        # Of an object the result has the name; a checkpoint is also of its parameters.
+        run_of = {**settings, "objective": described(objective), "prior": posterior.fingerprint()}
     point = Checkpoint(checkpoint, run_of, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     posterior.check(model, same_weights=point.load(model) is None)
     prior = posterior if offload_prior else posterior.like(model)
@@ -133,11 +137,11 @@ def forget(
         schedule=schedule,
         callback=callback,
         progress=progress,
-        title="forget",
+        role=FORGET_SET,
         needs_inputs=needs_inputs,
     )
     seconds = time.perf_counter() - start
     result = optimizer.posterior(copy=False)
-    result.metadata = {"method": "distruction", **settings, "kl": history[-1].kl}
+    result.metadata = {"method": "distruction", **settings, "steps_done": len(history), "kl": history[-1].kl}
     point.remove()
     return ForgetReport(result, history, seconds)
