@@ -3,7 +3,7 @@
 from .errors import DistructionError, NonFiniteError, PosteriorError, RankError, UsageError
 from .forget import ForgetReport, forget
 from .loss import GaussianKL, gaussian_kl
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior
 from .prepare import prepare
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import distributed, objectives
 from .errors import UsageError
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior, learnable
 from .training import Batches, Callback, Checkpoint, Step, cosine, run
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from . import models, objectives
 from .compression import BLOCK, STORAGE
 from .errors import UsageError
-from .optimizer import STREAMED_ELEMENTS
+from .optim import STREAMED_ELEMENTS
 from .posterior import learnable
 from .training import logits_of
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior, fingerprint, learnable
 from .training import Batches, Callback, Checkpoint, Step, cosine, rising, run
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import distributed
 from .errors import NonFiniteError, PosteriorError, RankError, UsageError
 from .files import check_writable, remove_leftovers
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior, learnable
 from .sharding import groups_of, is_sharded, largest, layout, local, reshard
 

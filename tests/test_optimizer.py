@@ -350,7 +350,11 @@ def test_options_of_a_group_are_checked_like_the_constructors(group, message):
 def test_a_group_may_have_its_own_std_init():
     a, b, c = (nn.Parameter(torch.zeros(3)) for _ in range(3))
     given = Posterior({"c": torch.ones(3)}, {"c": torch.full((3,), 0.3)})
-    groups = [{"params": [("a", a)]}, {"params": [("b", b)], "std_init": 0.2}, {"params": [("c", c)], "std_init": given}]
+    groups = [
+        {"params": [("a", a)]},
+        {"params": [("b", b)], "std_init": 0.2},
+        {"params": [("c", c)], "std_init": given},
+    ]
     opt = BGD(groups, std_init=0.1)
     opt.train()
     assert [float(opt.state[p]["std"][0]) for p in (a, b, c)] == pytest.approx([0.1, 0.2, 0.3])
@@ -434,7 +438,7 @@ def test_weights_loaded_in_eval_mode_are_seen_by_everything():
             with opt.sampled_params():
                 pass
         elif use == "closure":
-            opt.step(lambda: model(batch(0)[0]).sum().backward())
+            opt.step(lambda model=model: model(batch(0)[0]).sum().backward())
         opt.eval()
         assert model[0].weight[0, 0] == 7
         assert torch.equal(model[3].weight, other[3].weight)
