@@ -11,7 +11,7 @@ from . import distributed, objectives
 from .errors import UsageError
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, cosine, run
 from .modules import described
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior, learnable
 
 

@@ -25,7 +25,7 @@ from .loop import (
     run,
 )
 from .modules import described
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior, fingerprint, learnable
 from .seeds import seed_of
 

@@ -21,8 +21,7 @@ from torch.utils.data import (
 )
 
 from distruction import Posterior, UsageError, forget, prepare
-from distruction.loop import Checkpoint, cosine
-from distruction.loop.batches import examples_in
+from distruction.loop import Checkpoint, cosine, examples_in
 from distruction.seeds import seed_all
 
 QUIET = {"progress": False}
@@ -241,7 +240,7 @@ def test_a_loader_that_dries_up_is_told():
         def __iter__(self):
             return self.batches
 
-    with pytest.raises(UsageError, match="3 batches.*second time"):
+    with pytest.raises(UsageError, match=r"3 batches.*second time"):
         prepare(make(), Once(), steps=4, num_examples=24, **QUIET)
 
 

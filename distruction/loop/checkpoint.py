@@ -10,7 +10,7 @@ from torch import nn
 from .. import distributed
 from ..errors import PosteriorError, UsageError
 from ..files import check_writable, remove_leftovers
-from ..optimizer import BGD
+from ..optim import BGD
 from ..posterior import Posterior, learnable
 from .step import Controller, Step
 

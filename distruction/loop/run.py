@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..errors import NonFiniteError, RankError, UsageError
 from ..modules import deterministic, logits_of
-from ..optimizer import BGD
+from ..optim import BGD
 from ..posterior import Posterior
 from ..sharding import reshard
 from .batches import Batch, Batches, Batching, Inputs, call, seeded_batches

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..optimizer import BGD
+from ..optim import BGD
 
 
 @dataclass(frozen=True)
