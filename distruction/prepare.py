@@ -79,9 +79,10 @@ def prepare(
         std_init: std to start from, and its cap; > 0.
         evidence: data points that each training example counts for, over the whole run, > 0.
         num_examples: training examples; ``None`` is what the loader says that an epoch of it draws.
-        loss_fn: (logits, targets) -> mean loss, a negative log-likelihood in nats; ``None`` is cross entropy. Gauss-Newton
-            needs one loss per example: a loss that takes ``reduction="none"``, or gives (batch,) losses. It then uses the
-            given targets, whose gradients vanish where the model fits its data, so that the stds come out too wide.
+        loss_fn: (logits, targets) -> mean loss, a negative log-likelihood in nats; ``None`` is cross entropy.
+            Gauss-Newton needs one loss per example: a loss that takes ``reduction="none"``, or gives (batch,) losses.
+            It then uses the given targets, whose gradients vanish where the model fits its data, so that the stds come
+            out too wide.
         likelihood: in place of ``loss_fn``, also draws targets: `Categorical` (the default), `Bernoulli`, `Gaussian`
             (`distruction.likelihood`) or one of your own.
         mc_samples: forward and backward passes per update of BGD, 2 by default; even numbers use antithetic pairs.
@@ -121,8 +122,8 @@ def prepare(
         mc_samples = 1 if gauss_newton else 2
     if gauss_newton and (learn_mean or mc_samples != 1):
         raise UsageError(
-            f"learn_mean={learn_mean} and mc_samples={mc_samples} are of method='bgd': Gauss-Newton keeps the means and "
-            "takes one sample per update"
+            f"learn_mean={learn_mean} and mc_samples={mc_samples} are for method='bgd': Gauss-Newton keeps the means "
+            "and takes one sample per update"
         )
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")

@@ -104,13 +104,15 @@ def test_a_resumed_run_draws_what_the_whole_one_drew(tmp_path, kind, workers, pe
 
 def test_the_callers_generators_are_left_alone():
     def states():
-        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+        numpys = np.random.get_state()[1].tolist()  # noqa: NPY002
+        return torch.get_rng_state().tolist(), numpys, random.getstate()
 
+    model = make()
     seed_all(3)
     before = states()
-    prepare(make(), DataLoader(Augmented("numpy"), batch_size=8, shuffle=True), steps=2, **QUIET)
+    prepare(model, DataLoader(Augmented("numpy"), batch_size=8, shuffle=True), steps=2, **QUIET)
     assert states() == before
-    torch.rand(1), np.random.rand(1), random.random()
+    seed_all(4)
     assert all(a != b for a, b in zip(states(), before, strict=True))
 
 
@@ -198,14 +200,17 @@ def test_loaders_of_every_shape_give_the_same():
         (lambda: iter(DataLoader(data(), batch_size=8)), r"read once.*DataLoader.*list"),
         (lambda: (b for b in DataLoader(data(), batch_size=8)), r"read once.*DataLoader.*list"),
         (lambda: map(tuple, DataLoader(data(), batch_size=8)), r"read once.*DataLoader.*list"),
-        (lambda: DataLoader(data(), batch_size=64, drop_last=True), r"24 .*fewer than.* 64 .*drop_last=False"),
+        (
+            lambda: DataLoader(data(), batch_size=64, drop_last=True),
+            r"24 .*fewer than a batch of 64, .*drop_last=False",
+        ),
         (lambda: [], "is empty"),
         (lambda: [(*b, torch.ones(8)) for b in DataLoader(data(), batch_size=8)], r"3 entries.*mapping"),
         (lambda: [{"pixel_values": x, "category": y} for x, y in DataLoader(data(), batch_size=8)], "pixel_values"),
         (lambda: [{"labels": y} for _, y in DataLoader(data(), batch_size=8)], "no inputs"),
         (lambda: [{"x": x, "labels": y, "id": ["a"] * 8} for x, y in DataLoader(data(), batch_size=8)], "id.*list"),
         (lambda: [(x, y[:-1]) for x, y in DataLoader(data(), batch_size=8)], "8 inputs.*7 targets"),
-        (lambda: [(x[:0], y[:0]) for x, y in DataLoader(data(), batch_size=8)], "no example"),
+        (lambda: [(x[:n], y[:n]) for n in (0, 8) for x, y in DataLoader(data(), batch_size=8)], "no example"),
     ],
 )
 @pytest.mark.parametrize("what", ["prepare", "forget"])
@@ -213,11 +218,13 @@ def test_loaders_that_cannot_work_are_refused_before_anything_changed(loader, me
     model = make()
     before = [p.detach().clone() for p in model.parameters()]
     started = []
+    options = {"steps": 4, "callback": started.append, **QUIET}
+    run = {
+        "prepare": lambda: prepare(model, loader(), num_examples=24, **options),
+        "forget": lambda: forget(model, Posterior.around(model, 0.05), loader(), **options),
+    }[what]
     with pytest.raises(UsageError, match=message) as caught:
-        if what == "prepare":
-            prepare(model, loader(), steps=4, num_examples=24, callback=started.append, **QUIET)
-        else:
-            forget(model, Posterior.around(model, 0.05), loader(), steps=4, callback=started.append, **QUIET)
+        run()
     assert not started
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert ("training" in str(caught.value)) == (what == "prepare")
@@ -287,11 +294,14 @@ def test_a_label_out_of_range_in_a_later_batch(tmp_path, label, what):
     path = tmp_path / "c"
     seen = []
     options = {"steps": 6, "checkpoint": path, "checkpoint_steps": 1, "callback": seen.append, **QUIET}
-    with pytest.raises(UsageError, match=rf"labels run from .*{label}.* step 3 .* 3 classes \(0 to 2\)") as caught:
+
+    def run():
         if what == "prepare":
-            prepare(model, batches, **options)
-        else:
-            forget(model, Posterior.around(model, 0.05), batches, objective=what, **options)
+            return prepare(model, batches, **options)
+        return forget(model, Posterior.around(model, 0.05), batches, objective=what, **options)
+
+    with pytest.raises(UsageError, match=rf"labels run from .*{label}.* step 3, .* 3 classes \(0 to 2\)") as caught:
+        run()
     assert ("training set" in str(caught.value)) == (what == "prepare")
     assert ("forget set" in str(caught.value)) == (what != "prepare")
     assert len(seen) == 2
@@ -311,7 +321,7 @@ def test_losses_that_are_not_one_mean():
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     with pytest.raises(UsageError, match=r"must return one mean loss.*\(8,\).*mean\(\)"):
-        forget(model, Posterior.around(model, 0.05), loader, objective=per_example, steps=2, **QUIET)
+        forget(model, Posterior.around(model, 0.05), loader, objective=per_example, steps=3, **QUIET)
     with pytest.raises(UsageError, match=r"must return one mean loss.*\(8,\).*mean\(\)"):
         prepare(model, loader, loss_fn=per_example, method="bgd", steps=2, **QUIET)
     with pytest.raises(UsageError, match="must return one mean loss, not a float"):
@@ -366,7 +376,7 @@ class Falling:
 def test_a_controller_changes_options_stops_and_resumes(tmp_path):
     from distruction import BGD
     from distruction.loop import FORGET_SET, run
-    from distruction.modules import learnable
+    from distruction.posterior import learnable
 
     def go(**more):
         model = make()

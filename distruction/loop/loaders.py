@@ -48,7 +48,8 @@ def check_loader(loader: Any, role: Role, steps: int) -> None:
     Raises:
         UsageError: says why and what to do.
     """
-    if isinstance(loader, Iterator) and not hasattr(loader, "__len__"):
+    # One with a reset starts again when it is iterated over, as NVIDIA DALI's do.
+    if isinstance(loader, Iterator) and not hasattr(loader, "reset"):
         raise UsageError(
             f"the loader of {role.name} is a {type(loader).__name__}, which can be read once, and a run repeats its "
             "data: pass a DataLoader, or list(...) of the batches"
