@@ -4,7 +4,7 @@ from .errors import DistructionError, NonFiniteError, PosteriorError, RankError,
 from .forget import ForgetReport, forget
 from .loop import Callback, Step
 from .loss import GaussianKL, gaussian_kl
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior
 from .prepare import prepare
 

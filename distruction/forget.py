@@ -12,8 +12,9 @@ from . import distributed, objectives
 from .errors import PosteriorError, UsageError
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
 from .modules import deterministic, described
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior, learnable
+from .prepare import total_evidence
 from .strength import DualAscent, ForgetSet, Probability, examined
 
 LEVEL = 0.01
@@ -278,14 +279,13 @@ def _level(level: float | None, kind: str, posterior: Posterior) -> float:
         return level
     if kind == "class":
         return LEVEL
-    sampled = posterior.metadata.get("sampled_accuracy", 90.0) / 100
-    return min(max(sampled, 0.5), 0.99)
+    sampled = posterior.metadata.get("sampled_accuracy")
+    return 0.9 if sampled is None else min(max(sampled / 100, 0.5), 0.99)
 
 
 def _largest_ratio(posterior: Posterior) -> float:
     """As many data points as the posterior stands for, as far as it says so."""
-    evidence = posterior.metadata.get("evidence", 0.0)
-    return max(LARGEST_RATIO, float(evidence) * max(1, posterior.metadata.get("examples", 1)))
+    return max(LARGEST_RATIO, total_evidence(posterior.metadata) if "evidence" in posterior.metadata else 0.0)
 
 
 def _advice(control: DualAscent, done: int, steps: int) -> str:

@@ -26,7 +26,7 @@ from . import models, objectives
 from .compression import BLOCK, STORAGE
 from .errors import UsageError
 from .modules import logits_of
-from .optimizer import STREAMED_ELEMENTS
+from .optim import STREAMED_ELEMENTS
 from .posterior import learnable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

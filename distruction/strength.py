@@ -25,7 +25,7 @@ from .loop import FORGET_SET, Batches, Step
 from .loop.batches import Batching, Inputs, apply, call
 from .loop.loaders import restarted
 from .modules import logits_of
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import unwrapped
 from .seeds import private_generators, seed_all, seed_of
 from .sharding import reshard

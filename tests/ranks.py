@@ -144,13 +144,13 @@ def check_fully_shard_draws_the_same_bits_and_learns_the_same(world, folder):
         for draw in range(3):
             for o in (opt, other):
                 o.param_groups[0]["draw"] = draw
-                o._counters = [None]
+                o._counters[0].tensor = None
                 o.train()
             for p, q in zip(model.parameters(), alone.parameters(), strict=True):
                 assert torch.equal(p.full_tensor(), q.detach())
         for o in (opt, other):
             o.param_groups[0]["draw"] = 0
-            o._counters = [None]
+            o._counters[0].tensor = None
             o.train()
         train_steps(model, opt, range(6), rows=own_rows(12))
         train_steps(alone, other, range(6))

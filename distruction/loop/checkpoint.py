@@ -10,9 +10,9 @@ from torch import nn
 from .. import distributed
 from ..errors import PosteriorError, UsageError
 from ..files import check_writable, remove_leftovers
-from ..optimizer import BGD
+from ..optim import BGD
 from ..posterior import Posterior, learnable
-from .step import Step
+from .step import Controller, Step
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,18 @@ class Checkpoint:
             )
         return posterior, progress
 
-    def save(self, optimizer: BGD, history: list[Step]) -> None:
-        """Write the optimizer's posterior and the history atomically."""
+    def save(
+        self, optimizer: BGD, history: list[Step], *, stopped: bool = False, controller: Controller | None = None
+    ) -> None:
+        """Write the optimizer's posterior, the history and the controller's state atomically."""
         posterior = optimizer.posterior(copy=False)
         draw = optimizer.state_dict()["param_groups"][0]["draw"]
         posterior.metadata["checkpoint"] = {
             "settings": self.settings,
             "draw": draw,
             "history": [asdict(s) for s in history],
+            "stopped": stopped,
+            "controller": None if controller is None else controller.state_dict(),
         }
         assert self.path is not None
         posterior.save(self.path)

@@ -16,6 +16,8 @@ class Gradients:
 
     Attributes:
         sharded: whether parameters are sharded over the ranks.
+        norms: of earlier samples of the current update, whose gradients are gone: the largest magnitude in each
+            parameter's gradient, by name.
 
     Raises:
         UsageError: the model is sharded otherwise than by ``fully_shard`` over all ranks.
@@ -35,6 +37,7 @@ class Gradients:
                     "all ranks); for others use BGD in a loop of your own"
                 )
         self.sharded = bool(sharded)
+        self.norms: list[dict[str, Tensor]] = []
         # Both wrappers average over the ranks where a sum is due.
         self._scale = distributed.size() if sharded or wrapped else 1
         self._ours = [] if wrapped or distributed.size() == 1 else [p for p in params if not is_sharded(p)]
@@ -47,15 +50,23 @@ class Gradients:
         if self._scale > 1 and grads:
             torch._foreach_div_(grads, self._scale)
 
+    def remember(self) -> None:
+        """Keep what `nonfinite` needs of gradients that are about to go; waits for nothing."""
+        self.norms.append(self._norms())
+
     @torch.no_grad()
     def nonfinite(self) -> list[str]:
-        """Names of the parameters whose gradient is NaN or infinite, on any rank."""
-        held = {n: local(p.grad) for n, p in self._params.items() if p.grad is not None}
-        flags = torch.zeros(len(held), dtype=torch.int32, device=next(iter(self._params.values())).device)
-        filled = [i for i, g in enumerate(held.values()) if g.numel()]
-        if filled:
-            # One read of the gradients in a few launches; a maximum keeps NaN, and needs an element.
-            norms = torch._foreach_norm([g for g in held.values() if g.numel()], math.inf)
-            flags[filled] = (~torch.stack(norms).isfinite()).int()
+        """Names of the parameters whose gradient is NaN or infinite in a sample of this update, on any rank."""
+        names = list(self._params)
+        flags = torch.zeros(len(names), dtype=torch.int32, device=next(iter(self._params.values())).device)
+        for norms in [*self.norms, self._norms()]:
+            for name, norm in norms.items():
+                flags[names.index(name)] |= (~norm.isfinite()).int().to(flags.device)
         largest(flags, groups_of(self._params.values()))
-        return [name for name, flag in zip(held, flags.tolist(), strict=True) if flag]
+        return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
+
+    @torch.no_grad()
+    def _norms(self) -> dict[str, Tensor]:
+        grads = {n: local(p.grad) for n, p in self._params.items() if p.grad is not None}
+        filled = {n: g for n, g in grads.items() if g.numel()}
+        return dict(zip(filled, torch._foreach_norm(list(filled.values()), math.inf), strict=True)) if filled else {}
