@@ -11,7 +11,7 @@ from torch import nn
 from . import distributed, objectives
 from .errors import PosteriorError, UsageError
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
-from .modules import deterministic, described
+from .modules import described, deterministic
 from .optim import BGD
 from .posterior import Posterior, learnable
 from .prepare import total_evidence
@@ -81,8 +81,8 @@ def forget(
 ) -> ForgetReport:
     """Make the model forget: from q = p minimise (1 - lambda) E_q[U] + lambda KL(q || p) by BGD.
 
-    lambda is found during the run (`distruction.strength`), or given. A second request goes on from what the first left:
-    ``forget(model, p, loader, previous=first)``. Its teacher is the model that p was prepared for, no earlier label is
+    lambda is found during the run (`distruction.strength`), or given. A second request goes on from what the first
+    left: ``forget(model, p, loader, previous=first)``. Its teacher is the model that p was prepared for, no earlier label is
     ever a target, and the KL that holds the model is the one to the posterior of the earlier request, which stands for
     what was forgotten by then; the report's ``kl`` is measured from p.
 
@@ -93,8 +93,8 @@ def forget(
         loader: (inputs, targets) batches of the forget set, repeated as often as needed. No other data is read.
         previous: the report of the request before this one, or its posterior.
         request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
-            these records alone go and their labels live on; the model is changed as little as possible, not at all where
-            it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many records of
+            these records alone go and their labels live on; the model is changed as little as possible, not at all
+            where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many records of
             each of its labels as p says that there were, or, where p does not say, where it has at most half of the
             labels that the model knows.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
@@ -118,7 +118,7 @@ def forget(
 
     Raises:
         UsageError: an argument is out of range, the forget set is empty or outside the model's labels.
-        PosteriorError: the posterior belongs to another model or to other weights, or ``previous`` to another posterior.
+        PosteriorError: the posterior belongs to another model or other weights, or ``previous`` to another posterior.
         NonFiniteError: the loss became NaN or infinite; the model holds the last good means.
     """
     distributed.start()
@@ -248,8 +248,8 @@ def _check_previous(previous: Posterior | None, identity: str) -> None:
     prior = previous.metadata.get("prior")
     if prior is None:
         raise PosteriorError(
-            "previous does not say which posterior it was forgotten from: pass the report of the request before this one, "
-            "or its posterior"
+            "previous does not say which posterior it was forgotten from: pass the report of the request before "
+            "this one, or its posterior"
         )
     if prior != identity:
         raise PosteriorError(
@@ -291,8 +291,8 @@ def _largest_ratio(posterior: Posterior) -> float:
 def _advice(control: DualAscent, done: int, steps: int) -> str:
     if control.at_bound:
         return (
-            "the objective weighs as much against the posterior as it may and the level is not reached: the posterior may "
-            "be too narrow (prepare it with less evidence), or choose another objective or a higher level"
+            "the objective weighs as much against the posterior as it may and the level is not reached: the posterior "
+            "may be too narrow (prepare it with less evidence), or choose another objective or a higher level"
         )
     if done < steps:
         return "the callback ended the run before the level was reached: let it go on"

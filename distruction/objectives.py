@@ -32,14 +32,14 @@ def others(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
     """
     if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[-1] == 1):
         raise UsageError(
-            f"the model gives one logit per example, {tuple(logits.shape)}, and the objective speaks of classes: let it "
-            "give two (model.register_forward_hook(lambda module, inputs, z: torch.nn.functional.pad(z.reshape(-1, 1), "
-            "(1, 0))), with labels 0 and 1), or pass an objective of your own, (logits, targets) -> mean loss"
+            f"the model gives one logit per example, {tuple(logits.shape)}, and the objective speaks of classes: let "
+            "it give two (model.register_forward_hook(lambda module, inputs, z: torch.nn.functional.pad(z.reshape(-1, "
+            "1), (1, 0))), with labels 0 and 1), or pass an objective of your own, (logits, targets) -> mean loss"
         )
     if logits.ndim != 2:
         raise UsageError(
-            f"the model's output has the shape {tuple(logits.shape)}, and the objective is for (batch, classes): pass an "
-            "objective of your own, (logits, targets) -> mean loss"
+            f"the model's output has the shape {tuple(logits.shape)}, and the objective is for (batch, classes): pass "
+            "an objective of your own, (logits, targets) -> mean loss"
         )
     left = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, targets[:, None], False)
     if forgotten:
@@ -227,9 +227,7 @@ DEFAULT = "masked-teacher"
 """The objective of `distruction.forget` where none is named."""
 
 
-def resolve(
-    objective: str | Objective, model: nn.Module, posterior: Posterior, forgotten: Labels = ()
-) -> Objective:
+def resolve(objective: str | Objective, model: nn.Module, posterior: Posterior, forgotten: Labels = ()) -> Objective:
     """The objective of that name for ``model``, which ``posterior`` was prepared for; a callable as it is.
 
     Raises:

@@ -1,7 +1,7 @@
 """How strongly to forget, found during the run: dual ascent on the weight of the objective against the KL.
 
-Forgetting minimises U + KL / R, where R = (1 - lambda) * data_per_step / lambda is what the forget set weighs against the
-posterior, in data points. R is raised while the model still knows what it should forget and lowered where it has
+Forgetting minimises U + KL / R, where R = (1 - lambda) * data_per_step / lambda is what the forget set weighs against
+the posterior, in data points. R is raised while the model still knows what it should forget and lowered where it has
 forgotten more than was asked for:
 
     log R += 0.2 * clip(log(v / level), -2, 2)    after each step,
@@ -40,8 +40,8 @@ SETTLED = 0.03
 RATE, CLIP = 0.2, 2.0
 LARGEST_WEIGHT = 0.9
 SMALLEST_WEIGHT = 0.01
-"""Bounds of lambda: under the smaller one means would take hundreds of steps to settle, so that from there on a larger R
-is a larger ``data_per_step``."""
+"""Bounds of lambda: under the smaller one means would take hundreds of steps to settle, so that from there on a larger
+R is a larger ``data_per_step``."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,11 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
                 keys, targets = torch.cat([kept[0], keys]), torch.cat([kept[2], targets])
                 inputs = _joined(kept[1], inputs)
             best = keys.topk(min(EXAMPLES, len(keys))).indices.sort().values
-            kept = keys[best], apply(lambda t, best=best: t[best.to(t.device)], inputs), targets[best.to(targets.device)]
+            kept = (
+                keys[best],
+                apply(lambda t, best=best: t[best.to(t.device)], inputs),
+                targets[best.to(targets.device)],
+            )
     if kept is None:
         raise UsageError("the forget set is empty, so there is nothing to forget")
     return ForgetSet(records, dict(sorted(counts.items())), kept[1], kept[2], batch_size)
@@ -96,12 +100,13 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
 def _joined(a: Inputs, b: Inputs) -> Inputs:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.cat([a, b])
-    assert not isinstance(a, Tensor) and not isinstance(b, Tensor)
+    assert not isinstance(a, Tensor)
+    assert not isinstance(b, Tensor)
     return {name: torch.cat([t, b[name]]) for name, t in a.items()}
 
 
 class Probability:
-    """Mean over the forget set's examples of the probability that the model, as it is, gives to what is to be forgotten.
+    """Mean over the forget set's examples of the probability that the model gives to what is to be forgotten.
 
     Args:
         model: in eval mode when it is called.
@@ -136,8 +141,8 @@ class Probability:
     def _checked(self, logits: Tensor) -> Tensor:
         if logits.ndim != 2 or logits.shape[-1] < 2:
             raise UsageError(
-                f"the model's output has the shape {tuple(logits.shape)}, so that the probability of the labels, by which "
-                "kl_weight='auto' goes, is not known: pass a number as kl_weight, or give (batch, classes) logits"
+                f"the model's output has the shape {tuple(logits.shape)}, so that the probability of the labels, by "
+                "which kl_weight='auto' goes, is not known: pass a number as kl_weight, or give (batch, classes) logits"
             )
         targets = self._data.targets
         if not self._data.counts:

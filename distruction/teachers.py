@@ -1,8 +1,8 @@
 """Teachers that are the model with other weights, called without a copy of the model.
 
 A teacher is called ``(inputs) -> logits``, without a gradient and in eval mode. Under several ranks each is given the
-whole batch, computes its own rows and gathers the others', as the loop does for the loss. An answer is kept for the next
-call with the same inputs, so that an update's Monte Carlo samples share one pass.
+whole batch, computes its own rows and gathers the others', as the loop does for the loss. An answer is kept for the
+next call with the same inputs, so that an update's Monte Carlo samples share one pass.
 """
 
 from abc import ABC, abstractmethod
@@ -50,8 +50,8 @@ class _SameModel(ABC):
 class AtMeans(_SameModel):
     """What the model predicts at the means of a posterior, such as before it forgot, whatever its parameters hold now.
 
-    An ordinary model is called with the means in the place of its parameters (``torch.func.functional_call``): no memory
-    where they are in the parameters' type on their device, else that of the restored means during the pass. In a model
+    An ordinary model is called with the means in the place of its parameters (``torch.func.functional_call``): no
+    memory where they are in the parameters' type on their device, else that of the restored means during the pass. In a model
     sharded by ``fully_shard`` the means stand in the shards during the pass, and the shards' values beside them.
 
     Args:
@@ -85,8 +85,8 @@ class AtMeans(_SameModel):
 class Randomised(_SameModel):
     """What the model predicts with random weights, drawn from a fixed seed: an incompetent teacher.
 
-    They take as much memory as the model's. Modules draw theirs by ``reset_parameters``; a parameter that this leaves as
-    it was, such as a class token or one behind a parametrization, is drawn from a normal distribution with the mean and
+    They take as much memory as the model's. Modules draw theirs by ``reset_parameters``; a parameter that this leaves
+    as it was, such as a class token or one behind a parametrization, is drawn from a normal distribution with the mean and
     the standard deviation of its values.
 
     Args:
