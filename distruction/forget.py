@@ -82,9 +82,9 @@ def forget(
     """Make the model forget: from q = p minimise (1 - lambda) E_q[U] + lambda KL(q || p) by BGD.
 
     lambda is found during the run (`distruction.strength`), or given. A second request goes on from what the first
-    left: ``forget(model, p, loader, previous=first)``. Its teacher is the model that p was prepared for, no earlier label is
-    ever a target, and the KL that holds the model is the one to the posterior of the earlier request, which stands for
-    what was forgotten by then; the report's ``kl`` is measured from p.
+    left: ``forget(model, p, loader, previous=first)``. Its teacher is the model that p was prepared for, no
+    earlier label is ever a target, and the KL that holds the model is the one to the posterior of the earlier request,
+    which stands for what was forgotten by then; the report's ``kl`` is measured from p.
 
     Args:
         model: the model that ``posterior`` was prepared for, holding its means (or those of ``previous``). It runs in
@@ -94,9 +94,9 @@ def forget(
         previous: the report of the request before this one, or its posterior.
         request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
             these records alone go and their labels live on; the model is changed as little as possible, not at all
-            where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many records of
-            each of its labels as p says that there were, or, where p does not say, where it has at most half of the
-            labels that the model knows.
+            where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
+            records of each of its labels as p says that there were, or, where p does not say, where it has at most half
+            of the labels that the model knows.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: BGD updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or 400 at most.

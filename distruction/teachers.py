@@ -51,8 +51,8 @@ class AtMeans(_SameModel):
     """What the model predicts at the means of a posterior, such as before it forgot, whatever its parameters hold now.
 
     An ordinary model is called with the means in the place of its parameters (``torch.func.functional_call``): no
-    memory where they are in the parameters' type on their device, else that of the restored means during the pass. In a model
-    sharded by ``fully_shard`` the means stand in the shards during the pass, and the shards' values beside them.
+    memory where they are in the parameters' type on their device, else that of the restored means during the pass. In
+    a model sharded by ``fully_shard`` the means stand in the shards during the pass, and the shards' values beside.
 
     Args:
         model: the model; wrappers are taken off.
@@ -86,8 +86,8 @@ class Randomised(_SameModel):
     """What the model predicts with random weights, drawn from a fixed seed: an incompetent teacher.
 
     They take as much memory as the model's. Modules draw theirs by ``reset_parameters``; a parameter that this leaves
-    as it was, such as a class token or one behind a parametrization, is drawn from a normal distribution with the mean and
-    the standard deviation of its values.
+    as it was, such as a class token or one behind a parametrization, is drawn from a normal distribution with the
+    mean and the standard deviation of its values.
 
     Args:
         model: the model; it ends as it was.
