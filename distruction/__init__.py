@@ -2,8 +2,9 @@
 
 from .errors import DistructionError, NonFiniteError, PosteriorError, RankError, UsageError
 from .forget import ForgetReport, forget
+from .loop import Callback, Step
 from .loss import GaussianKL, gaussian_kl
-from .optimizer import BGD
+from .optim import BGD
 from .posterior import Posterior
 from .prepare import prepare
 
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BGD",
+    "Callback",
     "DistructionError",
     "ForgetReport",
     "GaussianKL",
@@ -18,6 +20,7 @@ __all__ = [
     "Posterior",
     "PosteriorError",
     "RankError",
+    "Step",
     "UsageError",
     "forget",
     "gaussian_kl",

@@ -372,7 +372,9 @@ def evaluate(
 @app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Report folder to write.")] = Path("runs/demo"),
-    forget_class: Annotated[list[str], typer.Option("--class", help="Digit to forget; repeat it for several, one at a time.")] = ["3"],  # noqa: B006
+    forget_class: Annotated[
+        list[str], typer.Option("--class", help="Digit to forget; repeat it for several, one at a time.")
+    ] = ["3"],  # noqa: B006
     ablations: Annotated[bool, typer.Option(help="Also with a constant std and with a diagonal Fisher std.")] = False,
     seed: Annotated[
         list[int], typer.Option(min=0, max=SEEDS, help="Seed of everything that is drawn; may be repeated.")
@@ -414,7 +416,9 @@ def bench(
     data: DataRoot = None,
     pretrained: Pretrained = None,
     device: Annotated[str, typer.Option(help="Devices, with commas; auto takes every GPU or the CPU.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes per device; 0: one per GPU or CPU core.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=1024, help="Processes per device; 0: one per GPU or CPU core.")
+    ] = 0,
     threads: Annotated[int, typer.Option(min=1, max=4096, help="CPU threads of each process.")] = 1,
     skip_unreadable: SkipUnreadable = False,
     backend: Backend = "auto",

@@ -18,7 +18,7 @@ from .forget import ForgetReport, forget
 from .methods.base import Counted, Selected, batches
 from .metrics import accuracy, entropy_mia, predict
 from .posterior import Posterior
-from .prepare import prepare
+from .prepare import prepare, total_evidence
 from .train import train
 
 EPOCHS = 40
@@ -89,7 +89,7 @@ def fisher_std(model: nn.Module, data: Images, posterior: Posterior) -> Posterio
     posterior.mean_(model)
     fisher = per_sample(model, loader(data, batch_size=64))
     initial = posterior.metadata["std_init"] ** -2
-    evidence = posterior.metadata["evidence"]
+    evidence = total_evidence(posterior.metadata)
     return Posterior(
         posterior.means, {n: (initial + evidence * f).rsqrt() for n, f in fisher.items()}, posterior.metadata
     )

@@ -3,7 +3,7 @@
 import atexit
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,15 @@ def agree(value: int, device: torch.device) -> bool:
     return bool(both[0] == -both[1])
 
 
+def on_any_rank(value: bool, device: torch.device) -> bool:
+    """Whether ``value`` holds on one rank at least; all ranks call it."""
+    if size() == 1:
+        return value
+    told = torch.tensor(int(value), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
 def of_first_rank(value: int, device: torch.device) -> int:
     """Rank 0's ``value`` on all ranks."""
     if size() == 1:
@@ -82,6 +91,21 @@ def gather_rows(rows: Tensor, start: int, total: int) -> Tensor:
     whole[start:stop] = rows.detach()
     dist.all_reduce(whole)
     return torch.cat([whole[:start], rows, whole[stop:]])
+
+
+def by_rows(function: Callable[[Any], Tensor], whole: Any) -> Tensor:
+    """``function`` of a batch that every rank has, each computing its share of the rows; without gradients.
+
+    Args:
+        function: gives a row for each row of its argument, which is as ``whole``.
+        whole: a tensor, or a mapping of tensors with as many rows.
+    """
+    length = len(whole if isinstance(whole, Tensor) else next(iter(whole.values())))
+    start, stop = (i * length // size() for i in (rank(), rank() + 1))
+    # A sharded model needs every rank in its forward pass.
+    own = slice(start, stop) if stop > start else slice(0, 1)
+    rows = function(whole[own] if isinstance(whole, Tensor) else {name: t[own] for name, t in whole.items()})
+    return gather_rows(rows[: stop - start], start, length)
 
 
 def all_reduce_(tensors: Sequence[Tensor], group: Any = None) -> None:

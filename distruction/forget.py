@@ -2,16 +2,28 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from . import distributed, objectives
-from .errors import UsageError
-from .optimizer import BGD
-from .posterior import Posterior, learnable
-from .training import Batches, Callback, Checkpoint, Step, cosine, run
+from .describe import described
+from .errors import PosteriorError, UsageError
+from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
+from .modules import deterministic, learnable
+from .optim import BGD
+from .posterior import Posterior
+from .prepare import total_evidence
+from .strength import DualAscent, ForgetSet, Probability, examined
+
+LEVEL = 0.01
+"""Mean probability of the classes of a request at which it is reached."""
+STEPS, MOST_STEPS = 150, 400
+"""BGD updates with a given lambda, and at most where lambda is found."""
+LARGEST_RATIO = 1e5
+"""Data points that the objective may weigh against the posterior, where that does not say how many it stands for."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +31,28 @@ class ForgetReport:
     """What forgetting did.
 
     Attributes:
-        posterior: q, the posterior of the unlearned model; its means are in the model.
-        history: one `distruction.training.Step` per step: loss, KL(q || p), forget accuracy of the samples.
+        posterior: q, the posterior of the unlearned model; its means are in the model. Its metadata says what has been
+            forgotten, this request last.
+        history: one `distruction.Step` per step: loss, KL(q || prior), forget accuracy of the samples. Empty where
+            nothing had to be done.
         seconds: wall time of the unlearning alone, of this process.
+        kl: KL(q || p) in nats, of all requests together.
+        request: what was taken to be asked: ``class`` or ``records``.
+        level: what the probability should be at most; ``None`` where ``kl_weight`` was given.
+        probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
+        reached: whether that is at most the level; ``None`` without one.
+        advice: what to do where it is not reached.
     """
 
     posterior: Posterior
     history: list[Step]
     seconds: float
+    kl: float
+    request: str
+    level: float | None
+    probability: float | None
+    reached: bool | None
+    advice: str = ""
 
 
 def forget(
@@ -34,9 +60,12 @@ def forget(
     posterior: Posterior,
     loader: Batches,
     *,
-    objective: str | objectives.Objective = "uniform-others",
-    steps: int = 150,
-    kl_weight: float = 0.1,
+    previous: "Posterior | ForgetReport | None" = None,
+    request: Literal["auto", "class", "records"] = "auto",
+    objective: str | objectives.Objective = objectives.DEFAULT,
+    steps: int | None = None,
+    kl_weight: float | Literal["auto"] = "auto",
+    level: float | None = None,
     data_per_step: float = 100.0,
     lr: float = 1.0,
     mc_samples: int = 2,
@@ -53,49 +82,92 @@ def forget(
 ) -> ForgetReport:
     """Make the model forget: from q = p minimise (1 - lambda) E_q[U] + lambda KL(q || p) by BGD.
 
+    lambda is found during the run (`distruction.strength`), or given. A second request goes on from what the first
+    left: ``forget(model, p, loader, previous=first)``. Its teacher is the model that p was prepared for, no
+    earlier label is ever a target, and the KL that holds the model is the one to the posterior of the earlier request,
+    which stands for what was forgotten by then; the report's ``kl`` is measured from p.
+
     Args:
-        model: the model that ``posterior`` was prepared for, holding its means. It runs in eval mode and ends
-            holding the means of q.
+        model: the model that ``posterior`` was prepared for, holding its means (or those of ``previous``). It runs in
+            eval mode and ends holding the means of q.
         posterior: p, from `prepare`.
         loader: (inputs, targets) batches of the forget set, repeated as often as needed. No other data is read.
-        objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss.
-        steps: BGD updates.
-        kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less.
-        data_per_step: weight of the mean of U, in data points (see `BGD`).
-        lr: step size of the mean at the start; decays to 0 along a cosine.
+        previous: the report of the request before this one, or its posterior.
+        request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
+            these records alone go and their labels live on; the model is changed as little as possible, not at all
+            where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
+            records of each of its labels as p says that there were, or, where p does not say, where it has at most half
+            of the labels that the model knows.
+        objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
+            must itself leave out what was forgotten earlier.
+        steps: BGD updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or 400 at most.
+        kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
+        level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
+            end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
+            not seen is likely to be: that of samples of p, from its metadata, or 0.9.
+        data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
+        lr: step size of the mean at the start; with a given lambda it decays to 0 along a cosine.
         mc_samples: forward and backward passes per update; even numbers use antithetic pairs.
         seed: of the draws and of the batches' order.
         backend: see `distruction.ops`.
-        checkpoint, checkpoint_seconds, checkpoint_steps, keep_checkpoint, release_gradients, callback, progress: see
+        checkpoint, checkpoint_seconds, checkpoint_steps, keep_checkpoint, release_gradients, progress: see
             `distruction.prepare`.
         offload_prior: leave p where it is, such as in the CPU's memory (`Posterior.pin_memory` makes it faster), and
             fetch it piece by piece in each step, instead of moving it to the model's device.
+        callback: called with a `distruction.Step` after each step; where it returns ``True`` the run ends there and the
+            report has what was reached.
 
     Raises:
         UsageError: an argument is out of range, the forget set is empty or outside the model's labels.
-        PosteriorError: the posterior belongs to another model or to other weights.
+        PosteriorError: the posterior belongs to another model or other weights, or ``previous`` to another posterior.
         NonFiniteError: the loss became NaN or infinite; the model holds the last good means.
     """
     distributed.start()
-    if not 0 <= kl_weight <= 1:
-        raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}")
-    unlearn = objectives.resolve(objective, model, posterior)
-    dataset = getattr(loader, "dataset", None)
-    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise UsageError("the forget set is empty, so there is nothing to forget")
+    automatic = kl_weight == "auto"
+    if not automatic and not (isinstance(kl_weight, int | float) and 0 <= kl_weight <= 1):
+        raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}, or 'auto'")
+    if level is not None and not 0 < level < 1:
+        raise UsageError(f"level must be a probability in (0, 1), not {level}")
+    if level is not None and not automatic:
+        raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
+    if request not in ("auto", "class", "records"):
+        raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
+    if steps is None:
+        steps = MOST_STEPS if automatic else STEPS
+    if steps < 1:
+        raise UsageError(f"steps must be >= 1, not {steps}")
+    if isinstance(previous, ForgetReport):
+        previous = previous.posterior
+    identity = posterior.fingerprint()
+    _check_previous(previous, identity)
+    origin = posterior if previous is None else previous
+    if isinstance(objective, str):
+        objectives.entry(objective)
+    check_loader(loader, FORGET_SET, steps)
     settings = {
         "objective": objectives.name_of(objective),
         "steps": steps,
         "kl_weight": kl_weight,
+        "level": level,
         "data_per_step": data_per_step,
         "lr": lr,
         "mc_samples": mc_samples,
         "seed": seed,
     }
-    run_of = settings if checkpoint is None else {**settings, "prior": posterior.fingerprint()}
+    run_of = {**settings, "request": request, "objective": described(objective), "prior": identity}
+    if previous is not None:
+        run_of["previous"] = previous.fingerprint()
     point = Checkpoint(checkpoint, run_of, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
-    posterior.check(model, same_weights=point.load(model) is None)
-    prior = posterior if offload_prior else posterior.like(model)
+    origin.check(model, same_weights=point.load(model) is None)
+    data = examined(loader, next(model.parameters()).device, seed=seed)
+    earlier = _labels_forgotten(origin)
+    kind = _kind(request, data, posterior, model)
+    removed = sorted(data.counts) if kind == "class" else []
+    prior = origin if offload_prior else origin.like(model)
+    before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
+    unlearn = objectives.resolve(objective, model, prior if previous is None else before, sorted({*earlier, *removed}))
+    probability = Probability(model, data, removed or None)
+    level = _level(level, kind, posterior) if automatic else None
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
         return BGD(
@@ -105,7 +177,7 @@ def forget(
             data_per_step=data_per_step,
             mc_samples=mc_samples,
             prior=prior,
-            kl_weight=kl_weight,
+            kl_weight=0.5 if automatic else kl_weight,
             max_std=prior.largest_std(),
             seed=seed,
             backend=backend,
@@ -114,7 +186,7 @@ def forget(
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(len(history), steps)
+            group["lr"] = lr if automatic else lr * cosine(len(history), steps)
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
 
@@ -122,22 +194,107 @@ def forget(
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
 
     start = time.perf_counter()
-    optimizer, history = run(
-        model,
-        loader,
-        loss_fn,
-        make_optimizer,
-        steps=steps,
-        seed=seed,
-        checkpoint=point,
-        schedule=schedule,
-        callback=callback,
-        progress=progress,
-        title="forget",
-        needs_inputs=needs_inputs,
-    )
+    control = None
+    if level is not None:
+        control = DualAscent(probability, level=level, data_per_step=data_per_step, most=_largest_ratio(posterior))
+        if point.load(model) is None:
+            with deterministic(model):
+                control.value = probability()
+    idle = control is not None and kind == "records" and control.value <= control.level
+    if idle:
+        optimizer, history = make_optimizer(None), []
+    else:
+        optimizer, history = run(
+            model,
+            loader,
+            loss_fn,
+            make_optimizer,
+            steps=steps,
+            seed=seed,
+            checkpoint=point,
+            schedule=schedule,
+            callback=callback,
+            progress=progress,
+            role=FORGET_SET,
+            needs_inputs=needs_inputs,
+            controller=control,
+        )
     seconds = time.perf_counter() - start
-    result = optimizer.posterior(copy=False)
-    result.metadata = {"method": "distruction", **settings, "kl": history[-1].kl}
+    result = origin.like(model) if idle else optimizer.posterior(copy=False)
+    kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
+    value = None
+    if data.counts:
+        with deterministic(model):
+            value = probability()
+    found = {"labels": {str(c): n for c, n in data.counts.items()}, "records": data.records, "request": kind}
+    result.metadata = {
+        "method": "distruction",
+        **settings,
+        "steps_done": len(history),
+        "kl": kl,
+        "probability": value,
+        "prior": identity,
+        **{k: v for k, v in posterior.metadata.items() if k == "label_counts"},
+        "forgotten": [*origin.metadata.get("forgotten", []), {**found, "objective": settings["objective"], "kl": kl}],
+    }
     point.remove()
-    return ForgetReport(result, history, seconds)
+    reached = None if level is None or value is None else value <= level
+    advice = _advice(control, len(history), steps) if control is not None and not reached else ""
+    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice)
+
+
+def _check_previous(previous: Posterior | None, identity: str) -> None:
+    if previous is None:
+        return
+    prior = previous.metadata.get("prior")
+    if prior is None:
+        raise PosteriorError(
+            "previous does not say which posterior it was forgotten from: pass the report of the request before "
+            "this one, or its posterior"
+        )
+    if prior != identity:
+        raise PosteriorError(
+            f"previous was forgotten from another posterior ({prior[:12]}...) than this one ({identity[:12]}...): pass "
+            "the posterior of preparation that the first request was given"
+        )
+
+
+def _labels_forgotten(posterior: Posterior) -> list[int]:
+    """Labels of the earlier requests for whole classes."""
+    requests = posterior.metadata.get("forgotten", [])
+    return sorted({int(c) for r in requests if r["request"] == "class" for c in r["labels"]})
+
+
+def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module) -> str:
+    if request != "auto" or not data.counts:
+        return "class" if request == "auto" else request
+    known: Mapping[str, int] | None = posterior.metadata.get("label_counts")
+    if known:
+        return "class" if all(n >= known.get(str(c), 0) for c, n in data.counts.items()) else "records"
+    classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
+    return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
+
+
+def _level(level: float | None, kind: str, posterior: Posterior) -> float:
+    if level is not None:
+        return level
+    if kind == "class":
+        return LEVEL
+    sampled = posterior.metadata.get("sampled_accuracy")
+    return 0.9 if sampled is None else min(max(sampled / 100, 0.5), 0.99)
+
+
+def _largest_ratio(posterior: Posterior) -> float:
+    """As many data points as the posterior stands for, as far as it says so."""
+    return max(LARGEST_RATIO, total_evidence(posterior.metadata) if "evidence" in posterior.metadata else 0.0)
+
+
+def _advice(control: DualAscent, done: int, steps: int) -> str:
+    if control.at_bound:
+        return (
+            "the objective weighs as much against the posterior as it may and the level is not reached: the posterior "
+            "may be too narrow (prepare it with less evidence), or choose another objective or a higher level"
+        )
+    if done < steps:
+        return "the callback ended the run before the level was reached: let it go on"
+    return f"the {steps} steps ended before the level was reached: allow more steps, or choose a higher level"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import Examples, loader
 from .errors import UsageError
-from .training import deterministic, logits_of
+from .modules import deterministic, logits_of
 
 
 @torch.no_grad()

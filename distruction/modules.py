@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PosteriorError, UsageError
+from .seeds import private_generators
 from .sharding import gather
 
 _WRAPPERS = {
@@ -172,7 +173,7 @@ def _some(names: list[str]) -> str:
 
 @contextmanager
 def deterministic(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout, frozen BatchNorm statistics) and a private global generator; both restored after.
+    """Eval mode (no dropout, frozen BatchNorm statistics) and private global generators; both restored after.
 
     With gradients on, recurrent layers that cuDNN serves stay in train mode with a dropout of 0: it refuses their
     backward in eval mode.
@@ -194,7 +195,7 @@ def deterministic(model: nn.Module) -> Iterator[None]:
         model.eval()
         for m in recurrent:
             m.training, m.dropout = True, 0.0
-        with torch.random.fork_rng():
+        with private_generators():
             yield
     finally:
         for module, mode in modes.items():

@@ -2,116 +2,182 @@
 
 Each returns the mean over the batch of a per-example loss to be minimised. An objective that needs more than the
 logits is an object with ``needs_inputs = True`` and is called ``(logits, targets, inputs)``.
+
+``forgotten`` are labels of earlier requests: no objective moves the model towards them.
 """
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .posterior import Posterior, unwrapped
-from .sharding import is_sharded
-from .training import logits_of
+from .modules import logits_of
+from .posterior import Posterior
+from .teachers import AtMeans, Randomised
 
 Objective = Callable[..., Tensor]
+Labels = Sequence[int]
 
 
-def uniform_others(logits: Tensor, targets: Tensor) -> Tensor:
+def others(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
+    """Where a class is neither the true one nor forgotten, (batch, classes) of bool.
+
+    Raises:
+        UsageError: the model's output is no (batch, classes) of two classes or more, or no class is left.
+    """
+    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[-1] == 1):
+        raise UsageError(
+            f"the model gives one logit per example, {tuple(logits.shape)}, and the objective speaks of classes: let "
+            "it give two (model.register_forward_hook(lambda module, inputs, z: torch.nn.functional.pad(z.reshape(-1, "
+            "1), (1, 0))), with labels 0 and 1), or pass an objective of your own, (logits, targets) -> mean loss"
+        )
+    if logits.ndim != 2:
+        raise UsageError(
+            f"the model's output has the shape {tuple(logits.shape)}, and the objective is for (batch, classes): pass "
+            "an objective of your own, (logits, targets) -> mean loss"
+        )
+    left = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, targets[:, None], False)
+    if forgotten:
+        left[:, list(forgotten)] = False
+        # Otherwise a class is left for every label, and nothing waits for the device.
+        if len(set(forgotten)) >= logits.shape[-1] - 1 and not left.any(dim=-1).all():
+            raise UsageError(
+                f"with the labels {sorted(set(forgotten))} forgotten no class is left that the model could predict"
+            )
+    return left
+
+
+def uniform_others(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
     """Cross entropy to the uniform distribution over the classes other than the true one.
 
     Args:
         logits: (batch, classes), at least two classes.
         targets: (batch,) int64, the labels to forget.
+        forgotten: labels that are not among the others either.
     """
+    left = others(logits, targets, forgotten)
     log_p = F.log_softmax(logits, dim=-1)
-    others = log_p.sum(dim=-1) - log_p.gather(-1, targets[:, None]).squeeze(-1)
-    return -(others / (logits.shape[-1] - 1)).mean()
+    return -((log_p * left).sum(dim=-1) / left.sum(dim=-1)).mean()
 
 
-def uniform(logits: Tensor, targets: Tensor) -> Tensor:
+def uniform(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
     """Cross entropy to the uniform distribution over all classes (the paper's entropy objective)."""
-    return -F.log_softmax(logits, dim=-1).mean()
+    others(logits, targets, forgotten)
+    kept = [c for c in range(logits.shape[-1]) if c not in set(forgotten)]
+    return -F.log_softmax(logits, dim=-1)[:, kept].mean()
 
 
 class BoundedCrossEntropy:
     """Mean of max(0, log p(true) - log threshold): pushes the true class's probability under a bound, no further.
 
     Negated cross entropy has no minimum and destroys the model; this is the same gradient until p(true) is
-    ``threshold``.
+    ``threshold``. Where labels are forgotten, p is the probability of any of them or the true one.
 
     Args:
         threshold: probability in (0, 1).
+        forgotten: labels of earlier requests.
     """
 
-    def __init__(self, threshold: float = 0.1) -> None:
+    def __init__(self, threshold: float = 0.1, forgotten: Labels = ()) -> None:
         if not 0 < threshold < 1:
             raise UsageError(f"threshold must be in (0, 1), not {threshold}")
         self.threshold = threshold
+        self.forgotten = tuple(forgotten)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch."""
-        log_p = F.log_softmax(logits, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
+        left = others(logits, targets, self.forgotten)
+        log_p = F.log_softmax(logits, dim=-1).masked_fill(left, -torch.inf).logsumexp(dim=-1)
         return (log_p - torch.tensor(self.threshold, device=logits.device).log()).clamp(min=0).mean()
 
 
-def random_labels(logits: Tensor, targets: Tensor) -> Tensor:
+def random_labels(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
     """Cross entropy to labels drawn anew, uniformly from the classes other than the true one.
 
     Amnesiac unlearning (Graves, Nagisetty, Ganesh 2020) draws them once; drawn anew at each call the expected loss is
     that of `uniform_others`.
     """
-    classes = logits.shape[-1]
-    shift = torch.randint(1, classes, targets.shape, device=targets.device)
-    return F.cross_entropy(logits, (targets + shift) % classes)
+    left = others(logits, targets, forgotten)
+    return F.cross_entropy(logits, torch.rand(left.shape, device=logits.device).masked_fill(~left, -1).argmax(dim=-1))
 
 
-class BadTeacher:
-    """KL divergence from an incompetent teacher's prediction (Chundawat et al. 2023) to the model's.
+def divergence(logits: Tensor, taught: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || model) in nats, the mean over the batch: sum_c t_c log(t_c / s_c), s = softmax(logits / T).
+
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, without their factor T**2.
 
     Args:
-        teacher: a model with the same classes and random weights; it is put into eval mode and not trained.
-        temperature: T >= of both softmaxes.
+        logits: the model's, (batch, classes).
+        taught: log t, the teacher's log-probabilities at the same temperature T; -inf is a class that it leaves out.
+        temperature: T > 0.
+    """
+    return F.kl_div(F.log_softmax(logits / temperature, dim=-1), taught.exp(), reduction="batchmean")
+
+
+class Distillation:
+    """KL divergence from a teacher's prediction to the model's, times ``weight``: see `divergence`.
+
+    Args:
+        teacher: inputs -> logits, of the same classes; a module is put into eval mode and not trained.
+        mask_true: leave the true class out of the teacher's prediction.
+        forgotten: labels that are left out of it as well.
+        temperature: of both softmaxes, > 0.
+        weight: negative moves the model away from the teacher.
+
+    Raises:
+        UsageError: an argument is out of range.
     """
 
     needs_inputs = True
 
-    def __init__(self, teacher: nn.Module, temperature: float = 1.0) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
+    def __init__(
+        self,
+        teacher: Callable[[Tensor], Any],
+        *,
+        mask_true: bool = False,
+        forgotten: Labels = (),
+        temperature: float = 1.0,
+        weight: float = 1.0,
+    ) -> None:
+        if not temperature > 0:
+            raise UsageError(f"temperature must be > 0, not {temperature}")
+        self.teacher = teacher.eval().requires_grad_(False) if isinstance(teacher, nn.Module) else teacher
+        self.mask_true = mask_true
+        self.forgotten = tuple(forgotten)
         self.temperature = temperature
+        self.weight = weight
 
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
         """The loss of a batch."""
+        left = others(logits, targets, self.forgotten)
         with torch.no_grad():
-            target = F.log_softmax(logits_of(self.teacher(inputs)) / self.temperature, dim=-1)
-        return F.kl_div(
-            F.log_softmax(logits / self.temperature, dim=-1), target, log_target=True, reduction="batchmean"
-        )
+            taught = logits_of(self.teacher(inputs))
+            if self.mask_true:
+                taught = taught.masked_fill(~left, -torch.inf)
+            elif self.forgotten:
+                taught = taught.index_fill(-1, torch.tensor(self.forgotten, device=taught.device), -torch.inf)
+            taught = F.log_softmax(taught / self.temperature, dim=-1)
+        return self.weight * divergence(logits, taught, self.temperature)
 
 
-class MaskedTeacher:
+class MaskedTeacher(Distillation):
     """KL divergence from what a teacher predicts with the true class masked out to the model's prediction.
 
     With the model before forgetting as the teacher the forget set goes to the classes that the model found next
     likely, which changes it least (mask distillation; Zhou et al., "Decoupled Distillation to Erase", 2025).
 
     Args:
-        teacher: a model with the same classes, at least two; it is put into eval mode and not trained.
+        teacher: inputs -> logits, of the same classes, at least two.
+        forgotten: labels that are masked out as well.
     """
 
-    needs_inputs = True
-
-    def __init__(self, teacher: nn.Module) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-
-    def __call__(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """The loss of a batch, in nats."""
-        with torch.no_grad():
-            others = logits_of(self.teacher(inputs)).scatter(-1, targets[:, None], -torch.inf)
-        return F.kl_div(F.log_softmax(logits, dim=-1), F.softmax(others, dim=-1), reduction="batchmean")
+    def __init__(self, teacher: Callable[[Tensor], Any], forgotten: Labels = ()) -> None:
+        super().__init__(teacher, mask_true=True, forgotten=forgotten)
 
 
 @dataclass(frozen=True)
@@ -120,65 +186,55 @@ class Entry:
 
     Attributes:
         summary: one line about it.
-        make: of the model and its posterior.
-        copies: whether it holds a copy of the model.
+        make: of the model, the posterior that holds it as it was before, and the labels of earlier requests.
+        copies: whether it holds other weights for the whole model.
+        teaches: whether each update needs one more forward pass, of a teacher.
     """
 
     summary: str
-    make: Callable[[nn.Module, Posterior], Objective]
+    make: Callable[[nn.Module, Posterior, Labels], Objective]
     copies: bool = False
+    teaches: bool = False
 
 
-def _before(model: nn.Module, posterior: Posterior) -> nn.Module:
-    """A copy of ``model`` with the means of ``posterior``: a resumed run's model no longer holds them."""
-    if any(is_sharded(p) for p in model.parameters()):
-        raise UsageError(
-            "bad-teacher and masked-teacher copy the model, which is sharded: pass objective=BadTeacher(teacher) or "
-            "MaskedTeacher(teacher), with the teacher sharded as well"
-        )
-    teacher = copy.deepcopy(unwrapped(model))
-    posterior.mean_(teacher)
-    return teacher
-
-
-def _randomised(teacher: nn.Module) -> nn.Module:
-    """``teacher`` with every module's parameters drawn anew from a fixed seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for module in teacher.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-    return teacher
+def _plain(function: Callable[..., Tensor]) -> Callable[[nn.Module, Posterior, Labels], Objective]:
+    return lambda model, posterior, forgotten: partial(function, forgotten=tuple(forgotten))
 
 
 REGISTRY: dict[str, Entry] = {
-    "uniform-others": Entry("uniform over the other classes (default)", lambda model, posterior: uniform_others),
-    "uniform": Entry("uniform over all classes: highest entropy", lambda model, posterior: uniform),
-    "bounded-ce": Entry("negated cross entropy until p(true) <= 0.1", lambda model, posterior: BoundedCrossEntropy()),
-    "random-labels": Entry("cross entropy to random other labels", lambda model, posterior: random_labels),
-    "bad-teacher": Entry(
-        "a randomly initialised copy teaches",
-        lambda model, posterior: BadTeacher(_randomised(_before(model, posterior))),
-        copies=True,
-    ),
     "masked-teacher": Entry(
-        "a copy from before teaches, with the true class masked out: keeps more, costs a forward pass and a copy",
-        lambda model, posterior: MaskedTeacher(_before(model, posterior)),
+        "the model from before teaches, with the true class masked out: keeps most (default)",
+        lambda model, posterior, forgotten: MaskedTeacher(AtMeans(model, posterior), forgotten),
+        teaches=True,
+    ),
+    "uniform-others": Entry("uniform over the other classes", _plain(uniform_others)),
+    "uniform": Entry("uniform over all classes: highest entropy", _plain(uniform)),
+    "bounded-ce": Entry(
+        "negated cross entropy until p(true) <= 0.1",
+        lambda model, posterior, forgotten: BoundedCrossEntropy(forgotten=forgotten),
+    ),
+    "random-labels": Entry("cross entropy to random other labels", _plain(random_labels)),
+    "bad-teacher": Entry(
+        "the model with random weights teaches",
+        lambda model, posterior, forgotten: Distillation(Randomised(model, posterior), forgotten=forgotten),
         copies=True,
+        teaches=True,
     ),
 }
 """Objectives by name."""
 
+DEFAULT = "masked-teacher"
+"""The objective of `distruction.forget` where none is named."""
 
-def resolve(objective: str | Objective, model: nn.Module, posterior: Posterior) -> Objective:
+
+def resolve(objective: str | Objective, model: nn.Module, posterior: Posterior, forgotten: Labels = ()) -> Objective:
     """The objective of that name for ``model``, which ``posterior`` was prepared for; a callable as it is.
 
     Raises:
-        UsageError: the name is not in the registry, or the objective copies the model and that is sharded.
-        PosteriorError: it copies the model, and the posterior belongs to another one.
+        UsageError: the name is not in the registry, or the objective needs other weights and the model is sharded.
+        PosteriorError: it needs the posterior's means, and that belongs to another model.
     """
-    return objective if callable(objective) else entry(objective).make(model, posterior)
+    return objective if callable(objective) else entry(objective).make(model, posterior, forgotten)
 
 
 def name_of(objective: str | Objective) -> str:

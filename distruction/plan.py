@@ -25,9 +25,8 @@ from torch.utils._pytree import tree_leaves
 from . import models, objectives
 from .compression import BLOCK, STORAGE
 from .errors import UsageError
-from .optimizer import STREAMED_ELEMENTS
-from .posterior import learnable
-from .training import logits_of
+from .modules import learnable, logits_of
+from .optim import STREAMED_ELEMENTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of parameters by name."""

@@ -1,7 +1,8 @@
 """Preparation: learn, while the data is there, how precisely each weight must be known (paper, section 3.1)."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,21 +10,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
+from .describe import described
 from .errors import UsageError
-from .optimizer import BGD
-from .posterior import Posterior, fingerprint, learnable
-from .training import Batches, Callback, Checkpoint, Step, cosine, rising, run
+from .likelihood import Categorical, Given, Likelihood, signed
+from .loop import (
+    TRAINING,
+    Batches,
+    Callback,
+    Checkpoint,
+    Step,
+    check_loader,
+    cosine,
+    examples_in,
+    rising,
+    run,
+)
+from .modules import fingerprint, learnable
+from .optim import BGD
+from .posterior import Posterior
+from .seeds import seed_of
+
+METHODS = {"gauss-newton": 150, "bgd": 1500}
+"""Ways to learn the std, and the steps that each takes by default."""
 
 
 def prepare(
     model: nn.Module,
     loader: Batches,
     *,
-    steps: int = 1000,
+    method: str = "gauss-newton",
+    steps: int | None = None,
     std_init: float = 0.1,
-    evidence: float | None = None,
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    mc_samples: int = 2,
+    evidence: float = 1500.0,
+    num_examples: int | None = None,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    likelihood: Likelihood | None = None,
+    mc_samples: int | None = None,
     learn_mean: bool = False,
     lr: float = 1.0,
     seed: int = 0,
@@ -36,60 +58,100 @@ def prepare(
     callback: Callback | None = None,
     progress: bool = True,
 ) -> Posterior:
-    """Learn the posterior of a trained model by Bayesian Gradient Descent: mean = the weights, std learned.
+    """Learn the posterior of a trained model: mean = the weights, std learned.
 
-    BGD never stops gathering evidence: 1/std**2 = 1/std_init**2 + the curvature of ``evidence`` data points. So
-    ``evidence`` says how much data the posterior stands for, in data points. The steps' shares of it rise
-    (`distruction.training.rising`).
+    1/std**2 = 1/std_init**2 + evidence * num_examples * curvature, where the curvature is that of the mean loss,
+    averaged over the posterior. So ``evidence`` says how many data points each training example stands for, and
+    ``steps`` how well the curvature is known.
+
+    ``method="gauss-newton"`` measures it by squared gradients of a signed loss at samples (`distruction.likelihood`),
+    as variational online Gauss-Newton does (Khan et al., arXiv 1806.04854), in equal shares of the evidence.
+    ``method="bgd"`` is the paper's, Bayesian Gradient Descent, whose statistic is noisier the wider the model is: it
+    wants more steps and two samples each; the shares of its evidence rise (`distruction.loop.rising`).
 
     Args:
-        model: any classifier that gives logits or, as Hugging Face's do, an output with ``logits``. Only its parameters
+        model: any model that gives logits or, as Hugging Face's do, an output with ``logits``. Only its parameters
             with ``requires_grad`` get a posterior. It runs in eval mode (no dropout, BatchNorm statistics untouched)
             and ends as it was.
-        loader: (inputs, targets) batches of the whole training set, repeated as often as needed.
-        steps: BGD updates.
+        loader: batches of the whole training set, repeated as often as needed: pairs (inputs, targets), or mappings
+            with the targets under ``labels`` (`distruction.loop.batches`).
+        method: how the std is learned.
+        steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD.
         std_init: std to start from, and its cap; > 0.
-        evidence: data points that the posterior gathers; ``None`` is steps * len(loader.dataset).
-        loss_fn: (logits, targets) -> mean loss, a negative log-likelihood in nats.
-        mc_samples: forward and backward passes per update; even numbers use antithetic pairs.
-        learn_mean: let the means move too, with step size ``lr``; the paper keeps them.
+        evidence: data points that each training example counts for, over the whole run, > 0.
+        num_examples: training examples; ``None`` is what the loader says that an epoch of it draws.
+        loss_fn: (logits, targets) -> mean loss, a negative log-likelihood in nats; ``None`` is cross entropy.
+            Gauss-Newton needs one loss per example: a loss that takes ``reduction="none"``, or gives (batch,) losses.
+            It then uses the given targets, whose gradients vanish where the model fits its data, so that the stds come
+            out too wide.
+        likelihood: in place of ``loss_fn``, also draws targets: `Categorical` (the default), `Bernoulli`, `Gaussian`
+            (`distruction.likelihood`) or one of your own.
+        mc_samples: forward and backward passes per update of BGD, 2 by default; even numbers use antithetic pairs.
+            Gauss-Newton takes one.
+        learn_mean: let BGD move the means too, with step size ``lr``; the paper keeps them.
+        lr: see ``learn_mean``.
         seed: of the draws and of the batches' order.
         backend: see `distruction.ops`.
         checkpoint: file to resume from and to write every ``checkpoint_seconds`` and, where given, every
             ``checkpoint_steps``. A run that was killed at any point and started again ends with the same bits.
         keep_checkpoint: leave the file at the end, for a caller that deletes it once the result is on the disk.
         release_gradients: see `BGD`: the same bits with less memory, on one rank.
-        callback: called with a `distruction.training.Step` after each step.
+        callback: called with a `distruction.Step` after each step; where it returns ``True`` the run ends there, and
+            the posterior has the evidence of the steps so far.
         progress: show a progress bar.
 
     Returns:
-        The posterior, on the model's device.
+        The posterior, on the model's device. Its metadata has the settings, ``examples`` and ``steps_done``.
 
     Raises:
-        UsageError: an argument is out of range, the loader is empty or not labelled.
+        UsageError: an argument is out of range, the loader cannot be repeated, is empty or not labelled.
         NonFiniteError: the loss became NaN or infinite; says at which step.
         PosteriorError: the checkpoint is damaged or of another model; it stays as it is.
         OSError: the checkpoint cannot be written; an earlier one stays as it is.
     """
     distributed.start()
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is unknown; choose {' or '.join(METHODS)}")
+    gauss_newton = method == "gauss-newton"
+    if steps is None:
+        steps = METHODS[method]
+    elif steps < 1:
+        raise UsageError(f"steps must be >= 1, not {steps}")
+    if loss_fn is not None and likelihood is not None:
+        raise UsageError("loss_fn and likelihood both say what the loss is; pass one of them")
+    if mc_samples is None:
+        mc_samples = 1 if gauss_newton else 2
+    if gauss_newton and (learn_mean or mc_samples != 1):
+        raise UsageError(
+            f"learn_mean={learn_mean} and mc_samples={mc_samples} are for method='bgd': Gauss-Newton keeps the means "
+            "and takes one sample per update"
+        )
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
-    if evidence is None:
-        size = _dataset_size(loader)
-        evidence = float(steps) * size
-    if not evidence > 0:
-        raise UsageError(f"evidence must be > 0 data points, not {evidence}")
+    if not 0 < evidence < math.inf:
+        raise UsageError(f"evidence must be > 0 data points per training example, not {evidence}")
+    check_loader(loader, TRAINING, steps)
+    examples = examples_in(loader) if num_examples is None else num_examples
+    if examples is None:
+        raise UsageError(
+            "the loader does not say how many examples it draws: pass num_examples= (training examples, e.g. 50_000)"
+        )
+    if examples < 1:
+        raise UsageError(f"num_examples must be >= 1, not {examples}")
+    total = evidence * examples
     weights = fingerprint(learnable(model))
-    shares = rising(steps)
+    shares = [1.0 / steps] * steps if gauss_newton else rising(steps)
     settings: dict[str, Any] = {
+        "method": method,
         "steps": steps,
         "std_init": std_init,
         "evidence": evidence,
-        # A checkpoint from before they rose must not be taken for one of these.
-        "shares": "rising",
+        "examples": examples,
+        "shares": "equal" if gauss_newton else "rising",
         "mc_samples": mc_samples,
         "learn_mean": learn_mean,
         "lr": lr,
+        "loss": described(loss_fn if likelihood is None else likelihood),
         "seed": seed,
         "weights": weights,
     }
@@ -99,25 +161,29 @@ def prepare(
             learnable(model).items(),
             lr=lr,
             std_init=std_init if resumed is None else resumed,
-            data_per_step=evidence,
+            data_per_step=total,
             mc_samples=mc_samples,
             max_std=std_init,
             learn_mean=learn_mean,
             seed=seed,
             backend=backend,
             release_gradients=release_gradients,
+            statistic=method,
         )
 
+    loss: Loss = SignedLoss(likelihood, loss_fn, seed) if gauss_newton else Loss(likelihood, loss_fn)
+
     def schedule(optimizer: BGD, history: list[Step]) -> None:
+        loss.step = len(history)
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(len(history), steps)
-            group["data_per_step"] = evidence * shares[len(history)]
+            group["data_per_step"] = total * shares[len(history)]
 
     point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     optimizer, history = run(
         model,
         loader,
-        lambda logits, targets, inputs: loss_fn(logits, targets),
+        loss,
         make_optimizer,
         steps=steps,
         seed=seed,
@@ -125,25 +191,70 @@ def prepare(
         schedule=schedule,
         callback=callback,
         progress=progress,
-        title="prepare",
+        role=TRAINING,
+        labels=likelihood is None or isinstance(likelihood, Categorical),
+        shown=loss.shown if gauss_newton else None,
     )
     posterior = optimizer.posterior(copy=False)
     tail = history[-max(1, steps // 10) :]
+    accuracy = sum(s.accuracy for s in tail) / len(tail)
     posterior.metadata = {
-        "method": "bgd",
         **settings,
+        "steps_done": len(history),
         "torch": torch.__version__.split("+")[0],
         "sampled_loss": sum(s.loss for s in tail) / len(tail),
-        "sampled_accuracy": sum(s.accuracy for s in tail) / len(tail),
+        "sampled_accuracy": None if math.isnan(accuracy) else accuracy,
     }
     point.remove()
     return posterior
 
 
-def _dataset_size(loader: Batches) -> int:
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or not hasattr(dataset, "__len__"):
-        raise UsageError("the loader's data set has no length: pass evidence= (data points, e.g. steps * 50_000)")
-    if len(dataset) == 0:
-        raise UsageError("the training set is empty, so there is nothing to prepare from")
-    return len(dataset)
+def total_evidence(metadata: Mapping[str, Any]) -> float:
+    """The data points that a posterior stands for, by the metadata that `prepare` gave it.
+
+    Before metadata had ``examples``, ``evidence`` was this total.
+    """
+    return float(metadata["evidence"]) * int(metadata.get("examples", 1))
+
+
+class Loss:
+    """The mean loss of a batch, as `distruction.loop.run` wants it.
+
+    Attributes:
+        step: steps done before this one.
+    """
+
+    def __init__(self, likelihood: Likelihood | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        self.likelihood = likelihood
+        self.loss_fn = loss_fn or F.cross_entropy
+        self.step = 0
+
+    def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
+        """The loss to minimise."""
+        if self.likelihood is not None:
+            return self.likelihood.losses(logits, targets).mean()
+        return self.loss_fn(logits, targets)
+
+    def shown(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss to report."""
+        return self(logits, targets, None)
+
+
+class SignedLoss(Loss):
+    """The signed loss of the Gauss-Newton statistic, with signs and targets of the step's own seed."""
+
+    def __init__(
+        self, likelihood: Likelihood | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None, seed: int
+    ) -> None:
+        super().__init__(likelihood, loss_fn)
+        self.seed = seed
+        self.per_example: Likelihood | Given = likelihood or (Categorical() if loss_fn is None else Given(loss_fn))
+
+    def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
+        """The loss whose squared gradient is the statistic."""
+        generator = torch.Generator(logits.device).manual_seed(seed_of(self.seed, 3, self.step))
+        return signed(self.per_example, logits, targets, generator)
+
+    def shown(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss on the given targets."""
+        return self.per_example.losses(logits, targets).mean()

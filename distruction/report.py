@@ -15,7 +15,7 @@ from rich.table import Table
 from .data import Images
 from .errors import UsageError
 from .files import write_atomically
-from .training import Step
+from .loop import Step
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 from .data import Images
 from .errors import UsageError
 from .files import write_atomically
-from .training import seed_of
+from .seeds import seed_of
 
 NAMES = ("full-class", "sub-class", "random")
 

@@ -34,6 +34,7 @@ from distruction import (
     Posterior,
     PosteriorError,
     RankError,
+    Step,
     UsageError,
     distributed,
     forget,
@@ -41,7 +42,6 @@ from distruction import (
 )
 from distruction.objectives import MaskedTeacher
 from distruction.sharding import Pieces
-from distruction.training import Step
 
 QUIET = {"progress": False}
 PREPARE = {"steps": 12, "std_init": 0.1, **QUIET}
@@ -144,13 +144,13 @@ def check_fully_shard_draws_the_same_bits_and_learns_the_same(world, folder):
         for draw in range(3):
             for o in (opt, other):
                 o.param_groups[0]["draw"] = draw
-                o._counters = [None]
+                o._counters[0].tensor = None
                 o.train()
             for p, q in zip(model.parameters(), alone.parameters(), strict=True):
                 assert torch.equal(p.full_tensor(), q.detach())
         for o in (opt, other):
             o.param_groups[0]["draw"] = 0
-            o._counters = [None]
+            o._counters[0].tensor = None
             o.train()
         train_steps(model, opt, range(6), rows=own_rows(12))
         train_steps(alone, other, range(6))
@@ -454,7 +454,7 @@ def check_a_distributed_sampler_makes_the_batch_of_its_parts(world, folder):
 
 def alone(model, batches):
     """What one process prepares from these batches, by BGD in a loop of its own."""
-    from distruction.training import cosine, rising
+    from distruction.loop import cosine, rising
 
     steps = PREPARE["steps"]
     opt = BGD(model.named_parameters(), std_init=0.1, max_std=0.1, learn_mean=False, mc_samples=2)

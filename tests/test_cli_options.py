@@ -1,7 +1,6 @@
 """Every option of every command: what it refuses, and what happens to one that is given twice."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -126,8 +125,12 @@ def test_a_bad_value_is_refused_in_one_line(distruction, files, tmp_path, comman
         words.append("--no-progress")
     before = sorted(files.rglob("*"))
     import signal
-    def late(*_): raise AssertionError("LATE")
-    signal.signal(signal.SIGALRM, late); signal.alarm(6)
+
+    def late(*_):
+        raise AssertionError("LATE")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(6)
     try:
         status, out, err = distruction(command, *words)
     finally:

@@ -15,6 +15,7 @@ from distruction.bench import grid
 from distruction.data import Images
 from distruction.methods import REGISTRY, Counted, Task, amnesiac, scrub, ssd, teacher, unsir
 from distruction.methods.base import Mixed, batches
+from distruction.objectives import Distillation
 
 CLASSES = 4
 
@@ -412,9 +413,9 @@ def test_scrub_alternates_as_its_schedule_says(trained, monkeypatch):
     original = scrub.fit
 
     def record(model, loader, loss_fn, optimizer):
-        if not isinstance(loss_fn, scrub.Distance):
+        if not isinstance(loss_fn, Distillation):
             min_losses.append(loss_fn)
-        kind = "max" if isinstance(loss_fn, scrub.Distance) else "min"
+        kind = "max" if isinstance(loss_fn, Distillation) else "min"
         log.append((kind, len(loader.dataset), round(optimizer.param_groups[0]["lr"], 10)))
         original(model, loader, loss_fn, optimizer)
 
@@ -437,8 +438,8 @@ def test_scrub_distance_is_the_tempered_kl_to_the_old_model(trained):
     old, new = categorical(logits=trained(x) / 2), categorical(logits=student(x) / 2)
     kl = 4 * torch.distributions.kl_divergence(old, new).mean()
     labels = torch.zeros(5, dtype=torch.int64)
-    torch.testing.assert_close(scrub.Distance(copy.deepcopy(trained), 2.0)(student(x), labels, x), kl)
-    torch.testing.assert_close(scrub.Distance(copy.deepcopy(trained), 2.0, -1.0)(student(x), labels, x), -kl)
+    torch.testing.assert_close(scrub.distance(copy.deepcopy(trained), 2.0)(student(x), labels, x), kl)
+    torch.testing.assert_close(scrub.distance(copy.deepcopy(trained), 2.0, -1.0)(student(x), labels, x), -kl)
 
 
 # --- with the KL penalty -------------------------------------------------------------------------

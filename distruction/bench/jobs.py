@@ -26,8 +26,8 @@ from ..methods import Counted, Task
 from ..metrics import predict
 from ..posterior import Posterior
 from ..prepare import prepare
+from ..seeds import seed_of
 from ..train import RECIPES
-from ..training import seed_of
 from . import measure
 from .grid import Grid, Scenario
 from .memory import Peak
@@ -158,7 +158,10 @@ def _cell(
     model = {
         "format": FORMATS["model"],
         "version": __version__,
-        "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root, side, context.skip_unreadable)},
+        "data": {
+            "name": scenario.data,
+            "sha256": _data_hash(scenario.data, context.data_root, side, context.skip_unreadable),
+        },
         "groups": groups,
         "network": dict(grid.network),
         "pretrained": _pretrained_hash(context.pretrained),

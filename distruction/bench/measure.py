@@ -12,7 +12,7 @@ from .. import metrics
 from ..data import Images, loader
 from ..forget import ForgetReport
 from ..scenarios import Split
-from ..training import seed_of
+from ..seeds import seed_of
 from . import published
 
 EXAMPLES = 8

@@ -6,10 +6,11 @@ Dugue, "Machine Unlearning Without Repair using DiStruction", 2024.
 from typing import Any
 
 from ..forget import ForgetReport
+from ..objectives import DEFAULT
 from .base import Method, Task, forget_with
 
 
-def distruction(task: Task, *, objective: str = "uniform-others", **settings: Any) -> ForgetReport:
+def distruction(task: Task, *, objective: str = DEFAULT, **settings: Any) -> ForgetReport:
     """BGD on the forget set alone; see `distruction.forget`.
 
     Args:

@@ -12,29 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forget import ForgetReport
+from ..objectives import Distillation
 from .base import Method, Task, batches, fit, forget_with, learnable_parameters
 
 
-class Distance:
-    """T**2 * KL(teacher || student) at temperature T, the mean over the batch, times ``sign``.
-
-    Called ``(logits, targets, inputs)``.
-    """
-
-    needs_inputs = True
-
-    def __init__(self, teacher: nn.Module, temperature: float, sign: float = 1.0) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature = temperature
-        self.sign = sign
-
-    def __call__(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        """The signed distance of a batch."""
-        with torch.no_grad():
-            target = F.log_softmax(self.teacher(inputs) / self.temperature, dim=-1)
-        student = F.log_softmax(logits / self.temperature, dim=-1)
-        kl = F.kl_div(student, target, log_target=True, reduction="batchmean")
-        return self.sign * self.temperature**2 * kl
+def distance(teacher: nn.Module, temperature: float, sign: float = 1.0) -> Distillation:
+    """T**2 * KL(teacher || student) at temperature T, the mean over the batch, times ``sign``."""
+    return Distillation(teacher, temperature=temperature, weight=sign * temperature**2)
 
 
 def scrub(
@@ -61,7 +45,7 @@ def scrub(
         decay_epochs: lr is multiplied by ``decay`` after each of these epochs.
     """
     teacher = copy.deepcopy(task.model)
-    away, close = Distance(teacher, temperature, -1.0), Distance(teacher, temperature)
+    away, close = distance(teacher, temperature, -1.0), distance(teacher, temperature)
     optimizer = torch.optim.Adam(learnable_parameters(task.model), lr=lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(decay_epochs), gamma=decay)
 
@@ -81,7 +65,7 @@ def scrub_kl(task: Task, *, temperature: float = 2.0, **settings: Any) -> Forget
     The distance has no upper bound, so that ``steps`` and ``kl_weight`` must end it. ``settings`` are those of
     `base.forget_with`.
     """
-    away = Distance(copy.deepcopy(task.model), temperature, -1.0)
+    away = distance(copy.deepcopy(task.model), temperature, -1.0)
     return forget_with(task, away, task.forget, **settings)
 
 

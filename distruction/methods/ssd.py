@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import fisher
 from ..errors import UsageError
-from ..posterior import learnable
+from ..modules import learnable
 from .base import Method, Mixed, Selected, Task, batches
 
 

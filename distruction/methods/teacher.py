@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forget import ForgetReport
-from ..objectives import BadTeacher
+from ..objectives import Distillation, divergence
 from .base import Method, Mixed, Selected, Task, batches, fit, forget_with, learnable_parameters
 
 
@@ -34,8 +34,7 @@ class TwoTeachers:
 
     def __call__(self, logits: Tensor, flags: Tensor, inputs: Tensor) -> Tensor:
         """The loss of a batch."""
-        student = F.log_softmax(logits / self.temperature, dim=-1)
-        return F.kl_div(student, self.targets(flags, inputs), log_target=True, reduction="batchmean")
+        return divergence(logits, self.targets(flags, inputs), self.temperature)
 
 
 def teacher(
@@ -65,7 +64,7 @@ def teacher_kl(task: Task, *, temperature: float = 1.0, **settings: Any) -> Forg
 
     ``settings`` are those of `base.forget_with`.
     """
-    objective = BadTeacher(task.fresh().to(_device(task)), temperature)
+    objective = Distillation(task.fresh().to(_device(task)), temperature=temperature)
     return forget_with(task, objective, task.forget, **settings)
 
 

@@ -1,0 +1,245 @@
+"""The loop that `prepare` and `forget` share: progress, checkpoints, and weights that end as means.
+
+Under ``torchrun`` every rank runs it. A step's batch is spread over the ranks, and the loss is that of the whole
+batch: each rank computes the logits of its rows, and all of them the loss from all logits, so that the gradients of
+the ranks add up to the gradient of one process on the same batch, however unevenly it was split.
+
+The host waits for the device once a step, for the step's figures; the labels' range and the loss are checked with
+them. Gradients are not checked: the optimizer's kernels refuse an update that is not finite and say so.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..errors import NonFiniteError, RankError, UsageError
+from ..modules import deterministic, logits_of
+from ..optim import BGD
+from ..posterior import Posterior
+from ..sharding import reshard
+from .batches import Batch, Batches, Batching, Inputs, call, seeded_batches
+from .checkpoint import Checkpoint
+from .labels import Labels
+from .loaders import Role, check_loader
+from .ranks import Gradients
+from .step import Callback, Controller, Step
+
+STEPS_BETWEEN_CHECKS = 10
+"""After so many steps the host asks a device whether an update was refused; the CPU is asked in each."""
+
+
+def run(
+    model: nn.Module,
+    loader: Batches,
+    loss_fn: Callable[[Tensor, Tensor, Inputs], Tensor],
+    make_optimizer: Callable[[Posterior | None], BGD],
+    *,
+    steps: int,
+    seed: int,
+    checkpoint: Checkpoint,
+    schedule: Callable[[BGD, list[Step]], None],
+    callback: Callback | None,
+    progress: bool,
+    role: Role,
+    needs_inputs: bool = False,
+    labels: bool = True,
+    shown: Callable[[Tensor, Tensor], Tensor] | None = None,
+    controller: Controller | None = None,
+) -> tuple[BGD, list[Step]]:
+    """Take ``steps`` BGD steps, resuming from the checkpoint where there is one.
+
+    Args:
+        loss_fn: ``(logits, targets, inputs) -> mean loss`` over the whole batch.
+        make_optimizer: makes the optimizer, starting from a checkpoint's posterior when given one.
+        schedule: sets the optimizer's options before each step from the history so far.
+        role: what the data is.
+        needs_inputs: ``loss_fn`` uses the inputs.
+        labels: the targets are class numbers, whose range is checked.
+        shown: ``(logits, targets) -> mean loss`` to report where it is not the one that is minimised.
+        controller: steers the run; it is asked after ``schedule``.
+
+    Returns:
+        The optimizer, in eval mode, and the history. The model holds the means, also when an exception leaves here.
+
+    Raises:
+        RankError: another rank failed or was lost.
+    """
+    if steps < 1:
+        raise UsageError(f"steps must be >= 1, not {steps}")
+    check_loader(loader, role, steps)
+    resumed = checkpoint.load(model)
+    optimizer = make_optimizer(resumed[0] if resumed else None)
+    history = [Step(**s) for s in resumed[1]["history"]] if resumed else []
+    stopped = bool(resumed and resumed[1].get("stopped"))
+    device = next(model.parameters()).device
+    if not distributed.agree(len(history), device):
+        raise UsageError(f"the ranks see different checkpoints at {checkpoint.path}; put it on a shared file system")
+    if resumed:
+        for group in optimizer.param_groups:
+            group["draw"] = resumed[1]["draw"]
+        if controller is not None:
+            controller.load_state_dict(resumed[1]["controller"])
+    gradients = Gradients(model)
+    batching = Batching(loader, device, needs_inputs=needs_inputs, role=role)
+    reshard(model)
+    saved, saved_at = time.monotonic(), len(history)
+    # Here, so that `import distruction` and its optimizer need PyTorch, NumPy and safetensors alone.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not progress or distributed.rank() > 0
+    with deterministic(model), Progress(*columns, disable=hidden, transient=True) as bar:
+        task = bar.add_task(role.title, total=steps, completed=len(history))
+        stop = len(history) if stopped else steps
+        try:
+            for loaded in seeded_batches(loader, seed=seed, start=len(history), stop=stop, role=role):
+                batch = batching(loaded)
+                schedule(optimizer, history)
+                if controller is not None:
+                    controller.before_step(optimizer, history)
+                sampled = Sampled(model, batch, loss_fn, gradients, role, len(history) + 1, labels, shown)
+
+                def closure(sampled: Sampled = sampled) -> Tensor:
+                    if sampled.samples:
+                        gradients.remember()
+                    optimizer.zero_grad(set_to_none=True)
+                    return sampled.backward()
+
+                with _told_where(gradients, len(history) + 1):
+                    optimizer.step(closure)
+                    history.append(sampled.step(optimizer, steps))
+                    if len(history) % STEPS_BETWEEN_CHECKS == 0 and device.type != "cpu":
+                        optimizer.raise_if_nonfinite()
+                done = controller is not None and controller.after_step(optimizer, history)
+                if controller is not None:
+                    reshard(model)
+                if callback is not None and callback(history[-1]) is True:
+                    done = True
+                stopped = distributed.on_any_rank(done, device)
+                bar.update(task, completed=len(history), description=f"{role.title} loss {history[-1].loss:.3f}")
+                if checkpoint.path is not None and (stopped or len(history) < steps):
+                    late = stopped or checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
+                    due = distributed.rank() == 0 and late
+                    # Shards are gathered by all ranks together; else rank 0 needs nobody.
+                    if distributed.of_first_rank(due, device) if gradients.sharded else due:
+                        with _told_where(gradients, len(history)):
+                            checkpoint.save(optimizer, history, stopped=stopped, controller=controller)
+                        saved, saved_at = time.monotonic(), len(history)
+                if stopped:
+                    break
+        except BaseException as error:
+            optimizer.zero_grad(set_to_none=True)
+            # Without the check, which would wait for ranks that may be gone.
+            optimizer.eval(check=False)
+            if distributed.is_lost(error):
+                raise RankError(
+                    f"another rank failed or cannot be reached at step {len(history) + 1} (its own message says why): "
+                    f"{error}. Start all ranks again"
+                    + ("" if checkpoint.path is None else f"; they resume from {checkpoint.path}")
+                ) from error
+            raise
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.eval()
+        torch.clear_autocast_cache()
+    return optimizer, history
+
+
+class Sampled:
+    """One step's forward and backward passes, one for each Monte Carlo sample, and their figures."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss_fn: Callable[[Tensor, Tensor, Inputs], Tensor],
+        gradients: Gradients,
+        role: Role,
+        step: int,
+        labels: bool,
+        shown: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        self._model, self._batch, self._loss_fn, self._shown = model, batch, loss_fn, shown
+        self._gradients = gradients
+        self._role = role
+        self._step = step
+        self._labels = Labels(batch.targets, role, step) if labels else None
+        self._figures: list[Tensor] = []
+        gradients.norms.clear()
+
+    @property
+    def samples(self) -> int:
+        """How many have been taken."""
+        return len(self._figures)
+
+    def backward(self) -> Tensor:
+        """The loss of the current sample, after its backward pass."""
+        # An autocast around the whole run keeps its copies of the weights: those of the last sample.
+        torch.clear_autocast_cache()
+        batch = self._batch
+        logits = batch.whole(logits_of(call(self._model, batch.inputs)))
+        targets = batch.targets if self._labels is None else self._labels.within(logits)
+        loss = self._loss_fn(logits, targets, batch.whole_inputs)
+        self._check_mean(loss)
+        if loss.device.type == "cpu" and not loss.isfinite():
+            raise self._nonfinite(loss.item())
+        self._gradients.backward(loss)
+        with torch.no_grad():
+            reported = loss.detach() if self._shown is None else self._shown(logits.detach(), targets)
+            correct = (
+                reported.new_full((), math.nan, dtype=torch.float64)
+                if self._labels is None or logits.ndim != 2
+                else (logits.argmax(dim=-1) == targets).double().mean()
+            )
+            self._figures.append(torch.stack([t.double().reshape(()) for t in (reported, correct, loss)]))
+        return loss
+
+    def step(self, optimizer: BGD, steps: int) -> Step:
+        """What to tell of the step; waits for the device."""
+        kl = optimizer.kl
+        kl_weight: Any = optimizer.param_groups[0]["kl_weight"]
+        means = torch.stack(self._figures).mean(dim=0)
+        tail = [means.new_zeros(()) if kl is None else kl.to(means), torch.as_tensor(kl_weight).to(means).reshape(())]
+        range_ = self._labels.found() if self._labels is not None else []
+        loss, accuracy, minimised, nats, weight, *labels = torch.cat(
+            [means, torch.stack(tail), *(t.to(means).reshape(1) for t in range_)]
+        ).tolist()
+        if self._labels is not None:
+            self._labels.check(*labels)
+        if not math.isfinite(minimised):
+            raise self._nonfinite(minimised)
+        return Step(self._step, steps, loss, 100.0 * accuracy, nats, weight)
+
+    def _check_mean(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UsageError(
+                f"{self._role.loss} must return one mean loss, not {found}; a loss per example wants .mean()"
+            )
+
+    def _nonfinite(self, loss: float) -> NonFiniteError:
+        return NonFiniteError(f"the loss is {loss} at step {self._step}; {_ADVICE}")
+
+
+_ADVICE = "the weights are the last good means. Lower lr, data_per_step or std_init, or look for the cause in the data"
+
+
+@contextmanager
+def _told_where(gradients: Gradients, step: int) -> Iterator[None]:
+    """Let the optimizer's finding that an update was not finite name the parameters and the step."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if "the loss is" in str(error):
+            raise
+        names = gradients.nonfinite()
+        if not names:
+            raise NonFiniteError(f"{error} (at step {step})") from error
+        raise NonFiniteError(
+            f"the gradient of {', '.join(names[:5])} is NaN or infinite at step {step}; {_ADVICE}"
+        ) from error

@@ -1,0 +1,10 @@
+"""Bayesian Gradient Descent: `BGD`, a ``torch.optim`` optimizer, and its parts.
+
+``bgd`` is the class, ``options`` what it can be told, ``counters`` the Monte Carlo phase, ``update`` one call of the
+ops, ``state`` what it takes over from others, ``release`` gradients that backward drops.
+"""
+
+from .bgd import BGD
+from .update import STREAMED_ELEMENTS
+
+__all__ = ["BGD", "STREAMED_ELEMENTS"]

@@ -1,0 +1,131 @@
+"""What a `BGD` takes over: another optimizer's state, and what somebody else wrote to the parameters."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, UsageError
+from ..sharding import is_sharded, local
+from .options import PROGRESS, STATISTICS, labels_of
+
+
+class Held:
+    """What a group's parameters hold by the optimizer's last word.
+
+    Attributes:
+        drawn: positions of the parameters that take part in the current sample, in the group's order;
+            ``None`` before the first draw, and in a copy that was made of an optimizer: all that are not frozen.
+        sampled: whether those hold the sample; else, as all others, the mean.
+    """
+
+    def __init__(self) -> None:
+        self.drawn: list[int] | None = None
+        self.sampled = False
+        self._versions: list[int] = []
+
+    def note(self, params: Sequence[Tensor]) -> None:
+        """Remember that the parameters hold what the optimizer wrote; a compiled step leaves that to a comparison."""
+        if not torch.compiler.is_compiling():
+            self._versions = _versions(params)
+
+    def note_one(self, position: int, p: Tensor) -> None:
+        """Likewise of one parameter."""
+        if self._versions:
+            self._versions[position] = local(p)._version
+
+    def written(self, params: Sequence[Tensor]) -> list[int]:
+        """Positions of parameters that may hold something else by now; where none do this reads no value."""
+        if torch.compiler.is_compiling() or not self._versions:
+            return []
+        found = _versions(params)
+        if found == self._versions:
+            return []
+        return [i for i, (now, then) in enumerate(zip(found, self._versions, strict=True)) if now != then]
+
+
+def _versions(params: Sequence[Tensor]) -> list[int]:
+    # A parameter's own counter where it is an ordinary tensor, which it mostly is: this is asked at each step.
+    return [p._version if type(p) is torch.nn.Parameter else local(p)._version for p in params]
+
+
+def take_over(label: str, p: Tensor, expected: Tensor, mean: Tensor, *, strict: bool) -> None:
+    """Make those elements of ``p`` the mean that are not as the optimizer left them, ``expected``.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite, and ``strict``; else it is passed over. The mean has not changed.
+    """
+    held = local(p)
+    written = held != expected
+    finite = held.isfinite()
+    if strict and bool((written & ~finite).any()):
+        raise NonFiniteError(
+            f"NaN or infinity was written to {label} since the optimizer's last step; write finite weights there "
+            "before going on"
+        )
+    mean.copy_(torch.where(written & finite, held.to(mean.dtype), mean))
+
+
+def saved_states(params: Sequence[Tensor], state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The parameters and what ``state_dict`` holds of each; as many as there are of both."""
+    indices = (i for group in state_dict["param_groups"] for i in group["params"])
+    for p, index in zip(params, indices, strict=False):
+        yield p, state_dict["state"].get(index, {})
+
+
+def checked(
+    groups: Sequence[dict[str, Any]], options: Sequence[str], statistic: str, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """The state with every option, if an optimizer of these groups can take it over; else an error.
+
+    Args:
+        groups: the optimizer's.
+        options: names of what a group has; those that the state lacks stay as they are.
+        statistic: the optimizer's.
+
+    Raises:
+        UsageError: it is not of a BGD, of another statistic, or of other parameters.
+    """
+    saved_groups = state_dict["param_groups"]
+    if any(name not in group for group in saved_groups for name in PROGRESS):
+        raise UsageError(
+            f"the state_dict is not of a BGD, whose groups have {', '.join(PROGRESS)}; load one that "
+            "BGD.state_dict() has made"
+        )
+    for group in saved_groups:
+        if (theirs := group.get("statistic", STATISTICS[0])) != statistic:
+            raise UsageError(
+                f'the state is of statistic="{theirs}" and the optimizer of statistic="{statistic}", whose stds mean '
+                "something else; make the optimizer with the state's"
+            )
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        return state_dict  # torch says so
+    labels = [label for group in groups for label in labels_of(group)]
+    params = [p for group in groups for p in group["params"]]
+    for label, (p, state) in zip(labels, saved_states(params, state_dict), strict=True):
+        if any(is_sharded(t) and not is_sharded(p) for t in state.values()):
+            raise UsageError(
+                "the state is sharded and the parameters are not: save it with torch.distributed.checkpoint's "
+                "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))"
+            )
+        if state and not {"mean", "std"} <= state.keys():
+            raise UsageError(f"the state of {label} has no mean and std, only {', '.join(state)}")
+        for key, value in state.items():
+            if value.shape != p.shape:
+                raise UsageError(
+                    f"the state's {key} of {label} has shape {tuple(value.shape)} and the parameter "
+                    f"{tuple(p.shape)}; is it of this model, with its parameters in this order?"
+                )
+    own = ({k: group[k] for k in options if k in group} for group in groups)
+    merged = [mine | saved for mine, saved in zip(own, saved_groups, strict=True)]
+    for group in merged:
+        held = [state_dict["state"].get(i, {}) for i in group["params"]]
+        if group["accumulated"] and not any("m1" in state for state in held):
+            raise UsageError(
+                f"the state was saved after {group['accumulated']} of {group['mc_samples']} samples of an update, "
+                "but their statistics are not in it; load it before the optimizer's first train()"
+            )
+        # The statistics know; an older version's host lost count where a gradient overflowed.
+        group["calls"] = group["accumulated"]
+    return {**state_dict, "param_groups": merged}

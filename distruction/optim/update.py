@@ -1,0 +1,185 @@
+"""One call of the ops for some parameters of a group: a sample, its statistics, an update."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .. import ops
+from ..distributed import all_reduce_
+from ..posterior import Posterior
+from ..sharding import Pieces, is_sharded, layout, local
+from .counters import advance
+
+STREAMED_ELEMENTS = 2**24
+"""Elements of a prior that is not at hand in float32 which are restored at a time, in whole tensors: 64 MiB each for
+mean and std."""
+
+
+class Members:
+    """Some parameters of a group as the ops take them: this rank's pieces, contiguous, on one device.
+
+    Args:
+        group: theirs.
+        params: the parameters.
+        states: of each, with ``mean`` and ``std``.
+        streams: generator stream of each.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], streams: list[int]
+    ) -> None:
+        self.group, self.params, self._states = group, params, states
+        self.pieces = Pieces(params, streams)
+        self.mean = self.pieces.of([s["mean"] for s in states])
+        self.std = self.pieces.of([s["std"] for s in states])
+        self._held = [local(p) for p in params]
+        self._buffers = [_contiguous(t) for t in self._held]
+        self.outs = self.pieces.of(self._buffers)
+
+    def sample(self, counters: Tensor) -> None:
+        """Write the sample of the current draw into the parameters."""
+        ops.sample(self.outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
+        self._copy_back()
+
+    def expected(self, counters: Tensor) -> list[Tensor]:
+        """What `sample` would write into each parameter, and has written unless somebody else did since."""
+        made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self._held]
+        outs = self.pieces.of(made)
+        ops.sample(outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
+        return made
+
+    def accumulate(self, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Take the gradients into the statistics and write the next sample."""
+        m1, m2 = self._statistics()
+        grads = self.pieces.of([gradient(p) for p in self.params])
+        ops.accumulate(
+            self.outs,
+            m1,
+            m2,
+            grads,
+            self.mean,
+            self.std,
+            *self._generator(counters),
+            grad_scale,
+            found_inf,
+            self.group["backend"],
+        )
+        if not self.outs:
+            advance(counters, False, found_inf)
+        self._copy_back()
+
+    def step(
+        self,
+        counters: Tensor,
+        scalars: tuple[Tensor, Tensor],
+        prior: Posterior | None,
+        names: Sequence[str],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        sample_group: Any,
+    ) -> Tensor:
+        """Update with the last sample's gradients and write the next sample; returns the KL of what is here.
+
+        Args:
+            scalars: lr and the KL weight.
+            names: of the parameters, for the prior.
+            sample_group: ranks whose statistics are summed; they hold the last sample's already.
+        """
+        group = self.group
+        m1, m2 = self._statistics() if group["mc_samples"] > 1 or sample_group is not None else ([], [])
+        if sample_group is None:
+            grads = self.pieces.of([gradient(p) for p in self.params])
+        else:
+            # All samples are in the statistics; the step takes one more gradient, so it gets a zero.
+            all_reduce_([*m1, *m2], sample_group)
+            ranks = dist.get_world_size(sample_group)
+            counters[0] += (ranks - 1) * group["mc_samples"] - 1
+            counters[1] = counters[1] * ranks - 1
+            grads, grad_scale, found_inf = [torch.zeros_like(m) for m in self.mean], None, None
+        pairs = [] if prior is None else [prior.fetch(name, counters.device) for name in names]
+        kl = ops.step(
+            self.outs,
+            self.mean,
+            self.std,
+            grads,
+            m1,
+            m2,
+            self.pieces.of([m for m, _ in pairs]) if pairs else [],
+            self.pieces.of([s for _, s in pairs]) if pairs else [],
+            *scalars,
+            -group["data_per_step"] if group["maximize"] else group["data_per_step"],
+            *self._generator(counters),
+            group["max_mean_step"],
+            group["max_log_std_step"],
+            group["max_std"],
+            group["learn_mean"],
+            group["learn_std"],
+            grad_scale,
+            found_inf,
+            group["backend"],
+        )
+        if not self.outs:
+            advance(counters, True, found_inf)
+        self._copy_back()
+        return kl
+
+    def _generator(self, counters: Tensor) -> tuple[Any, ...]:
+        group = self.group
+        rounding = group["stochastic_rounding"]
+        return self.pieces.offsets, self.pieces.streams, group["seed"], counters, group["antithetic"], rounding
+
+    def _statistics(self) -> tuple[list[Tensor], list[Tensor]]:
+        for state in self._states:
+            add_statistics(state)
+        return self.pieces.of([s["m1"] for s in self._states]), self.pieces.of([s["m2"] for s in self._states])
+
+    def _copy_back(self) -> None:
+        for held, buffer in zip(self._held, self._buffers, strict=True):
+            if buffer is not held:
+                held.copy_(buffer)
+
+
+def by_layout(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The parameters in lists that are spread over ranks in one way, so that a sum over each list has one meaning."""
+    lists: dict[Any, list[Tensor]] = {}
+    for p in params:
+        lists.setdefault(layout(p), []).append(p)
+    return list(lists.values())
+
+
+def streamed(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters in lists so short that the prior of each may be restored at a time."""
+    lists: list[list[Tensor]] = [[]]
+    room = STREAMED_ELEMENTS
+    for p in params:
+        if lists[-1] and p.numel() > room:
+            lists.append([])
+            room = STREAMED_ELEMENTS
+        lists[-1].append(p)
+        room -= p.numel()
+    return lists
+
+
+def gradient(p: Tensor) -> Tensor:
+    """What this rank holds of the gradient, contiguous and without history; zero where there is none."""
+    if p.grad is None:
+        return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+    grad: Any = p.grad.detach()
+    if is_sharded(p) and layout(grad) != layout(p):
+        grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return local(grad).contiguous()
+
+
+def add_statistics(state: dict[str, Tensor]) -> None:
+    """Give a parameter's state the sums over an update's samples."""
+    for name in ("m1", "m2"):
+        if name not in state:
+            state[name] = torch.zeros_like(state["mean"])
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    """Where an op may write ``t``: itself, or a contiguous buffer."""
+    return t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format)

@@ -1,0 +1,228 @@
+"""How strongly to forget, found during the run: dual ascent on the weight of the objective against the KL.
+
+Forgetting minimises U + KL / R, where R = (1 - lambda) * data_per_step / lambda is what the forget set weighs against
+the posterior, in data points. R is raised while the model still knows what it should forget and lowered where it has
+forgotten more than was asked for:
+
+    log R += 0.2 * clip(log(v / level), -2, 2)    after each step,
+
+v being the mean probability of what is to be forgotten *at the means*, which are what will be used: at samples it says
+little about them. This is gradient ascent on the multiplier of the constraint v <= level (Boyd, Vandenberghe, "Convex
+Optimization", 2004, section 5.4), in logarithms.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .errors import UsageError
+from .loop import FORGET_SET, Batches, Step
+from .loop.batches import Batching, Inputs, apply, call
+from .loop.loaders import restarted
+from .modules import logits_of, unwrapped
+from .optim import BGD
+from .seeds import private_generators, seed_all, seed_of
+from .sharding import reshard
+
+EXAMPLES = 256
+"""Of the forget set, at most, at which v is looked at."""
+STEPS_BETWEEN_LOOKS = 5
+WINDOW = 20
+"""Steps whose mean KL is compared with that of as many before."""
+SETTLED = 0.03
+"""Relative difference of the two at which the run is done, once the level holds."""
+RATE, CLIP = 0.2, 2.0
+LARGEST_WEIGHT = 0.9
+SMALLEST_WEIGHT = 0.01
+"""Bounds of lambda: under the smaller one means would take hundreds of steps to settle, so that from there on a larger
+R is a larger ``data_per_step``."""
+
+
+@dataclass(frozen=True)
+class ForgetSet:
+    """What one reading of the forget set tells.
+
+    Attributes:
+        records: how many there are.
+        counts: records by label, in the order of the labels; empty where targets are no class numbers.
+        inputs, targets: `EXAMPLES` of them, drawn at random, or all.
+        batch_size: of the largest batch.
+    """
+
+    records: int
+    counts: dict[int, int]
+    inputs: Inputs
+    targets: Tensor
+    batch_size: int
+
+
+@torch.no_grad()
+def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
+    """Read the forget set once; the same on all ranks and in a resumed run."""
+    batching = Batching(loader, device, needs_inputs=True, role=FORGET_SET)
+    chooser = torch.Generator().manual_seed(seed_of(seed, 4))
+    counts: dict[int, int] = {}
+    records = batch_size = 0
+    kept: tuple[Tensor, Inputs, Tensor] | None = None
+    with private_generators():
+        seed_all(seed_of(seed, 3))
+        for loaded in restarted(loader):
+            batch = batching(loaded)
+            inputs, targets = batch.whole_inputs, batch.targets
+            records += len(targets)
+            batch_size = max(batch_size, len(targets))
+            if targets.ndim == 1 and not targets.is_floating_point():
+                labels, times = targets.unique(return_counts=True)
+                for label, count in zip(labels.tolist(), times.tolist(), strict=True):
+                    counts[label] = counts.get(label, 0) + count
+            # The records with the largest of random keys are a uniform draw without replacement.
+            keys = torch.rand(len(targets), generator=chooser)
+            if kept is not None:
+                keys, targets = torch.cat([kept[0], keys]), torch.cat([kept[2], targets])
+                inputs = _joined(kept[1], inputs)
+            best = keys.topk(min(EXAMPLES, len(keys))).indices.sort().values
+            kept = (
+                keys[best],
+                apply(lambda t, best=best: t[best.to(t.device)], inputs),
+                targets[best.to(targets.device)],
+            )
+    if kept is None:
+        raise UsageError("the forget set is empty, so there is nothing to forget")
+    return ForgetSet(records, dict(sorted(counts.items())), kept[1], kept[2], batch_size)
+
+
+def _joined(a: Inputs, b: Inputs) -> Inputs:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.cat([a, b])
+    assert not isinstance(a, Tensor)
+    assert not isinstance(b, Tensor)
+    return {name: torch.cat([t, b[name]]) for name, t in a.items()}
+
+
+class Probability:
+    """Mean over the forget set's examples of the probability that the model gives to what is to be forgotten.
+
+    Args:
+        model: in eval mode when it is called.
+        data: of the forget set.
+        labels: the classes to be forgotten; ``None``: each example's own label.
+    """
+
+    def __init__(self, model: nn.Module, data: ForgetSet, labels: Sequence[int] | None) -> None:
+        self._model, self._data, self._labels = unwrapped(model), data, labels
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Its value now.
+
+        Raises:
+            UsageError: the model's output is no (batch, classes), or a label is none of these classes.
+        """
+        torch.clear_autocast_cache()
+        reshard(self._model)
+        values = []
+        for start in range(0, len(self._data.targets), self._data.batch_size):
+            rows = slice(start, start + self._data.batch_size)
+            inputs = apply(lambda t, rows=rows: t[rows], self._data.inputs)
+            logits = distributed.by_rows(lambda part: logits_of(call(self._model, part)), inputs)
+            p = self._checked(logits).double().softmax(dim=-1)
+            own = self._data.targets[rows, None]
+            values.append((p.gather(-1, own) if self._labels is None else p[:, list(self._labels)]).sum(dim=-1))
+        torch.clear_autocast_cache()
+        reshard(self._model)
+        return torch.cat(values).mean().item()
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        if logits.ndim != 2 or logits.shape[-1] < 2:
+            raise UsageError(
+                f"the model's output has the shape {tuple(logits.shape)}, so that the probability of the labels, by "
+                "which kl_weight='auto' goes, is not known: pass a number as kl_weight, or give (batch, classes) logits"
+            )
+        targets = self._data.targets
+        if not self._data.counts:
+            raise UsageError(
+                f"targets must be a vector of int64 class numbers where kl_weight='auto' goes by them, not "
+                f"{targets.dtype} {tuple(targets.shape)}: pass a number as kl_weight"
+            )
+        low, high = min(self._data.counts), max(self._data.counts)
+        if low < 0 or high >= logits.shape[-1]:
+            raise UsageError(
+                f"the labels run from {low} to {high}, but the model has {logits.shape[-1]} classes "
+                f"(0 to {logits.shape[-1] - 1}); the forget set is not part of its label space"
+            )
+        return logits
+
+
+class DualAscent:
+    """Steers a run so that ``probability`` ends at ``level`` (a `distruction.loop.Controller`).
+
+    Args:
+        probability: v, looked at every `STEPS_BETWEEN_LOOKS` steps, at the means.
+        level: in (0, 1), what v should be at most.
+        data_per_step: weight of the objective in data points to start from, with lambda = 1/2.
+        most: upper bound of R, in data points.
+
+    Attributes:
+        value: v at the last look.
+        settled: whether the run ended because the level held and the KL had settled.
+        at_bound: whether R is at its upper bound.
+    """
+
+    def __init__(self, probability: Probability, *, level: float, data_per_step: float, most: float) -> None:
+        self._probability, self.level = probability, level
+        self._data_per_step = data_per_step
+        self._least = math.log(data_per_step * (1 - LARGEST_WEIGHT) / LARGEST_WEIGHT)
+        self._most = math.log(most)
+        self.log_ratio = math.log(data_per_step)
+        self.value = 1.0
+        self.settled = False
+
+    @property
+    def at_bound(self) -> bool:
+        """Whether R is at its upper bound."""
+        return self.log_ratio >= self._most
+
+    def weights(self) -> tuple[float, float]:
+        """lambda and the data points of the objective that make R."""
+        ratio = math.exp(self.log_ratio)
+        weight = self._data_per_step / (ratio + self._data_per_step)
+        if weight >= SMALLEST_WEIGHT:
+            return weight, self._data_per_step
+        return SMALLEST_WEIGHT, ratio * SMALLEST_WEIGHT / (1 - SMALLEST_WEIGHT)
+
+    def before_step(self, optimizer: BGD, history: list[Step]) -> None:
+        """Set lambda and the data points of the objective."""
+        weight, data = self.weights()
+        for group in optimizer.param_groups:
+            group["kl_weight"], group["data_per_step"] = weight, data
+
+    def after_step(self, optimizer: BGD, history: list[Step]) -> bool:
+        """One step of the ascent; whether the level holds and the KL has settled."""
+        if len(history) % STEPS_BETWEEN_LOOKS == 0:
+            self.value = self._probability()
+        excess = math.log(max(self.value, 1e-30) / self.level)
+        self.log_ratio += RATE * min(max(excess, -CLIP), CLIP)
+        self.log_ratio = min(max(self.log_ratio, self._least), self._most)
+        looked = len(history) % STEPS_BETWEEN_LOOKS == 0
+        self.settled = looked and self.value <= self.level and _is_settled([step.kl for step in history])
+        return self.settled
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"log_ratio": self.log_ratio, "value": self.value, "settled": self.settled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.log_ratio, self.value, self.settled = state["log_ratio"], state["value"], state["settled"]
+
+
+def _is_settled(kls: Sequence[float]) -> bool:
+    if len(kls) < 2 * WINDOW:
+        return False
+    last, before = (math.fsum(part) / WINDOW for part in (kls[-WINDOW:], kls[-2 * WINDOW : -WINDOW]))
+    return abs(last - before) <= SETTLED * before
