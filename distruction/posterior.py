@@ -194,8 +194,14 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
         They are on their devices and, if they are sharded, as they are: each rank takes its part of a whole posterior
         without communication. A compressed one stays so, unless the parameters are sharded.
+
+        Raises:
+            PosteriorError: as `check` does.
+            UsageError: all parameters are frozen.
         """
         params = {n: p for n, p in covered(model, self.shapes).items() if p.requires_grad}
+        if not params:
+            raise UsageError("every parameter of the model is frozen: call requires_grad_(True) on what is to learn")
         return self.restricted(params)._beside(params)
 
     def _beside(self, params: Mapping[str, Tensor]) -> "Posterior":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
+from .modules import require_suitable
 from .optimizer import BGD
 from .posterior import Posterior, fingerprint, learnable
 from .training import Batches, Callback, Checkpoint, Step, cosine, rising, run
@@ -74,6 +75,7 @@ def prepare(
     distributed.start()
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
+    require_suitable(learnable(model))
     if evidence is None:
         size = _dataset_size(loader)
         evidence = float(steps) * size
