@@ -25,6 +25,7 @@ from .sharding import (
     layout,
     local,
     raise_together,
+    reshard,
     shard_like,
     sum_over_shards,
     writable,
@@ -344,6 +345,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             UsageError: an argument is out of range, or there are no inputs.
             PosteriorError: this posterior belongs to another model.
         """
+        reshard(model)
         params = covered(model, self.shapes).values()
         return predict(
             model,

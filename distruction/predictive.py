@@ -71,8 +71,8 @@ def predict(
             rows = _on(batch, device)
             logits = []
             for number in range(samples):
+                reshard(model)  # or the sample goes into whole parameters that the forward pass before left
                 sample(number)
-                reshard(model)
                 torch.clear_autocast_cache()  # it holds the weights of the sample before
                 output = model(**rows) if isinstance(rows, Mapping) else model(rows)
                 logits.append(logits_of(output).float().clone())
