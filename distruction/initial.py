@@ -56,7 +56,7 @@ def _fan_in(p: Tensor, owner: nn.Module) -> int | None:
     return weight.numel() // weight.shape[0] if isinstance(owner, _WEIGHTED) else None
 
 
-def posterior_stds(model: nn.Module) -> dict[str, Tensor]:
+def initial_stds(model: nn.Module) -> dict[str, Tensor]:
     """`initial_std` as tensors that are placed as the parameters are."""
     stds = initial_std(model)
     return {n: torch.full_like(p.detach(), stds[n], dtype=torch.float32) for n, p in learnable(model).items()}

@@ -88,7 +88,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unsuitable(p: Tensor) -> str | None:
     """Why a posterior cannot cover the parameter, with the remedy; ``None`` where it can."""
-    if isinstance(p, nn.parameter.UninitializedTensorMixin):
+    if isinstance(p, nn.UninitializedParameter):
         return "has no shape yet; run one batch through the model first"
     if p.is_meta:
         return "is on the meta device and has no values; load the model's weights first"

@@ -13,7 +13,7 @@ from . import distributed, ops, posterior_file
 from .compression import STORAGE, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
 from .modules import check_same, covered, difference, fingerprint, learnable, require_suitable
-from .modules import unwrapped as unwrapped
+from .predictive import Inputs, Prediction, predict
 from .sharding import (
     Pieces,
     contiguous,
@@ -23,6 +23,8 @@ from .sharding import (
     largest,
     layout,
     local,
+    raise_together,
+    reshard,
     shard_like,
     sum_over_shards,
     writable,
@@ -61,7 +63,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             raise PosteriorError(
                 f"means and stds name different parameters: {difference(means, stds)}; give both for each name"
             )
-        _raise_together(_fault(means, stds), means.values())
+        raise_together(posterior_file.fault_of(means, stds), means.values())
         # The ops take contiguous tensors; those of a channels_last model are not.
         self._means, self._stds = (
             {n: contiguous(t) if isinstance(t, Tensor) else t for n, t in stored(tensors).items()}
@@ -192,8 +194,14 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
         They are on their devices and, if they are sharded, as they are: each rank takes its part of a whole posterior
         without communication. A compressed one stays so, unless the parameters are sharded.
+
+        Raises:
+            PosteriorError: as `check` does.
+            UsageError: all parameters are frozen.
         """
         params = {n: p for n, p in covered(model, self.shapes).items() if p.requires_grad}
+        if not params:
+            raise UsageError("every parameter of the model is frozen: call requires_grad_(True) on what is to learn")
         return self.restricted(params)._beside(params)
 
     def _beside(self, params: Mapping[str, Tensor]) -> "Posterior":
@@ -268,7 +276,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                         "model that it was prepared for, or call posterior.mean_(model) to put its means in"
                     )
                     break
-            _raise_together(fault, params.values())
+            raise_together(fault, params.values())
 
     @torch.no_grad()
     def mean_(self, model: nn.Module) -> None:
@@ -307,6 +315,46 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         for out, t in zip(outs, held, strict=True):
             if out is not t:
                 t.copy_(out)
+
+    def predict(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        samples: int = 10,
+        seed: int = 0,
+        batch_size: int | None = None,
+        backend: str = "auto",
+    ) -> Prediction:
+        """What ``model`` predicts on average over samples of its weights: p(y | x) = mean_k softmax(f(x; theta_k)).
+
+        It runs in eval mode without gradients. Its weights, buffers and modes are then what they were, whatever
+        happens. Sample k is that of ``sample_(model, seed=seed, draw=k)``, for every batch.
+
+        Args:
+            model: the model that this posterior belongs to.
+            inputs: a tensor (inputs, ...); a dictionary of tensors, for models that take named ones; or an iterable of
+                batches, each one of these or a tuple that begins with one.
+            samples: how many, >= 1.
+            seed: 64-bit key of the generator.
+            batch_size: rows of a tensor to compute at a time; ``None``: all.
+            backend: see `distruction.ops`.
+
+        Raises:
+            UsageError: an argument is out of range, or there are no inputs.
+            PosteriorError: this posterior belongs to another model.
+        """
+        reshard(model)
+        params = covered(model, self.shapes).values()
+        return predict(
+            model,
+            params,
+            lambda number: self.sample_(model, seed=seed, draw=number, backend=backend),
+            inputs,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+        )
 
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
         """Write a safetensors file atomically; its header has the metadata and a checksum of everything.
@@ -372,27 +420,3 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         here = copy.copy(self)
         here._means, here._stds = whole
         return here
-
-
-def _fault(means: Mapping[str, Tensor], stds: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with these tensors or, of sharded ones, with the parts on this rank."""
-    for name, mean in means.items():
-        std = stds[name]
-        if mean.shape != std.shape:
-            return f"{name}: mean is {tuple(mean.shape)} but std is {tuple(std.shape)}"
-        for what, t in (("mean", mean), ("std", std)):
-            if t.dtype != torch.float32:
-                return f"{name}: {what} is {t.dtype}; convert it to torch.float32"
-            if not local(t).isfinite().all():
-                return f"{name}: {what} holds NaN or infinity; prepare the posterior again"
-        if not (local(std) > 0).all():
-            return f"{name}: std must be > 0, its smallest value is {local(std).min().item():g}"
-    return None
-
-
-def _raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
-    """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
-    tensors = list(tensors)
-    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
-    if largest(flag, groups_of(tensors)).item():
-        raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")

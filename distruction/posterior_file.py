@@ -12,7 +12,7 @@ from .compression import BLOCK, LogCodes, Restored, Stored, restore, store, stor
 from .errors import PosteriorError, UsageError
 from .files import load_tensors, save_tensors
 from .modules import covered, fingerprint
-from .sharding import gather
+from .sharding import gather, local
 
 FORMAT = "distruction-posterior-1"
 
@@ -109,3 +109,19 @@ def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
     ):
         raise ValueError(f"the codes of {name} do not fit together")
     return found
+
+
+def fault_of(means: Mapping[str, Tensor], stds: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with these tensors or, of sharded ones, with the parts on this rank."""
+    for name, mean in means.items():
+        std = stds[name]
+        if mean.shape != std.shape:
+            return f"{name}: mean is {tuple(mean.shape)} but std is {tuple(std.shape)}"
+        for what, t in (("mean", mean), ("std", std)):
+            if t.dtype != torch.float32:
+                return f"{name}: {what} is {t.dtype}; convert it to torch.float32"
+            if not local(t).isfinite().all():
+                return f"{name}: {what} holds NaN or infinity; prepare the posterior again"
+        if not (local(std) > 0).all():
+            return f"{name}: std must be > 0, its smallest value is {local(std).min().item():g}"
+    return None

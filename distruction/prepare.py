@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import distributed
 from .describe import described
 from .errors import UsageError
+from .initial import initial_stds
 from .likelihood import Categorical, Given, Likelihood, signed
 from .loop import (
     TRAINING,
@@ -25,13 +26,17 @@ from .loop import (
     rising,
     run,
 )
-from .modules import fingerprint, learnable
+from .modules import fingerprint, learnable, require_suitable
 from .optim import BGD
 from .posterior import Posterior
 from .seeds import seed_of
 
 METHODS = {"gauss-newton": 150, "bgd": 1500}
 """Ways to learn the std, and the steps that each takes by default."""
+STD_INIT = 0.1
+"""What BGD starts from by default: its cap is one number, so that the initial std is."""
+TOLERANCE = 0.05
+"""Nats per example that samples of a posterior with the default evidence may lose against the means."""
 
 
 def prepare(
@@ -40,8 +45,8 @@ def prepare(
     *,
     method: str = "gauss-newton",
     steps: int | None = None,
-    std_init: float = 0.1,
-    evidence: float = 1500.0,
+    std_init: float | Literal["auto"] = "auto",
+    evidence: float | Literal["auto"] = "auto",
     num_examples: int | None = None,
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     likelihood: Likelihood | None = None,
@@ -77,8 +82,12 @@ def prepare(
             with the targets under ``labels`` (`distruction.loop.batches`).
         method: how the std is learned.
         steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD.
-        std_init: std to start from, and its cap; > 0.
-        evidence: data points that each training example counts for, over the whole run, > 0.
+        std_init: std to start from, > 0; it is also BGD's cap. ``auto``: each tensor's own scale (`distruction.initial`)
+            for Gauss-Newton, 0.1 for BGD.
+        evidence: data points that each training example counts for, over the whole run, > 0 (the effective sample size,
+            over the number of examples). ``auto``: enough for samples of the posterior to lose at most 0.05 nats per
+            example against the means. A weight with curvature F gets std**2 <= 1 / (evidence * num_examples * F) and so
+            costs at most 1 / (2 * evidence * num_examples): for n weights the evidence is n / (2 * 0.05 * num_examples).
         num_examples: training examples; ``None`` is what the loader says that an epoch of it draws.
         loss_fn: (logits, targets) -> mean loss, a negative log-likelihood in nats; ``None`` is cross entropy.
             Gauss-Newton needs one loss per example: a loss that takes ``reduction="none"``, or gives (batch,) losses.
@@ -128,8 +137,11 @@ def prepare(
         )
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
-    if not 0 < evidence < math.inf:
-        raise UsageError(f"evidence must be > 0 data points per training example, not {evidence}")
+    require_suitable(learnable(model))
+    for name, value in (("std_init", std_init), ("evidence", evidence)):
+        if value != "auto" and not (isinstance(value, int | float) and 0 < value < math.inf):
+            what = " data points per training example" if name == "evidence" else ""
+            raise UsageError(f"{name} must be > 0{what} and finite, or 'auto', not {value!r}")
     check_loader(loader, TRAINING, steps)
     examples = examples_in(loader) if num_examples is None else num_examples
     if examples is None:
@@ -138,6 +150,10 @@ def prepare(
         )
     if examples < 1:
         raise UsageError(f"num_examples must be >= 1, not {examples}")
+    if evidence == "auto":
+        evidence = sum(p.numel() for p in learnable(model).values()) / (2 * TOLERANCE * examples)
+    if std_init == "auto" and not gauss_newton:
+        std_init = STD_INIT
     total = evidence * examples
     weights = fingerprint(learnable(model))
     shares = [1.0 / steps] * steps if gauss_newton else rising(steps)
@@ -156,14 +172,17 @@ def prepare(
         "weights": weights,
     }
 
+    def start() -> float | Posterior:
+        return std_init if std_init != "auto" else Posterior.around(model, initial_stds(model))
+
     def make_optimizer(resumed: Posterior | None) -> BGD:
         return BGD(
             learnable(model).items(),
             lr=lr,
-            std_init=std_init if resumed is None else resumed,
+            std_init=start() if resumed is None else resumed,
             data_per_step=total,
             mc_samples=mc_samples,
-            max_std=std_init,
+            max_std=None if std_init == "auto" else std_init,
             learn_mean=learn_mean,
             seed=seed,
             backend=backend,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import PosteriorError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -194,3 +194,11 @@ def writable(p: Tensor) -> tuple[Tensor, Tensor]:
 def contiguous(t: Tensor) -> Tensor:
     """``t`` with the elements that this rank holds in row-major order, as the ops take them; shared where it is so."""
     return t if local(t).is_contiguous() else t.contiguous()
+
+
+def raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
+    """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
+    tensors = list(tensors)
+    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
+    if largest(flag, groups_of(tensors)).item():
+        raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")

@@ -60,7 +60,12 @@ def test_a_preparation_starts_there_by_default():
     data = [(torch.randn(8, 6), torch.randint(3, (8,)))]
     # With next to no evidence the stds stay where they start.
     posterior = prepare(model, data, num_examples=8, steps=1, evidence=1e-12, progress=False)
-    expected = Posterior.around(model, {n: torch.full_like(p, s) for (n, p), s in zip(
-        model.named_parameters(), initial_std(model).values(), strict=True)})
+    expected = Posterior.around(
+        model,
+        {
+            n: torch.full_like(p, s)
+            for (n, p), s in zip(model.named_parameters(), initial_std(model).values(), strict=True)
+        },
+    )
     for name, std in expected.stds.items():
         torch.testing.assert_close(posterior.stds[name], std)

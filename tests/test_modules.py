@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
-from distruction import Posterior, PosteriorError, UsageError, modules
+from distruction import Posterior, PosteriorError, UsageError, forget, modules, prepare
 from distruction.modules import learnable, names_within, unwrapped
 
 
@@ -202,9 +202,38 @@ def test_frozen_parameters_stay_in_the_posterior(tmp_path):
         prior.check(model, same_weights=True)
     prior.mean_(model)
     prior.check(model, same_weights=True)
+    with pytest.raises(UsageError, match="every parameter of the model is frozen"):
+        prior.like(copy.deepcopy(model).requires_grad_(False))
     model.requires_grad_(True)
     with pytest.raises(PosteriorError, match=r"does not cover trunk\.0\.weight, trunk\.0\.bias, .*freeze them again"):
         q.check(model)
+
+
+def test_forgetting_with_fewer_parameters_than_were_prepared():
+    torch.manual_seed(0)
+    model = Net()
+    examples = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.arange(8) % 2)
+    loader = torch.utils.data.DataLoader(examples, batch_size=4)
+    prior = prepare(model, loader, steps=2, progress=False)
+    model.trunk.requires_grad_(False)
+    trunk = copy.deepcopy(model.trunk)
+    report = forget(model, prior, loader, steps=2, progress=False)
+    assert list(report.posterior) == list(learnable(model))
+    assert report.posterior.kl(prior).item() == pytest.approx(report.history[-1].kl, rel=1e-6)
+    assert report.history[-1].kl > 0
+    assert all(torch.equal(a, b) for a, b in zip(trunk.parameters(), model.trunk.parameters(), strict=True))
+
+
+def test_a_model_in_float64_is_refused_before_it_changes():
+    torch.manual_seed(0)
+    model = Net().double()
+    before = copy.deepcopy(model.state_dict())
+    examples = torch.utils.data.TensorDataset(torch.randn(8, 3).double(), torch.arange(8) % 2)
+    loader = torch.utils.data.DataLoader(examples, batch_size=4)
+    for backend in ("auto", "reference"):
+        with pytest.raises(UsageError, match=r"trunk\.0\.weight is torch\.float64.*model\.float\(\)"):
+            prepare(model, loader, steps=2, backend=backend, progress=False)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
 def test_channels_last(tmp_path):
