@@ -82,12 +82,12 @@ def prepare(
             with the targets under ``labels`` (`distruction.loop.batches`).
         method: how the std is learned.
         steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD.
-        std_init: std to start from, > 0; it is also BGD's cap. ``auto``: each tensor's own scale (`distruction.initial`)
-            for Gauss-Newton, 0.1 for BGD.
-        evidence: data points that each training example counts for, over the whole run, > 0 (the effective sample size,
-            over the number of examples). ``auto``: enough for samples of the posterior to lose at most 0.05 nats per
-            example against the means. A weight with curvature F gets std**2 <= 1 / (evidence * num_examples * F) and so
-            costs at most 1 / (2 * evidence * num_examples): for n weights the evidence is n / (2 * 0.05 * num_examples).
+        std_init: std to start from, > 0; it is also BGD's cap. ``auto``: each tensor's own scale for Gauss-Newton
+            (`distruction.initial`), 0.1 for BGD.
+        evidence: data points that each training example counts for, over the whole run, > 0 (the effective sample
+            size, over the number of examples). ``auto``: n / (2 * 0.05 * num_examples) for n weights, so that samples
+            of the posterior lose about 0.05 nats per example against the means at most: a weight with curvature F gets
+            std**2 <= 1 / (evidence * num_examples * F), which costs 1 / (2 * evidence * num_examples).
         num_examples: training examples; ``None`` is what the loader says that an epoch of it draws.
         loss_fn: (logits, targets) -> mean loss, a negative log-likelihood in nats; ``None`` is cross entropy.
             Gauss-Newton needs one loss per example: a loss that takes ``reduction="none"``, or gives (batch,) losses.
