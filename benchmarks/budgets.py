@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from distruction.kernels import tables
+from distruction.kernels.gauss_newton import gauss_newton_kernel
 from distruction.kernels.kl import gaussian_kl_kernel
 from distruction.kernels.sample import sample_kernel
 from distruction.kernels.step import accumulate_kernel, step_kernel
@@ -62,27 +63,33 @@ class Variant:
     bytes: int
 
 
+def _options(kernel: Any, *given: str) -> dict[str, Any]:
+    """The options of the step that ``kernel`` has too; the arguments ``given`` are pointers instead."""
+    return {k: v for k, v in _STEP.items() if k in kernel.arg_names and k not in given}
+
+
 VARIANTS = {
     "sample": Variant(sample_kernel, {"PARAM_TYPE": tl.float32, "ANTITHETIC": True, "STOCHASTIC": False}, 12),
-    "accumulate": Variant(
-        accumulate_kernel,
-        {k: v for k, v in _STEP.items() if k in accumulate_kernel.arg_names},
-        32,
-    ),
+    "accumulate": Variant(accumulate_kernel, _options(accumulate_kernel), 32),
     "step": Variant(step_kernel, _STEP, 32),
     "step, unbounded": Variant(step_kernel, {**_STEP, "BOUNDED": False}, 32),
-    "step, grad_scale and found_inf": Variant(
-        step_kernel, {k: v for k, v in _STEP.items() if k not in ("grad_scale", "found_inf")}, 32
-    ),
+    "step, grad_scale and found_inf": Variant(step_kernel, _options(step_kernel, "grad_scale", "found_inf"), 32),
     "step, K > 1": Variant(step_kernel, {**_STEP, "STATISTICS": True}, 48),
     "step, fixed mean": Variant(step_kernel, {**_STEP, "LEARN_MEAN": False}, 28),
     "step without prior": Variant(step_kernel, {**_STEP, "PRIOR": False}, 24),
     "step without prior, fixed mean": Variant(step_kernel, {**_STEP, "PRIOR": False, "LEARN_MEAN": False}, 20),
     "step, bfloat16": Variant(step_kernel, {**_STEP, **_BFLOAT16}, 28),
     "step, bfloat16, stochastic": Variant(step_kernel, {**_STEP, **_BFLOAT16, "STOCHASTIC": True}, 28),
+    "gauss_newton": Variant(gauss_newton_kernel, _options(gauss_newton_kernel), 20),
+    "gauss_newton, grad_scale and found_inf": Variant(
+        gauss_newton_kernel, _options(gauss_newton_kernel, "grad_scale", "found_inf"), 20
+    ),
+    "gauss_newton, bfloat16, stochastic": Variant(
+        gauss_newton_kernel, {**_options(gauss_newton_kernel), **_BFLOAT16, "STOCHASTIC": True}, 16
+    ),
     "gaussian_kl": Variant(gaussian_kl_kernel, {}, 24),
 }
-"""What is compiled: the ops, and the options of the step one by one."""
+"""What is compiled: the ops, and the options of the updates one by one."""
 
 _POINTERS = {
     "records": "*i64",

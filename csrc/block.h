@@ -207,6 +207,22 @@ DISTRUCTION_FN void step_group(
   write_sample(t, g, next, stochastic_rounding, mean, std);
 }
 
+template <int n>
+DISTRUCTION_FN void gauss_newton_group(
+    const Entry& t, const Group<n>& g, const Draw& next, bool stochastic_rounding, float grad_scale, bool& finite) {
+  float mean[n], std[n], grad[n];
+  load(t.mean, g, mean);
+  load(t.std, g, std);
+  load_grad(t, g, 1.0f, grad);
+  for (int j = 0; j < n; ++j) {
+    bool is_finite;
+    gauss_newton(grad[j], grad_scale, std[j], is_finite);
+    finite = finite && is_finite;
+  }
+  store(t.std, g, std);
+  write_sample(t, g, next, stochastic_rounding, mean, std);
+}
+
 template <bool with_gradients, int n>
 DISTRUCTION_FN void kl_group(const Entry& t, const Group<n>& g, double& kl) {
   float mean[n], std[n], prior_mean[n], prior_std[n], grad_mean[n], grad_std[n];

@@ -1,5 +1,5 @@
 // The maths of the library: Box-Muller, the BGD update, the KL divergence. Formulas and sources are in
-// distruction/ops/reference/{philox,step,kl}.py, which these functions follow line by line.
+// distruction/ops/reference/{philox,step,gauss_newton,kl}.py, which these functions follow line by line.
 //
 // Templates over F = float or a vector of floats; comparisons give masks for `?:` in both cases.
 #pragma once
@@ -164,6 +164,19 @@ DISTRUCTION_FN void update(const Update& u, F s1, F s2, F prior_mean, F prior_st
   finite = ((s1 - s1) + (s2 - s2) + (new_mean - new_mean) + (new_std - new_std) == 0.0f) & (new_std > 0.0f);
   if (u.learn_mean) mean = finite ? new_mean : mean;
   if (u.learn_std) std = finite ? new_std : std;
+}
+
+// The Gauss-Newton update of one element; `grad_scale` is sqrt(evidence) / GradScaler's scale. `finite` is false where
+// std was kept because the gradient in units of 1 / std was not finite.
+template <class F, class M>
+DISTRUCTION_FN void gauss_newton(F grad, float grad_scale, F& std, M& finite) {
+  constexpr float kLargest = 0x1p126f;  // whose reciprocal is the smallest normal number
+  const F t = absolute(grad * std * grad_scale);
+  // Beyond 2**63, where the square overflows, the hypotenuse is t.
+  const F hypotenuse = at_least(square_root(at_most(1.0f + t * t, splat<F>(kLargest))), t);
+  const F shrunk = at_least(std * reciprocal(hypotenuse), splat<F>(1.0f / kLargest));
+  finite = t <= kLargest;
+  std = finite ? at_most(shrunk, std) : std;
 }
 
 }  // namespace distruction

@@ -35,14 +35,14 @@ struct Model {
   int32_t stochastic_rounding;
 };
 
-// The scalars of a step as Python passes them; those that live on a GPU are read there, through the pointers.
+// The scalars of an update as Python passes them; those that live on a GPU are read there, through the pointers.
 struct Options {
   float lr, kl_weight, loss_scale, grad_scale;
   const float* lr_pointer;
   const float* kl_weight_pointer;
   const float* grad_scale_pointer;
   const float* found_inf_pointer;
-  float max_mean_step, max_a, max_std;
+  float max_mean_step, max_a, max_std, root_evidence;
   int32_t learn_mean, learn_std;
 };
 

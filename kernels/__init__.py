@@ -2,12 +2,13 @@
 
 import torch
 
+from .gauss_newton import gauss_newton
 from .kl import gaussian_kl
 from .sample import sample
 from .step import accumulate, step
 from .tables import INTERPRETED, interpreter_fails
 
-__all__ = ["accumulate", "gaussian_kl", "sample", "step", "unavailable"]
+__all__ = ["accumulate", "gauss_newton", "gaussian_kl", "sample", "step", "unavailable"]
 
 
 def unavailable(device_type: str) -> str | None:

@@ -225,7 +225,7 @@ def step_kernel(
     tl.store(counters + 2, 1, refuse)
 
 
-def _amp(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> dict[str, Tensor | None]:
+def amp_scalars(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> dict[str, Tensor | None]:
     return {
         "grad_scale": None if grad_scale is None else scalar(grad_scale, device),
         "found_inf": None if found_inf is None else scalar(found_inf, device),
@@ -252,7 +252,7 @@ def accumulate(
     device = counters.device
     arrays = {"mean": mean, "std": std, "m1": m1, "m2": m2, "param": param}
     with on(device):
-        amp = _amp(grad_scale, found_inf, device)
+        amp = amp_scalars(grad_scale, found_inf, device)
         for launch, arguments in launches(arrays, [grad], offsets, streams):
             accumulate_kernel[(launch.chunks,)](
                 counters=counters,
@@ -306,7 +306,7 @@ def step(
         "param": param,
     }
     with on(device):
-        amp = _amp(grad_scale, found_inf, device)
+        amp = amp_scalars(grad_scale, found_inf, device)
         options = {
             "lr": scalar(lr, device),
             "kl_weight": scalar(kl_weight, device),

@@ -29,6 +29,9 @@ BYTES = {
     "step without prior, fixed mean": 4 * 5,
     "step, bfloat16": 4 * 6 + 2 * 2,
     "step, bfloat16, stochastic": 4 * 6 + 2 * 2,
+    "gauss_newton": 4 * 5,
+    "gauss_newton, grad_scale and found_inf": 4 * 5,
+    "gauss_newton, bfloat16, stochastic": 4 * 3 + 2 * 2,
     "gaussian_kl": 4 * 6,
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -90,6 +93,9 @@ def test_the_other_kernels_cost_little_more_than_the_step_may(budgets, target):
         assert budgets[variant, target]["instructions"] <= (1.1 if CURRENT else 1.15) * MOST_INSTRUCTIONS, variant
     assert budgets["step without prior", target]["instructions"] <= 95
     assert budgets["sample", target]["instructions"] <= 40
+    for variant in BYTES:
+        if variant.startswith("gauss_newton"):
+            assert budgets[variant, target]["instructions"] <= 60, variant
 
 
 @pytest.mark.parametrize("target", TARGETS)

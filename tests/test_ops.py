@@ -1,9 +1,13 @@
 """The registered ops: opcheck, their argument errors, dispatch."""
 
+import math
+import re
+
 import pytest
 import torch
 
 from distruction import ops
+from distruction.errors import UsageError
 from distruction.ops import backends
 
 SHAPES = [(5,), (3, 7), (64,), (1,)]
@@ -28,11 +32,16 @@ def step_arguments(m1=(), m2=(), prior=True):
     )
 
 
+def gauss_newton_arguments(evidence=10.0):
+    return lists(1), lists(3, low=0.1), lists(4), lists(2), evidence, *generator()
+
+
 def test_empty_lists_are_a_rank_without_elements():
     counters = torch.zeros(3, dtype=torch.int64)
     rest = ([], [], 7, counters, True, False)
     ops.sample([], [], [], *rest)
     ops.accumulate([], [], [], [], [], [], *rest)
+    ops.gauss_newton([], [], [], [], 1.0, *rest)
     lr, kl_weight = torch.tensor(1.0), torch.tensor(0.1)
     kl = ops.step(*([[]] * 8), lr, kl_weight, 1.0, *rest, 0.1, 0.1, 0.05, True, True)
     assert kl == 0
@@ -44,6 +53,7 @@ def test_empty_lists_are_a_rank_without_elements():
     [
         ("sample", (lists(1), lists(2), lists(3, low=0.1), *generator())),
         ("accumulate", (*(lists(i) for i in range(5)), lists(5, low=0.1), *generator())),
+        ("gauss_newton", gauss_newton_arguments()),
         ("step", step_arguments()),
         ("step", step_arguments(lists(8), lists(9), prior=False)),
     ],
@@ -65,6 +75,16 @@ def test_lists_must_agree():
         ops.sample(lists(1), lists(2), lists(3), *generator(counters=torch.zeros(2)))
     with pytest.raises(ValueError, match=r"mean\[0\] is torch.bfloat16; state is float32"):
         ops.sample(lists(1), lists(2, torch.bfloat16), lists(3, torch.bfloat16), *generator())
+
+
+@pytest.mark.parametrize("evidence", [-1.0, math.nan, math.inf, 1e39])
+def test_evidence_is_a_number_of_data_points(evidence):
+    arguments = gauss_newton_arguments(evidence)
+    before = [t.clone() for group in arguments[:2] for t in group]
+    with pytest.raises(UsageError, match=rf"evidence is {re.escape(str(evidence))}.*at least 0"):
+        ops.gauss_newton(*arguments)
+    for a, b in zip(before, [t for group in arguments[:2] for t in group], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_found_inf_changes_nothing_and_scale_is_divided_out():

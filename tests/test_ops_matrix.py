@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from backends import PARAMETERS
-from workloads import SEED, Model, Options, make_model, normals, sample, step
+from workloads import SEED, Model, Options, gauss_newton, make_model, normals, sample, step
 
 from distruction import ops
 from distruction.ops import cpp, reference
@@ -153,6 +153,186 @@ def test_accumulate(backend, antithetic):
         assert_close([ours["m2"][i]], [exact["m2"][i]], [allowed], "m2")
         allowed = std * error_of_normals(new) + ROUNDING * (before["mean"][i].abs() + std * new.abs())
         assert_close([ours["param"][i]], [exact["param"][i]], [allowed], "param")
+
+
+def check_gauss_newton(backend, before, o, misaligned=False):
+    """One Gauss-Newton update of ``before`` by a backend: std, sample and counters; returns the update's tensors."""
+    exact, ours = before.to(dtype=torch.float64), before.to(backend.device, misaligned=misaligned)
+    assert gauss_newton(ours, o, backend) == gauss_newton(exact, o)
+    stds, params = [], []
+    for i, (mean, old, grad) in enumerate(zip(*(before[n] for n in ("mean", "std", "grad")), strict=True)):
+        std, t2 = exact["std"][i], o.evidence * (grad.double() / (o.grad_scale or 1.0) * old.double()) ** 2
+        # d log std / d log t = -t**2 / (1 + t**2); a float32 std has a rounding of its own.
+        sensitivity = torch.where(t2.isfinite(), t2 / (1 + t2), 1.0)
+        stds.append(std * ROUNDING * (1 + sensitivity))
+        eps = normals(before, i, o.counters[0] + 1, o.antithetic)
+        theta = stds[-1] * eps.abs() + std * error_of_normals(eps) + ROUNDING * (mean.abs() + std * eps.abs())
+        value, dtype = exact["param"][i], before["param"][i].dtype
+        params.append(theta + error_of_store(value, dtype, o.stochastic_rounding))
+    assert_close(ours["std"], exact["std"], stds, "std")
+    assert_close(ours["param"], exact["param"], params, "param")
+    for name in ("mean", "grad"):
+        for a, b in zip(ours[name], before[name], strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+    return ours
+
+
+GAUSS_NEWTONS = {
+    "plain": Options(),
+    "antithetic, first of a pair": Options(antithetic=True, counters=(4, 0, 0)),
+    "antithetic, second of a pair": Options(antithetic=True, counters=(5, 0, 0)),
+    "after accumulated samples": Options(counters=(5, 2, 0)),
+    "draw beyond 32 bits": Options(counters=(2**32 - 1, 0, 0)),
+    "refused before": Options(counters=(5, 0, 1)),
+    "grad_scale": Options(grad_scale=65536.0, found_inf=0.0, evidence=1e12),
+    "no evidence": Options(evidence=0.0),
+    "little evidence": Options(evidence=1e-3),
+    "overwhelming evidence": Options(evidence=1e30),
+}
+
+
+@pytest.mark.parametrize("options", GAUSS_NEWTONS.values(), ids=GAUSS_NEWTONS)
+def test_gauss_newton(backend, options):
+    check_gauss_newton(backend, make_model("cpu"), options)
+
+
+@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize(
+    ("param", "grad", "stochastic"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float16, torch.float16, False),
+        (torch.float32, torch.bfloat16, False),
+    ],
+)
+def test_gauss_newton_in_every_type(backend, param, grad, stochastic, misaligned):
+    model = make_model("cpu", param=param, grad=grad)
+    check_gauss_newton(backend, model, Options(stochastic_rounding=stochastic), misaligned)
+
+
+def test_gauss_newton_of_many_types_in_one_call(backend):
+    model = make_model("cpu")
+    for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16) * 2):
+        model["param"][i], model["grad"][-1 - i] = model["param"][i].to(dtype), model["grad"][-1 - i].to(dtype)
+    check_gauss_newton(backend, model, Options())
+
+
+def posterior_of(std, grad):
+    """A model of one tensor with these stds and gradients, and means of zero."""
+    tensors = {"param": [torch.zeros_like(std)], "mean": [torch.zeros_like(std)], "std": [std], "grad": [grad]}
+    return Model(tensors, (0,), (0,))
+
+
+@pytest.mark.parametrize("evidence", [1.0, 1e6])
+def test_gauss_newton_over_the_whole_range_of_floats(backend, evidence):
+    largest, smallest = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+    grads = torch.cat([torch.logspace(-37, 38, 301), torch.tensor([0.0, largest])])
+    stds = torch.tensor([smallest, 1e-30, 1e-8, 0.05, 3.0, 1e8])
+    std, grad = (t.flatten() for t in torch.meshgrid(stds, grads, indexing="ij"))
+    grad = grad * (1 - 2 * (torch.arange(len(grad)) % 2))
+    t = grad.double().abs() * std.double() * evidence**0.5
+    # Where the bound of 2**126 is crossed is a matter of rounding.
+    clear = (t / 2.0**126 - 1).abs() > 1e-6
+    before = posterior_of(std[clear], grad[clear])
+    after = check_gauss_newton(backend, before, Options(evidence=evidence))["std"][0].cpu()
+    t, std = t[clear], std[clear]
+    refused = t > 2.0**126
+    assert 0 < refused.sum() < len(t) / 4
+    assert torch.equal(after[refused], std[refused])
+    # Written as precisions, which float64 holds: 1 / std**2 + evidence * g**2.
+    precision = std.double() ** -2 + evidence * grad[clear].double() ** 2
+    expected = (precision**-0.5).clamp(min=smallest)
+    torch.testing.assert_close(after[~refused].double(), expected[~refused], rtol=2 * ROUNDING, atol=0)
+    assert (after <= std).all()
+    assert (after >= smallest).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gauss_newton_of_every_16_bit_gradient(backend, dtype):
+    grad = torch.arange(-(2**15), 2**15).short().view(dtype)
+    # So much evidence that float16's smallest subnormal number counts.
+    before = posterior_of(torch.full(grad.shape, 0.05), grad)
+    after = check_gauss_newton(backend, before, Options(evidence=1e18))["std"][0].cpu()
+    size, kept = grad.double().abs(), after == torch.tensor(0.05)
+    assert kept[~grad.isfinite() | (size > 2e30) | (size == 0)].all()
+    assert not kept[(size > 5e-8) & (size < 1e30)].any()
+
+
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16])
+def test_gauss_newton_draws_what_sample_draws(backend, param):
+    model = make_model(backend.device, param=param)
+    options = Options(stochastic_rounding=param == torch.bfloat16)
+    counters = gauss_newton(model, options, backend)
+    drawn = model.to(backend.device)
+    sample(drawn, counters, stochastic_rounding=options.stochastic_rounding, backend=backend)
+    assert counters == [options.counters[0] + 1, 0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(model["param"], drawn["param"], strict=True))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 1023, 4096])
+def test_gauss_newton_of_shards_is_that_of_the_whole(backend, cut):
+    whole = make_model(backend.device, (5001,), offsets=(6,), streams=(9,))
+    parts = {name: [t[0][:cut].clone(), t[0][cut:].clone()] for name, t in whole.tensors.items()}
+    both = Model(parts, (6, 6 + cut), (9, 9))
+    gauss_newton(whole, Options(), backend)
+    gauss_newton(both, Options(), backend)
+    for name in ("std", "param"):
+        joined = torch.cat(both[name])
+        if backend.instruction_set == "scalar":  # its compiler fuses multiplications and additions as it likes
+            assert torch.allclose(joined, whole[name][0], rtol=1e-6, atol=1e-7), name
+        else:
+            assert torch.equal(joined, whole[name][0]), name
+
+
+@pytest.mark.parametrize("n", [1, 3, 17, 512, 513])
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16])
+def test_gauss_newton_writes_nothing_outside_a_tensor(backend, n, param):
+    model = make_model(backend.device, (n + 64,), param=param)
+    before = model.to(backend.device)
+    inner = Model({name: [t[0][32 : 32 + n]] for name, t in model.tensors.items()}, (0,), (0,))
+    gauss_newton(inner, Options(), backend)
+    for name, (t,) in model.tensors.items():
+        assert torch.equal(t[:32], before[name][0][:32]), name
+        assert torch.equal(t[32 + n :], before[name][0][32 + n :]), name
+        assert torch.equal(t, before[name][0]) == (name not in ("param", "std")), name
+
+
+@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_gauss_newton_keeps_the_std_of_an_element_whose_gradient_is_not_finite(backend, value, misaligned):
+    before = make_model("cpu", (100, 33))
+    before["grad"][0][17] = value
+    after = check_gauss_newton(backend, before, Options(), misaligned)
+    changed = (after["std"][0].cpu() != before["std"][0]).nonzero().flatten().tolist()
+    assert 17 not in changed
+    assert len(changed) > 90
+    assert gauss_newton(before.to(backend.device), Options(), backend) == [6, 0, 1]
+
+
+@pytest.mark.parametrize("size", [8, 33])
+def test_gauss_newton_refuses_nothing_without_need(backend, size):
+    # The largest gradients that are not refused, alone in a block.
+    before = posterior_of(torch.full((size,), 0.05), torch.full((size,), 3e38))
+    assert gauss_newton(before.to(backend.device), Options(evidence=1.0), backend) == [6, 0, 0]
+
+
+def test_gauss_newton_changes_nothing_if_found_inf(backend):
+    model = make_model(backend.device)
+    model["grad"][4][7] = math.inf
+    before = model.to(backend.device)
+    counters = gauss_newton(model, Options(grad_scale=2.0, found_inf=1.0, counters=(5, 2, 0)), backend)
+    assert counters == [5, 2, 0]
+    for name, tensors in model.tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before[name], strict=True)), name
+
+
+def test_gauss_newton_of_empty_tensors_and_scalars(backend):
+    model = make_model(backend.device, (0, 1, 0))
+    tensors = {name: [t[0], t[1].reshape(()), t[2]] for name, t in model.tensors.items()}
+    check_gauss_newton(backend, Model(tensors, model.offsets, model.streams).to("cpu"), Options())
+    assert gauss_newton(make_model(backend.device, (0, 0)), Options(), backend) == [6, 0, 0]
 
 
 @pytest.mark.parametrize("draw", [4, 5])
@@ -411,6 +591,9 @@ def test_autograd_sees_the_writes(backend):
     step(model, Options(statistics=True), backend)
     changed = {name for name, t in model.tensors.items() if t[0]._version != versions[name]}
     assert changed == {"param", "mean", "std", "m1", "m2"}
+    versions = {name: t[0]._version for name, t in model.tensors.items()}
+    gauss_newton(model, Options(), backend)
+    assert {name for name, t in model.tensors.items() if t[0]._version != versions[name]} == {"param", "std"}
 
 
 def test_opcheck(backend):
@@ -423,3 +606,6 @@ def test_opcheck(backend):
     counters = torch.tensor([1, 0, 0], device=backend.device)
     arguments = (model["param"], model["mean"], model["std"], [0, 0], [0, 1], 1, counters, False, False)
     torch.library.opcheck(ops.sample.default, arguments, {"backend": backend.name})
+    lists = (model[n] for n in ("param", "std", "grad", "mean"))
+    arguments = (*lists, 10.0, [0, 0], [0, 1], 1, counters, False, False)
+    torch.library.opcheck(ops.gauss_newton.default, arguments, {"backend": backend.name})

@@ -62,7 +62,7 @@ def make_model(device, sizes=SIZES, *, param=torch.float32, grad=torch.float32, 
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of a step beside the tensors."""
+    """The arguments of an update beside the tensors."""
 
     lr: float = 0.3
     kl_weight: float = 0.1
@@ -76,19 +76,20 @@ class Options:
     max_std: float = 0.1
     learn_mean: bool = True
     learn_std: bool = True
+    evidence: float = 300.0
     grad_scale: float | None = None
     found_inf: float | None = None
     counters: tuple[int, ...] = field(default=(5, 0, 0))
+
+
+def optional(value, device):
+    return None if value is None else torch.tensor(value, device=device)
 
 
 def step(model, o, backend=None):
     """One step, by the reference if there is no backend; returns the counters and the KL."""
     device = model["mean"][0].device
     counters = torch.tensor(o.counters, device=device)
-
-    def optional(value):
-        return None if value is None else torch.tensor(value, device=device)
-
     arguments = (
         *(model[name] for name in ("param", "mean", "std", "grad")),
         *((model["m1"], model["m2"]) if o.statistics else ([], [])),
@@ -96,10 +97,26 @@ def step(model, o, backend=None):
         *(torch.tensor(o.lr, device=device), torch.tensor(o.kl_weight, device=device), o.loss_scale),
         *(model.offsets, model.streams, SEED, counters, o.antithetic, o.stochastic_rounding),
         *(o.max_mean_step, o.max_log_std_step, o.max_std, o.learn_mean, o.learn_std),
-        *(optional(o.grad_scale), optional(o.found_inf)),
+        *(optional(o.grad_scale, device), optional(o.found_inf, device)),
     )
     kl = reference.step(*arguments) if backend is None else ops.step(*arguments, backend=backend.name)
     return counters.tolist(), kl.item()
+
+
+def gauss_newton(model, o, backend=None):
+    """One Gauss-Newton update, by the reference if there is no backend; returns the counters."""
+    device = model["mean"][0].device
+    counters = torch.tensor(o.counters, device=device)
+    arguments = (
+        *(model[name] for name in ("param", "std", "grad", "mean")),
+        *(o.evidence, model.offsets, model.streams, SEED, counters, o.antithetic, o.stochastic_rounding),
+        *(optional(o.grad_scale, device), optional(o.found_inf, device)),
+    )
+    if backend is None:
+        reference.gauss_newton(*arguments)
+    else:
+        ops.gauss_newton(*arguments, backend=backend.name)
+    return counters.tolist()
 
 
 def sample(model, counters, antithetic=False, stochastic_rounding=False, backend=None):

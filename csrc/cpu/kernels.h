@@ -21,6 +21,7 @@ struct Kernels {
   void (*accumulate)(const Model&, Range, Draw, Draw next, float grad_scale);
   // The KL of the updated posterior; `finite` is cleared where an update was refused.
   double (*step)(const Model&, Range, Draw, Draw next, const Update&, bool& finite);
+  void (*gauss_newton)(const Model&, Range, Draw next, float grad_scale, bool& finite);
   double (*gaussian_kl)(const Model&, Range);
 };
 

@@ -48,6 +48,12 @@ double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool
               : step_range<false, false>(m, r, draw, next, u, finite);
 }
 
+void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& finite) {
+  for_each_group(m, r, [&](const Entry& t, auto group) {
+    gauss_newton_group(t, group, next, m.stochastic_rounding, grad_scale, finite);
+  });
+}
+
 double gaussian_kl(const Model& m, Range r) {
   double kl = 0;
   for_each_group(m, r, [&](const Entry& t, auto group) {
@@ -58,6 +64,6 @@ double gaussian_kl(const Model& m, Range r) {
 
 }  // namespace
 
-extern const Kernels kScalar = {"scalar", words, sample, accumulate, step, gaussian_kl};
+extern const Kernels kScalar = {"scalar", words, sample, accumulate, step, gauss_newton, gaussian_kl};
 
 }  // namespace distruction

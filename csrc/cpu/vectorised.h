@@ -369,6 +369,35 @@ double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool
               : step_range<false, false>(m, r, draw, next, u, finite);
 }
 
+DISTRUCTION_NOINLINE void gauss_newton_piece(
+    int n, float grad_scale, const float* __restrict grad, const float* __restrict mean, float* __restrict std,
+    const float* __restrict next, float* __restrict theta, bool streamed, bool& finite) {
+  Int kept = {};
+  for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
+    Float sigma = access.load(std + i, Float{});
+    Int is_finite;
+    gauss_newton(access.load(grad + i, Float{}), grad_scale, sigma, is_finite);
+    kept |= ~is_finite;
+    access.store(std + i, sigma);
+    const Float mu = access.load(mean + i, Float{});
+    access.store_sample(theta + i, mu + sigma * access.load(next + i, Float{}), streamed);
+  });
+  for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
+}
+
+void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& finite) {
+  const int64_t t = r.tensor;
+  for_each_piece(m, r, [&](Piece p) {
+    Buffers b;
+    const Samples samples{m, t, p, b};
+    samples.generate_normals(next);
+    gauss_newton_piece(p.n, grad_scale, gradient(m, t, p, b), m.mean[t] + p.index, m.std[t] + p.index,
+                       b.next + p.lead, samples.theta(), samples.streamed(), finite);
+    samples.finish();
+  });
+  end_of_stream();
+}
+
 double gaussian_kl(const Model& m, Range r) {
   const int64_t t = r.tensor;
   double kl = 0;
@@ -383,6 +412,6 @@ double gaussian_kl(const Model& m, Range r) {
 
 }  // namespace
 
-extern const Kernels DISTRUCTION_SET = {DISTRUCTION_SET_NAME, words, sample, accumulate, step, gaussian_kl};
+extern const Kernels DISTRUCTION_SET = {DISTRUCTION_SET_NAME, words, sample, accumulate, step, gauss_newton, gaussian_kl};
 
 }  // namespace distruction

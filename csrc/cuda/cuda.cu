@@ -123,6 +123,18 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 __global__ void __launch_bounds__(kThreads, 4)
+    gauss_newton_kernel(const __grid_constant__ Table table, const __grid_constant__ Control c) {
+  if (skipped(c.options)) return;
+  const Entry& t = entry_of_chunk(table, blockIdx.x);
+  const Draw next = draw_of(c.seed, c.counters[0] + 1, c.antithetic);
+  const float grad_scale = c.options.root_evidence / value_of(c.options.grad_scale_pointer, c.options.grad_scale);
+  bool finite = true;
+  for_each_group_of_thread(
+      t, [&](auto group) { gauss_newton_group(t, group, next, c.stochastic_rounding, grad_scale, finite); });
+  if (!finite) c.counters[2] = 1;
+}
+
+__global__ void __launch_bounds__(kThreads, 4)
     gaussian_kl_kernel(const __grid_constant__ Table table, const __grid_constant__ Control c) {
   const Entry& t = entry_of_chunk(table, blockIdx.x);
   double kl = 0;
@@ -194,7 +206,7 @@ using namespace distruction;
 #define DISTRUCTION_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of the interface, so that a stale library is noticed.
-DISTRUCTION_API int32_t distruction_abi() { return 2; }
+DISTRUCTION_API int32_t distruction_abi() { return 3; }
 
 DISTRUCTION_API const char* distruction_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -237,6 +249,16 @@ DISTRUCTION_API int32_t distruction_cuda_step(
   if (error != cudaSuccess) return error;
   const int64_t sums = m->prior_mean ? partials : 0;
   finish_kernel<<<1, kThreads, 0, stream>>>(*o, Counting::kUpdate, m->counters, partial, sums, kl);
+  return cudaGetLastError();
+}
+
+DISTRUCTION_API int32_t distruction_cuda_gauss_newton(
+    int32_t device, cudaStream_t stream, const Model* m, const Options* o) {
+  cudaError_t error = cudaSetDevice(device);
+  int64_t partials = 0;
+  if (error == cudaSuccess) error = launch(gauss_newton_kernel, *m, control_of(*m, *o, nullptr), partials, stream);
+  if (error != cudaSuccess) return error;
+  finish_kernel<<<1, kThreads, 0, stream>>>(*o, Counting::kUpdate, m->counters, nullptr, 0, nullptr);
   return cudaGetLastError();
 }
 

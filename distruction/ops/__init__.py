@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from . import reference
 from .backends import AUTO, ENVIRONMENT, MODULES, BackendUnavailable, resolve, unavailable
 
@@ -30,6 +31,7 @@ __all__ = [
     "MODULES",
     "BackendUnavailable",
     "accumulate",
+    "gauss_newton",
     "gaussian_kl",
     "resolve",
     "sample",
@@ -57,6 +59,11 @@ _SCHEMAS = {
         + _GENERATOR.format(counters="(f!)")
         + ", float max_mean_step, float max_log_std_step, float max_std, bool learn_mean, bool learn_std, "
         'Tensor? grad_scale=None, Tensor? found_inf=None, str backend="auto") -> Tensor'
+    ),
+    "gauss_newton": (
+        "(Tensor(a!)[] param, Tensor(b!)[] std, Tensor[] grad, Tensor[] mean, float evidence, "
+        + _GENERATOR.format(counters="(c!)")
+        + ', Tensor? grad_scale=None, Tensor? found_inf=None, str backend="auto") -> ()'
     ),
     "gaussian_kl": (
         # Keyword-only: torch 2.8's autograd loses count of positional arguments left at their default.
@@ -265,6 +272,48 @@ def _step_impl(
     )
 
 
+def _gauss_newton_impl(
+    param,
+    std,
+    grad,
+    mean,
+    evidence,
+    offsets,
+    streams,
+    seed,
+    counters,
+    antithetic,
+    stochastic_rounding,
+    grad_scale=None,
+    found_inf=None,
+    backend="auto",
+):
+    if not 0.0 <= evidence <= torch.finfo(torch.float32).max:
+        raise UsageError(
+            f"evidence is {evidence}, not a number of data points in float32's range; pass one that is at least 0"
+        )
+    _check_state(mean, std=std)
+    _check_lists(mean, param=param, grad=grad)
+    _check_generator(mean, offsets, streams, counters)
+    if mean:
+        state = {"mean": mean, "std": std}
+        _served(backend, counters.device, state, {"param": param, "grad": grad}).gauss_newton(
+            param,
+            std,
+            grad,
+            mean,
+            evidence,
+            offsets,
+            streams,
+            seed,
+            counters,
+            antithetic,
+            stochastic_rounding,
+            grad_scale,
+            found_inf,
+        )
+
+
 def _gaussian_kl_impl(mean, std, prior_mean, prior_std, *, backend="auto"):
     if not mean:
         raise ValueError("gaussian_kl needs at least one tensor")
@@ -277,6 +326,7 @@ for _name, _impl in {
     "sample": _sample_impl,
     "accumulate": _accumulate_impl,
     "step": _step_impl,
+    "gauss_newton": _gauss_newton_impl,
     "gaussian_kl": _gaussian_kl_impl,
 }.items():
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
@@ -296,6 +346,11 @@ def _accumulate_fake(param, m1, m2, grad, mean, std, *args, **kwargs):
 def _step_fake(param, mean, std, grad, *args, **kwargs):
     _check_lists(mean, param=param, std=std, grad=grad)
     return torch.empty((), dtype=torch.float64, device=mean[0].device if mean else "cpu")
+
+
+@torch.library.register_fake("distruction::gauss_newton", lib=_library)
+def _gauss_newton_fake(param, std, grad, mean, *args, **kwargs):
+    _check_lists(mean, param=param, std=std, grad=grad)
 
 
 @torch.library.register_fake("distruction::gaussian_kl", lib=_library)
@@ -337,6 +392,15 @@ The gradient of the last sample is in ``grad``; ``m1`` and ``m2`` hold the sums 
 schedule needs no recompilation; ``loss_scale`` multiplies the gradient. An element whose statistics or
 update are not finite keeps its mean and std, and ``counters[2]`` becomes 1. The KL, of the updated
 posterior, is a float64 scalar tensor (zero without a prior). The formulas are in `distruction.ops.reference.step`.
+"""
+
+gauss_newton = torch.ops.distruction.gauss_newton
+"""Add ``evidence * g**2`` to ``1 / std**2``, g the unscaled gradient, and write the next sample into ``param``.
+
+That is ``std <- std / sqrt(1 + evidence * g**2 * std**2)``: std never grows, and never falls below float32's
+smallest normal number. ``evidence``, at least 0, is the number of data points that g**2 stands for. An element where
+``|g * std * sqrt(evidence)|`` is more than 2**126 or not a number keeps its std, and ``counters[2]`` becomes 1.
+``counters[1]`` becomes 0, as after every update. The source is in `distruction.ops.reference.gauss_newton`.
 """
 
 gaussian_kl = torch.ops.distruction.gaussian_kl

@@ -1,7 +1,7 @@
 """The one table of backends: which implementation of the ops serves which device.
 
-A backend is a module with the functions ``sample``, ``accumulate``, ``step`` and ``gaussian_kl`` of the
-signatures in `distruction.ops.reference`, and ``unavailable(device)``: why it cannot serve a device type,
+A backend is a module with the functions ``sample``, ``accumulate``, ``step``, ``gauss_newton`` and ``gaussian_kl``
+of the signatures in `distruction.ops.reference`, and ``unavailable(device)``: why it cannot serve a device type,
 or ``None`` where it can.
 """
 

@@ -21,6 +21,7 @@ ENVIRONMENT = "DISTRUCTION_INSTRUCTION_SET"
 _library = native.load("cpu", "install a C++ compiler (g++ or clang++) and reinstall the package")
 _library.distruction_cpu_set.restype = ctypes.c_char_p
 _library.distruction_cpu_sample.restype = _library.distruction_cpu_accumulate.restype = None
+_library.distruction_cpu_gauss_newton.restype = None
 _library.distruction_cpu_step.restype = ctypes.c_double
 _library.distruction_cpu_gaussian_kl.restype = ctypes.c_double
 
@@ -90,7 +91,7 @@ class _Kernels(native.Kernels):
             if not model.prior_mean:
                 return torch.zeros((), dtype=torch.float64)
             name = "gaussian_kl"
-        elif name in ("accumulate", "step"):
+        elif name in ("accumulate", "step", "gauss_newton"):
             arguments = (ctypes.byref(native.Options(**{"grad_scale": 1.0, **values, **(options or {})})),)
         kernel = getattr(_library, f"distruction_cpu_{name}")
         kl = kernel(
@@ -107,4 +108,5 @@ _kernels = _Kernels()
 sample = _kernels.sample
 accumulate = _kernels.accumulate
 step = _kernels.step
+gauss_newton = _kernels.gauss_newton
 gaussian_kl = _kernels.gaussian_kl

@@ -44,7 +44,7 @@ class _Kernels(native.Kernels):
                 kept.append(value.to(device, torch.float32))
                 fields[f"{scalar}_pointer"] = kept[-1].data_ptr()
         arguments: list[object] = []
-        if name in ("accumulate", "step"):
+        if name in ("accumulate", "step", "gauss_newton"):
             arguments.append(ctypes.byref(native.Options(**fields)))
         kl: Tensor | None = None
         if name in ("step", "gaussian_kl"):
@@ -68,4 +68,5 @@ _kernels = _Kernels()
 sample = _kernels.sample
 accumulate = _kernels.accumulate
 step = _kernels.step
+gauss_newton = _kernels.gauss_newton
 gaussian_kl = _kernels.gaussian_kl

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 """The interface that this version of the package speaks; ``distruction_abi()`` of a library must be the same."""
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -52,7 +52,7 @@ class Model(ctypes.Structure):
 
 
 class Options(ctypes.Structure):
-    """``distruction::Options``: the scalars of a step, or pointers to those that live on a GPU."""
+    """``distruction::Options``: the scalars of an update, or pointers to those that live on a GPU."""
 
     _fields_ = (
         *((name, ctypes.c_float) for name in ("lr", "kl_weight", "loss_scale", "grad_scale")),
@@ -60,7 +60,7 @@ class Options(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("lr_pointer", "kl_weight_pointer", "grad_scale_pointer", "found_inf_pointer")
         ),
-        *((name, ctypes.c_float) for name in ("max_mean_step", "max_a", "max_std")),
+        *((name, ctypes.c_float) for name in ("max_mean_step", "max_a", "max_std", "root_evidence")),
         ("learn_mean", ctypes.c_int32),
         ("learn_std", ctypes.c_int32),
     )
@@ -151,7 +151,7 @@ class Kernels(ABC):
         """Run a kernel; returns the KL of those that sum it.
 
         Args:
-            name: sample, accumulate, step or gaussian_kl.
+            name: sample, accumulate, step, gauss_newton or gaussian_kl.
             model: the tensors.
             device: theirs.
             scalars: lr, kl_weight, grad_scale and found_inf, as the op got them.
@@ -274,6 +274,43 @@ class Kernels(ABC):
         mutated(param, m1, m2, [counters], mean if learn_mean else [], std if learn_std else [])
         assert kl is not None
         return kl
+
+    def gauss_newton(
+        self,
+        param: Sequence[Tensor],
+        std: Sequence[Tensor],
+        grad: Sequence[Tensor],
+        mean: Sequence[Tensor],
+        evidence: float,
+        offsets: Sequence[int],
+        streams: Sequence[int],
+        seed: int,
+        counters: Tensor,
+        antithetic: bool,
+        stochastic_rounding: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """See `distruction.ops.gauss_newton`."""
+        filled, _keep = model(
+            {"mean": mean, "std": std},
+            param=param,
+            grad=grad,
+            offsets=offsets,
+            streams=streams,
+            seed=seed,
+            counters=counters,
+            antithetic=antithetic,
+            stochastic_rounding=stochastic_rounding,
+        )
+        self.launch(
+            "gauss_newton",
+            filled,
+            counters.device,
+            scalars={"grad_scale": grad_scale, "found_inf": found_inf},
+            options={"root_evidence": math.sqrt(evidence)},
+        )
+        mutated(param, std, [counters])
 
     def gaussian_kl(
         self,

@@ -3,11 +3,12 @@
 It is the oracle of the other backends: run on float64 copies of the state it is float64 maths throughout.
 """
 
+from .gauss_newton import gauss_newton
 from .kl import gaussian_kl
 from .sample import sample
 from .step import accumulate, step
 
-__all__ = ["accumulate", "gaussian_kl", "sample", "step", "unavailable"]
+__all__ = ["accumulate", "gauss_newton", "gaussian_kl", "sample", "step", "unavailable"]
 
 
 def unavailable(device_type: str) -> str | None:

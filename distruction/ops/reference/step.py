@@ -37,7 +37,7 @@ def shrink(std: Tensor, a: Tensor) -> Tensor:
     return torch.where(a > 0, std / w, std * w)
 
 
-def _unscale(grad: Tensor, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def unscale(grad: Tensor, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     grad = grad.to(dtype)
     return grad if grad_scale is None else grad / grad_scale.to(dtype)
 
@@ -71,7 +71,7 @@ def accumulate(
             antithetic=antithetic,
             device=m.device,
         )
-        g = _unscale(g, grad_scale, m.dtype)
+        g = unscale(g, grad_scale, m.dtype)
         a1 += g
         a2 += g * eps.to(m.dtype).view_as(m)
     counters[:2] += 1
@@ -114,7 +114,7 @@ def step(
             _update_tensor(
                 m,
                 s,
-                _unscale(grad[i], grad_scale, m.dtype),
+                unscale(grad[i], grad_scale, m.dtype),
                 (m1[i], m2[i]) if m1 else None,
                 prior,
                 lr=lr.to(m.dtype),

@@ -1,0 +1,108 @@
+"""The Gauss-Newton update of std; the formula is in `distruction.ops.reference.gauss_newton`.
+
+Gradient, mean and std are read once, std and the next sample written once: 20 bytes per float32 parameter.
+"""
+
+import math
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .approximate import reciprocal, square_root
+from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
+from .philox import words_and_normals
+from .sample import rounded
+from .step import amp_scalars
+from .tables import finish, key_schedule, launches, mutated, on
+
+_LARGEST = tl.constexpr(2.0**126)
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
+
+@triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", "keys", "root_evidence"])
+def gauss_newton_kernel(
+    records,
+    tensor_of_chunk,
+    fresh,
+    counters,
+    grad_scale,
+    found_inf,
+    chunk,
+    keys,
+    root_evidence,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
+    if found_inf is not None:
+        end = tl.where(tl.load(found_inf) == 0.0, end, 0)
+        if ALIGNED:
+            end = tl.multiple_of(end, 4)
+    scale = root_evidence
+    if grad_scale is not None:
+        scale = root_evidence / tl.load(grad_scale)
+    stream = tl.load(record + STREAM).to(tl.uint32)
+    draw = tl.load(counters)
+    param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
+    mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
+    std_p = pointer(record + STD, start, tl.float32, ALIGNED)
+    grad_p = pointer(fresh + tensor, start, GRAD_TYPE, ALIGNED)
+    refused = tl.zeros([BLOCK], tl.int32)
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
+        i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
+        mean = load(mean_p + i, inside, ALIGNED)
+        std = load(std_p + i, inside, ALIGNED)
+        grad = load(grad_p + i, inside, ALIGNED)
+        t = tl.abs(grad * std * scale)
+        # Beyond 2**63, where the square overflows, the hypotenuse is t.
+        hypotenuse = tl.maximum(square_root(tl.minimum(tl.fma(t, t, 1.0), _LARGEST), TARGET), t)
+        shrunk = tl.maximum(std * reciprocal(hypotenuse, TARGET), _SMALLEST_NORMAL)
+        finite = t <= _LARGEST
+        std = tl.where(finite, tl.minimum(shrunk, std), std)
+        refused = tl.where(finite | (inside == 0), refused, 1)
+        tl.store(std_p + i, std, inside)
+        words, eps = words_and_normals(group, group_high, first, stream, draw + 1, keys, ANTITHETIC, BLOCK, TARGET)
+        tl.store(param_p + i, rounded(tl.fma(std, eps, mean), words, PARAM_TYPE, STOCHASTIC, TARGET), inside)
+    tl.store(counters + 2, 1, tl.max(refused, 0) != 0)
+
+
+def gauss_newton(
+    param: Sequence[Tensor],
+    std: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    evidence: float,
+    offsets: Sequence[int],
+    streams: Sequence[int],
+    seed: int,
+    counters: Tensor,
+    antithetic: bool,
+    stochastic_rounding: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """See `distruction.ops.gauss_newton`."""
+    device = counters.device
+    with on(device):
+        amp = amp_scalars(grad_scale, found_inf, device)
+        for launch, arguments in launches({"mean": mean, "std": std, "param": param}, [grad], offsets, streams):
+            gauss_newton_kernel[(launch.chunks,)](
+                counters=counters,
+                keys=key_schedule(seed),
+                root_evidence=math.sqrt(evidence),
+                PARAM_TYPE=launch.types[0],
+                GRAD_TYPE=launch.types[1],
+                ANTITHETIC=antithetic,
+                STOCHASTIC=stochastic_rounding,
+                **amp,
+                **arguments,
+            )
+        finish(counters, amp["found_inf"], None, None, advance=True, updated=True)
+    mutated(param, std, [counters])
