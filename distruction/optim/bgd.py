@@ -457,6 +457,9 @@ class BGD(torch.optim.Optimizer):
         group, device = self.param_groups[index], counters.device
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         members = self._members(index, params)
+        if group["statistic"] == "gauss-newton":
+            members.gauss_newton(counters, grad_scale, found_inf)
+            return None
         skips = (found_inf, found_inf) if splits is None else splits
         if splits is not None or not completes or self._sample_group is not None:
             members.accumulate(counters, grad_scale, skips[0])
