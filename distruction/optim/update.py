@@ -161,6 +161,8 @@ class Members:
 
 def by_layout(params: Sequence[Tensor]) -> list[list[Tensor]]:
     """The parameters in lists that are spread over ranks in one way, so that a sum over each list has one meaning."""
+    if not any(map(is_sharded, params)):
+        return [list(params)] if params else []
     lists: dict[Any, list[Tensor]] = {}
     for p in params:
         lists.setdefault(layout(p), []).append(p)
@@ -184,8 +186,10 @@ def gradient(p: Tensor) -> Tensor:
     """What this rank holds of the gradient, contiguous and without history; zero where there is none."""
     if p.grad is None:
         return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+    if not is_sharded(p):
+        return p.grad.detach().contiguous()
     grad: Any = p.grad.detach()
-    if is_sharded(p) and layout(grad) != layout(p):
+    if layout(grad) != layout(p):
         grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
     return local(grad).contiguous()
 
