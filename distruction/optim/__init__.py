@@ -1,7 +1,8 @@
 """Bayesian Gradient Descent: `BGD`, a ``torch.optim`` optimizer, and its parts.
 
-``bgd`` is the class, ``options`` what it can be told, ``counters`` the Monte Carlo phase, ``update`` one call of the
-ops, ``state`` what it takes over from others, ``release`` gradients that backward drops.
+``bgd`` is the class that a user reads, ``groups`` its inside, ``options`` what it can be told, ``counters`` the Monte
+Carlo phase, ``update`` one call of the ops, ``state`` what it takes over from others, ``release`` gradients that the
+backward pass drops.
 """
 
 from .bgd import BGD

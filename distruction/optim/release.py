@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from .bgd import BGD
+    from .groups import Groups
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 """A parameter, the counters after its part of the call, and its KL."""
@@ -33,13 +33,13 @@ class Released:
         return self.last
 
 
-def release_from(optimizer: "BGD", index: int) -> None:
+def release_from(optimizer: "Groups", index: int) -> None:
     """Let ``backward`` take and drop the gradients of a group, as long as the optimizer lives."""
     reference = weakref.ref(optimizer)
 
     def release(p: Tensor) -> None:
         alive = reference()
-        if alive is not None and alive.training:
+        if alive is not None and alive._training:
             with torch.no_grad():
                 alive._release(index, p)
 

@@ -46,8 +46,9 @@ class Held:
 
 
 def _versions(params: Sequence[Tensor]) -> list[int]:
-    # A parameter's own counter where it is an ordinary tensor, which it mostly is: this is asked at each step.
-    return [p._version if type(p) is torch.nn.Parameter else local(p)._version for p in params]
+    if any(map(is_sharded, params)):
+        params = [local(p) for p in params]
+    return [p._version for p in params]
 
 
 def take_over(label: str, p: Tensor, expected: Tensor, mean: Tensor, *, strict: bool) -> None:

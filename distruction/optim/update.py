@@ -126,6 +126,23 @@ class Members:
         self._copy_back()
         return kl
 
+    def gauss_newton(self, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Add the gradients' squares to the precisions and write the next sample."""
+        ops.gauss_newton(
+            self.outs,
+            self.std,
+            self.pieces.of([gradient(p) for p in self.params]),
+            self.mean,
+            self.group["data_per_step"],
+            *self._generator(counters),
+            grad_scale,
+            found_inf,
+            self.group["backend"],
+        )
+        if not self.outs:
+            advance(counters, True, found_inf)
+        self._copy_back()
+
     def _generator(self, counters: Tensor) -> tuple[Any, ...]:
         group = self.group
         rounding = group["stochastic_rounding"]
@@ -144,6 +161,8 @@ class Members:
 
 def by_layout(params: Sequence[Tensor]) -> list[list[Tensor]]:
     """The parameters in lists that are spread over ranks in one way, so that a sum over each list has one meaning."""
+    if not any(map(is_sharded, params)):
+        return [list(params)] if params else []
     lists: dict[Any, list[Tensor]] = {}
     for p in params:
         lists.setdefault(layout(p), []).append(p)
@@ -167,8 +186,10 @@ def gradient(p: Tensor) -> Tensor:
     """What this rank holds of the gradient, contiguous and without history; zero where there is none."""
     if p.grad is None:
         return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
+    if not is_sharded(p):
+        return p.grad.detach().contiguous()
     grad: Any = p.grad.detach()
-    if is_sharded(p) and layout(grad) != layout(p):
+    if layout(grad) != layout(p):
         grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
     return local(grad).contiguous()
 
