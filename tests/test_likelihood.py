@@ -116,19 +116,24 @@ def classifier():
 
 def batches(count=32, size=8):
     g = generator(9)
-    return [(torch.randn(size, 4, generator=g), torch.randint(0, 3, (size,), generator=g)) for _ in range(count // size)]
+    return [
+        (torch.randn(size, 4, generator=g), torch.randint(0, 3, (size,), generator=g)) for _ in range(count // size)
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_fn": lambda z, y: F.cross_entropy(z, y)}, r"one loss per example, \(8,\), .*reduction.*likelihood=.*bgd"),
+        (
+            {"loss_fn": lambda z, y: F.cross_entropy(z, y)},
+            r"one loss per example, \(8,\), .*reduction.*likelihood=.*bgd",
+        ),
         ({"loss_fn": F.cross_entropy, "likelihood": Categorical()}, "pass one of them"),
         ({"learn_mean": True}, "learn_mean=True .*method='bgd'"),
         ({"mc_samples": 2}, "mc_samples=2 .*method='bgd'"),
         ({"method": "laplace"}, "method 'laplace' is unknown; choose gauss-newton or bgd"),
-        ({"evidence": 0.0}, "evidence must be > 0 data points per training example, not 0.0"),
-        ({"evidence": math.inf}, "evidence must be > 0 data points per training example, not inf"),
+        ({"evidence": 0.0}, r"evidence must be > 0 data points, not 0.0; .* training example"),
+        ({"evidence": math.inf}, r"evidence must be > 0 data points, not inf; .* training example"),
         ({"num_examples": 0}, "num_examples must be >= 1, not 0"),
         ({"steps": 0}, "steps must be >= 1, not 0"),
         ({"likelihood": Gaussian(1.0)}, r"Gaussian takes targets of the output's shape \(8, 3\), not \(8,\)"),
