@@ -179,7 +179,7 @@ def test_logistic_regression_has_the_fisher_averaged_over_the_posterior():
     model = classifier()
     data = batches(32)
     x = torch.cat([b[0] for b in data]).double()
-    steps, evidence, std_init = 400, 20.0, 0.5
+    steps, evidence, std_init = 200, 20.0, 0.5
     runs = [prepare(model, data, std_init=std_init, evidence=evidence, steps=steps, seed=s, **QUIET) for s in range(4)]
     mean = torch.cat([model.weight, model.bias[:, None]], dim=1).detach().double()
     inputs = torch.cat([x, torch.ones(32, 1, dtype=torch.float64)], dim=1)
@@ -203,10 +203,10 @@ def test_logistic_regression_has_the_fisher_averaged_over_the_posterior():
 def test_evidence_does_not_depend_on_the_steps():
     model = classifier()
     means = []
-    for steps in (100, 400):
+    for steps in (50, 200):
         stds = prepare(model, batches(), std_init=0.5, evidence=20.0, steps=steps, **QUIET).stds
         means.append(torch.cat([s.flatten() for s in stds.values()]).double().pow(-2).mean().item())
-    assert means[0] == pytest.approx(means[1], rel=0.1)
+    assert means[0] == pytest.approx(means[1], rel=0.15)
 
 
 def test_given_targets_say_less_where_the_model_fits():
