@@ -26,6 +26,7 @@ from .loop import (
     rising,
     run,
 )
+from .loop.batches import unpack
 from .modules import fingerprint, learnable, require_suitable
 from .optim import BGD
 from .posterior import Posterior
@@ -140,11 +141,13 @@ def prepare(
     require_suitable(learnable(model))
     for name, value in (("std_init", std_init), ("evidence", evidence)):
         if value != "auto" and not (isinstance(value, int | float) and 0 < value < math.inf):
-            what = " data points per training example" if name == "evidence" else ""
-            raise UsageError(f"{name} must be > 0{what} and finite, or 'auto', not {value!r}")
+            what = "; it counts data points per training example" if name == "evidence" else ""
+            raise UsageError(f"{name} must be > 0 and finite, or 'auto', not {value!r}{what}")
     check_loader(loader, TRAINING, steps)
     examples = examples_in(loader) if num_examples is None else num_examples
     if examples is None:
+        for batch in loader if isinstance(loader, list | tuple) else ():
+            unpack(batch, TRAINING)
         raise UsageError(
             "the loader does not say how many examples it draws: pass num_examples= (training examples, e.g. 50_000)"
         )
