@@ -30,7 +30,7 @@ MODELS = {
 
 BASELINE = "eager"
 ADAMW = "AdamW fused"
-LR, KL_WEIGHT, SCALE = 1e-4, 0.1, 1.0
+LR, KL_WEIGHT, SCALE, EVIDENCE = 1e-4, 0.1, 1.0, 64.0
 
 
 def parameter_shapes(model: str) -> list[torch.Size]:
@@ -106,6 +106,12 @@ def our_step(w: Workload, backend: str, with_prior: bool) -> dict[str, Contestan
         return lambda: ops.step(w.param, w.mean, w.std, w.grad, [], [], *prior, *scalars, *rest)
 
     return _pairs(make)
+
+
+def our_gauss_newton(w: Workload, backend: str) -> dict[str, Contestant]:
+    # No old draw is regenerated, so that antithetic pairs would cost the same.
+    rest = (*_generator(w, antithetic=False), None, None, backend)
+    return {"": lambda: ops.gauss_newton(w.param, w.std, w.grad, w.mean, EVIDENCE, *rest)}
 
 
 def our_kl(w: Workload, backend: str) -> dict[str, Contestant]:
@@ -211,6 +217,15 @@ def eager_steps(w: Workload, step: Callable[..., tuple[Tensor, Tensor]] = eager_
             kl, eps[i] = step(*tensors)
             total += kl
         return total
+
+    return run
+
+
+def eager_gauss_newton(w: Workload) -> Contestant:
+    def run() -> None:
+        for p, m, s, g in zip(w.param, w.mean, w.std, w.grad, strict=True):
+            s /= torch.sqrt(1.0 + EVIDENCE * (g * s) ** 2)
+            eager_draw(p, m, s)
 
     return run
 
@@ -323,6 +338,22 @@ def foreach_step(w: Workload) -> Contestant:
         _foreach_update(w.mean, w.std, s1, s2, c)
         _foreach_draw(w.param, w.mean, w.std, eps)
         return 0.5 * (total - c.flat.numel())
+
+    return run
+
+
+def foreach_gauss_newton(w: Workload) -> Contestant:
+    eps, t = Scratch(w.mean), Scratch(w.mean)
+
+    def run() -> None:
+        root = t.set(w.grad)
+        torch._foreach_mul_(root, w.std)
+        torch._foreach_mul_(root, root)
+        torch._foreach_mul_(root, EVIDENCE)
+        torch._foreach_add_(root, 1.0)
+        torch._foreach_sqrt_(root)
+        torch._foreach_div_(w.std, root)
+        _foreach_draw(w.param, w.mean, w.std, eps)
 
     return run
 
@@ -495,6 +526,7 @@ OPS = {
         lambda w, backend: our_step(w, backend, with_prior=True),
         {BASELINE: eager_steps, "foreach": foreach_step},
     ),
+    "gauss_newton": Op(5, our_gauss_newton, {BASELINE: eager_gauss_newton, "foreach": foreach_gauss_newton}),
     "gaussian_kl": Op(6, our_kl, {BASELINE: eager_gaussian_kl}),
     "optimizer step": Op(
         8,

@@ -161,6 +161,21 @@ def test_foreach_updates_as_eager(with_prior, monkeypatch):
         torch.testing.assert_close(getattr(foreach, name), getattr(eager, name))
 
 
+@pytest.mark.parametrize("make", [contestants.eager_gauss_newton, contestants.foreach_gauss_newton])
+def test_gauss_newton_adds_precisions_as_the_op(make, monkeypatch):
+    monkeypatch.setattr(contestants, "EVIDENCE", 1e10)
+    ours, peer = (contestants.Workload(SHAPES, torch.device("cpu")) for _ in range(2))
+    before = [s.clone() for s in ours.std]
+    make(peer)()
+    contestants.our_gauss_newton(ours, "reference")[""]()
+    for old, expected, found in zip(before, ours.std, peer.std, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        assert (found < 0.9 * old).float().mean() > 0.5
+    # Samples of the new posterior, by other normals.
+    eps = torch.cat([((p - m) / s).flatten() for p, m, s in zip(peer.param, peer.mean, peer.std, strict=True)])
+    assert abs(eps.std() - 1) < 4.5 / (2 * len(eps)) ** 0.5
+
+
 @pytest.mark.parametrize("op", contestants.OPS)
 def test_every_contestant_runs(op, workload):
     backend = backends.resolve("auto", "cpu").__name__.rsplit(".", 1)[1]
