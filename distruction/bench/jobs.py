@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import __version__, methods, models, scenarios
-from ..data import Images, grouped, load, loader
+from ..data import Images, grouped, hold_out, load, loader
 from ..errors import UsageError
 from ..forget import ForgetReport
 from ..methods import Counted, Task
@@ -155,7 +155,7 @@ def _cell(
 ) -> Job:
     groups = {k: list(v) for k, v in scenario.groups.items()}
     side = grid.network.get("img_size")
-    model = {
+    model: dict[str, Any] = {
         "format": FORMATS["model"],
         "version": __version__,
         "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root, side, context.skip_unreadable)},
@@ -165,6 +165,8 @@ def _cell(
         "train": {**grid.train, **scenario.train},
         "seed": seed,
     }
+    if grid.validation:
+        model["data"]["validation"] = grid.validation
     split = {"scenario": scenario.name, "target": target, "count": scenario.count}
     facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
     facts["retrained"] = {"model": model, "split": split}
@@ -244,6 +246,8 @@ def _training_data(facts: Mapping[str, Any], context: Context) -> tuple[Images, 
     """Labelled as the model's head is, on its device."""
     side = facts["network"].get("img_size")
     parts = _data(facts["data"]["name"], context.data_root, side, context.skip_unreadable)
+    if share := facts["data"].get("validation"):
+        parts = hold_out(parts[0], share)
     if facts["groups"]:
         parts = grouped(parts[0], facts["groups"]), grouped(parts[1], facts["groups"])
     return parts[0].to(context.device), parts[1].to(context.device)
