@@ -1,6 +1,6 @@
 """Write the Markdown tables of a bench's committed results again, from its summary.csv.
 
-    python -m benchmarks.tables benchmarks/results/digits benchmarks/results/fashion
+python -m benchmarks.tables benchmarks/results/digits benchmarks/results/fashion
 """
 
 import sys

@@ -27,7 +27,19 @@ __all__ = [
     "prepare",
 ]
 
-_SUBMODULES = ("bench", "data", "demo", "distributed", "errors", "methods", "metrics", "models", "objectives", "ops", "plan")
+_SUBMODULES = (
+    "bench",
+    "data",
+    "demo",
+    "distributed",
+    "errors",
+    "methods",
+    "metrics",
+    "models",
+    "objectives",
+    "ops",
+    "plan",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -168,7 +168,8 @@ def train(
     model: Annotated[str, typer.Option(help="vit-micro or a timm model.")] = "vit-micro",
     pretrained: Pretrained = None,
     img_size: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Input size of the model, to which images are resized; default: theirs.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Input size of the model, to which images are resized; default: theirs."),
     ] = None,
     without_class: Annotated[
         list[str], typer.Option(help="Leave this class out: retraining, the gold standard; may be repeated.")
@@ -176,7 +177,9 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, max=MOST)] = demos.EPOCHS,
     lr: Annotated[float, typer.Option(callback=_positive, help="Peak learning rate of AdamW.")] = 2e-3,
     batch_size: BatchSize = 64,
-    crop: Annotated[int, typer.Option(min=0, max=MOST, help="Augmentation: random shifts by up to this many pixels.")] = 0,
+    crop: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Augmentation: random shifts by up to this many pixels.")
+    ] = 0,
     flip: Annotated[bool, typer.Option(help="Augmentation: random horizontal flips.")] = False,
     skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
@@ -398,7 +401,9 @@ def evaluate(
 @app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Report folder to write.")] = Path("runs/demo"),
-    forget_class: Annotated[list[str], typer.Option("--class", help="Digit to forget; repeat it for several, one at a time.")] = ["3"],  # noqa: B006
+    forget_class: Annotated[
+        list[str], typer.Option("--class", help="Digit to forget; repeat it for several, one at a time.")
+    ] = ["3"],  # noqa: B006
     ablations: Annotated[bool, typer.Option(help="Also with a constant std and with a diagonal Fisher std.")] = False,
     seed: Annotated[
         list[int], typer.Option(min=0, max=SEEDS, help="Seed of everything that is drawn; may be repeated.")
@@ -440,7 +445,9 @@ def bench(
     data: DataRoot = None,
     pretrained: Pretrained = None,
     device: Annotated[str, typer.Option(help="Devices, with commas; auto takes every GPU or the CPU.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes per device; 0: one per GPU or CPU core.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=1024, help="Processes per device; 0: one per GPU or CPU core.")
+    ] = 0,
     threads: Annotated[int, typer.Option(min=1, max=4096, help="CPU threads of each process.")] = 1,
     skip_unreadable: SkipUnreadable = False,
     backend: Backend = "auto",

@@ -342,7 +342,7 @@ class Workers:
 
     def wait(self, running, return_when):
         """As `concurrent.futures.wait`, once the workers have gone on."""
-        first, future = self.running[0]
+        future = self.running[0][1]
         if any(job.facts["method"] in self.killers for job, _ in self.running):
             for _, broken in self.running:
                 broken.set_exception(BrokenProcessPool())

@@ -199,7 +199,7 @@ def test_commands_go_on_without_a_test_part(distruction, tmp_path):
         ("forget", "--model", model, "--posterior", posterior, "--out", tmp_path / "u", "--class", "a", "--steps", 1,
          "--no-progress"),
     ):  # fmt: skip
-        status, out, err = distruction(*command, "--data", root)
+        status, _, err = distruction(*command, "--data", root)
         assert status == 0, err
         assert err.startswith("note: no test images: ")
         assert len(err.splitlines()) == 1

@@ -71,7 +71,9 @@ def brief(monkeypatch):
     """Two steps of everything: the blocks show no number of steps."""
     for name in ("prepare", "forget"):
         function = getattr(distruction, name)
-        monkeypatch.setattr(distruction, name, lambda *a, f=function, **o: f(*a, **{"steps": 2, "progress": False, **o}))
+        monkeypatch.setattr(
+            distruction, name, lambda *a, f=function, **o: f(*a, **{"steps": 2, "progress": False, **o})
+        )
 
 
 def hugging_face_folder():
@@ -102,7 +104,11 @@ def test_python_blocks_run(names, monkeypatch, block):
         from torch.distributed import checkpoint as dcp
         from torch.distributed.fsdp import fully_shard
 
-        names |= {"dcp": dcp, "fully_shard": fully_shard, "opt": distruction.BGD(names["model"].parameters(), data_per_step=9.0)}
+        names |= {
+            "dcp": dcp,
+            "fully_shard": fully_shard,
+            "opt": distruction.BGD(names["model"].parameters(), data_per_step=9.0),
+        }
         if "dcp." in block:
             names["opt"].train()
         one_rank(monkeypatch)
@@ -118,7 +124,9 @@ def test_names_exist_after_the_import():
     found = {
         name
         for page in PAGES
-        for name in re.findall(r"(?<![\w/`.-])`?(distruction(?:\.[A-Za-z_]\w*)+)(?![\w/]*\.(?:md|py|toml))", page.read_text())
+        for name in re.findall(
+            r"(?<![\w/`.-])`?(distruction(?:\.[A-Za-z_]\w*)+)(?![\w/]*\.(?:md|py|toml))", page.read_text()
+        )
     }
     found = sorted(n for n in found if not n.endswith((".kernels",)) and not re.search(r"\.(git|toml|whl)$", n))
     assert "distruction.plan.plan" in found
@@ -204,4 +212,6 @@ def test_command_lines_are_parsed(monkeypatch, words, whole):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [target, *rest])
     with pytest.raises(Parsed):
-        runpy.run_module(target, run_name="__main__") if module else runpy.run_path(str(ROOT / target), run_name="__main__")
+        runpy.run_module(target, run_name="__main__") if module else runpy.run_path(
+            str(ROOT / target), run_name="__main__"
+        )

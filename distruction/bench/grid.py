@@ -100,7 +100,11 @@ def read(path: str | Path) -> Grid:
     """
     if not Path(path).is_file():
         raise UsageError(f"no grid file at {path}; copy one of the presets ({', '.join(PRESETS)}) and change it")
-    return parse(Path(path).read_text(), str(path))
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    return parse(text, str(path))
 
 
 def parse(text: str, where: str) -> Grid:

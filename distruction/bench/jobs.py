@@ -158,7 +158,10 @@ def _cell(
     model: dict[str, Any] = {
         "format": FORMATS["model"],
         "version": __version__,
-        "data": {"name": scenario.data, "sha256": _data_hash(scenario.data, context.data_root, side, context.skip_unreadable)},
+        "data": {
+            "name": scenario.data,
+            "sha256": _data_hash(scenario.data, context.data_root, side, context.skip_unreadable),
+        },
         "groups": groups,
         "network": dict(grid.network),
         "pretrained": _pretrained_hash(context.pretrained),

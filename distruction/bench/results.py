@@ -203,7 +203,9 @@ def tables(cells: Sequence[Cell]) -> dict[str, Table]:
                 gaps = column.better in ("high", "retrain") and all(c.place in retrained for c in having)
                 references = [retrained[c.place][metric] for c in having] if gaps else []
                 count = having[0].value["counts"].get(metric, 0)
-                row[metric] = summarise([c.numbers[metric] for c in having], [c.seed for c in having], references, count)
+                row[metric] = summarise(
+                    [c.numbers[metric] for c in having], [c.seed for c in having], references, count
+                )
             out[scenario][method] = row
     return out
 

@@ -33,7 +33,9 @@ def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
     train = [_read(path) for path in files]
     if not any(shard.labels for shard in train):
         lacking = "labels" if any(shard.rows for shard in train) else "rows"
-        raise UsageError(f"the Parquet files in {place} have no {lacking} in the training part ({named(map(str, files))})")
+        raise UsageError(
+            f"the Parquet files in {place} have no {lacking} in the training part ({named(map(str, files))})"
+        )
     test: list[_Shard] = []
     reasons = []
     for prefix in _TEST:
@@ -93,7 +95,9 @@ class _Shard:
         for row, value in enumerate(self.rows[: len(self.labels)]):
             content = value.get("bytes") if isinstance(value, dict) else value
             if not isinstance(content, bytes):
-                raise UsageError(f"{self.path}, row {row}: no image bytes or no label; the images must be inside the file")
+                raise UsageError(
+                    f"{self.path}, row {row}: no image bytes or no label; the images must be inside the file"
+                )
             yield f"{self.path}, row {row}", functools.partial(bytes, content)
 
 

@@ -88,7 +88,9 @@ def ignored(paths: Sequence[Path], where: Path) -> tuple[str, ...]:
     return (f"{where}: not read: {text} ({named((str(p.relative_to(where)) for p in paths), 3)})",)
 
 
-def decode(sources: Sequence[Source], side: int | None, skip_unreadable: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def decode(
+    sources: Sequence[Source], side: int | None, skip_unreadable: bool
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Pixels of image files: one channel if all are grey, else three; turned upright as their EXIF orientation says.
 
     Images that share one square size are kept as they are. Otherwise each is cropped to its central square and resized
