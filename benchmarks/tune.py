@@ -1,8 +1,9 @@
 """Choose each method's settings for a small model, with the same number of trials for every method.
 
-Trials run on another forgotten class and another seed than the bench reports, and are measured on a fifth of the training
-data that they do not train on (``validation`` in the plan): the test set is not read. Class scenarios: the highest D_r among
-trials with D_f <= 5 % (else the lowest D_f); random: the smallest sum of the gaps to retraining in D_r, D_f and MIA.
+Trials run on another forgotten class and another seed than the bench reports, and are measured on a fifth of the
+training data that they do not train on (``validation`` in the plan), never on the test set. Class scenarios: the
+highest D_r among trials with D_f <= 5 % (else the lowest D_f); random: the smallest sum of the gaps to retraining in
+D_r, D_f and MIA.
 
     python -m benchmarks.tune benchmarks/tuning/digits.toml runs/tune
     python -m benchmarks.tune benchmarks/tuning/fashion.toml runs/tune --data ROOT

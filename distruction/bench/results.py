@@ -137,7 +137,7 @@ class Summary:
     Attributes:
         mean: over the seeds.
         std: standard deviation over the seeds (n - 1); NaN for one.
-        low, high: 95 % interval: Student's of the mean; of a single accuracy Wilson's; NaN for several cells of one seed.
+        low, high: 95 % interval: Student's of the mean; of a single accuracy Wilson's; else NaN.
         n: seeds.
         gap: mean absolute difference to the retrained model of the same seed and forget set; NaN where it does not
             apply.
