@@ -460,6 +460,8 @@ def bench(
     experiment = benches.preset(preset) if preset else benches.read(grid or Path())
     if "" in (str(out or "x").strip(". "), str(store or "x").strip(". ")):
         raise UsageError("--out and --store must name a folder of their own")
+    if all(scenario.data == "digits" for scenario in experiment.scenarios):
+        _check_root("digits", data)
     out = out or Path("runs/bench") / (preset or Path(grid or "").stem)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = gpus or ["cpu"] if device == "auto" else [str(_device(name)) for name in device.split(",")]

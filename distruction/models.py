@@ -54,9 +54,11 @@ def create(
     if overlay and not Path(pretrained).is_file():
         raise UsageError(f"no pretrained weights at {pretrained}; save timm.create_model({name!r}, pretrained=True)'s")
     try:
-        model: Any = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
         # timm leaves weights that the file lacks random, with a warning. (Its .npz files have names of their own.)
-        found = set() if not overlay or str(pretrained).endswith(".npz") else set(load_state_dict(str(pretrained)))
+        # Older versions unpickle anything while they create a model, so that the file is read here first.
+        named = overlay and not str(pretrained).endswith(".npz")
+        found = set(load_state_dict(str(pretrained), weights_only=True)) if named else set()
+        model: Any = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"the pretrained weights of {name} from {pretrained} cannot be used: {reason}") from error

@@ -260,7 +260,7 @@ def contest(cells: Sequence[Cell], table: Table, limit: float = 5.0) -> Contest 
         {c.place: c.numbers["retain"] for c in cells if c.method == m and not c.brief} for m in ("distruction", rival)
     )
     pairs = [(ours[place] - theirs[place], place[-1]) for place in ours if place in theirs]
-    difference = summarise(*zip(*pairs, strict=True)) if pairs else None
+    difference = summarise([d for d, _ in pairs], [seed for _, seed in pairs]) if pairs else None
     return Contest(rival, "distruction" in forgets, difference)
 
 
