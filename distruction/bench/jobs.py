@@ -9,7 +9,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,12 @@ def cells(grid: Grid, context: Context) -> list[Job]:
     """The cells of a grid, those of its sweep included, each once.
 
     Raises:
-        UsageError: a data set is missing, a class is unknown, or the pretrained weights are.
+        UsageError: a data set is missing, a class or the model is unknown, or the pretrained weights cannot be used.
     """
     found: dict[str, Job] = {}
+    # So must the model be: a wrong name, or weights of another one, would fail in every job.
+    some = _cell(grid, context, grid.scenarios[0], grid.scenarios[0].targets[0], grid.methods[0], {}, grid.seeds[0])
+    _fresh(some.facts["model"], replace(context, device="cpu"))
     for scenario in grid.scenarios:
         for target in scenario.targets:
             # The forget set must be known to exist before hours of training start.
