@@ -1,5 +1,8 @@
 """Fast, honest machine unlearning for PyTorch: Bayesian Gradient Descent and DiStruction."""
 
+import importlib
+from types import ModuleType
+
 from .errors import DistructionError, NonFiniteError, PosteriorError, RankError, UsageError
 from .forget import ForgetReport, forget
 from .loop import Callback, Step
@@ -26,3 +29,24 @@ __all__ = [
     "gaussian_kl",
     "prepare",
 ]
+
+_SUBMODULES = (
+    "bench",
+    "data",
+    "demo",
+    "distributed",
+    "errors",
+    "methods",
+    "metrics",
+    "models",
+    "objectives",
+    "ops",
+    "plan",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``distruction.plan`` and the like without an import of their own, loaded when they are first named."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """The command line: ``distruction train | plan | prepare | forget | evaluate | demo | bench``."""
 
+import math
 import os
 import shlex
 import sys
@@ -40,6 +41,22 @@ app = typer.Typer(
 SEEDS = 2**63 - 1
 """The largest seed."""
 
+MOST = 2**31 - 1
+"""The largest count."""
+
+
+def _positive(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is not > 0 and finite")
+    return value
+
+
+def _seconds(value: float) -> float:
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number of seconds")
+    return value
+
+
 DataRoot = Annotated[
     Path | None,
     typer.Option(
@@ -64,7 +81,19 @@ Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(ops.MODULES)}.")]
 Seed = Annotated[int, typer.Option(min=0, max=SEEDS, help="Seed of everything that is drawn.")]
 Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the output where it exists.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples per forward pass.")]
+
+
+def _auto_or_number(text: str) -> float | str:
+    """An option that is a number or ``auto``."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
+
+
+BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Examples per forward pass.")]
 ModelFile = Annotated[Path, typer.Option("--model", help="Model file (safetensors) written by `train` or `forget`.")]
 ForgetClasses = Annotated[
     list[str], typer.Option("--class", help="Name of the class to forget; of several, forgotten together, repeat it.")
@@ -75,11 +104,13 @@ ObjectiveName = Annotated[
 CheckpointFile = Annotated[
     Path | None, typer.Option(help="Resume from this file and write it now and then; removed at the end.")
 ]
-CheckpointSteps = Annotated[int | None, typer.Option(min=1, help="Also write it after so many steps.")]
+CheckpointSteps = Annotated[int | None, typer.Option(min=1, max=MOST, help="Also write it after so many steps.")]
 ReleaseGradients = Annotated[
     bool, typer.Option(help="Drop each gradient inside the backward pass: same bits, less memory.")
 ]
-CheckpointSeconds = Annotated[float, typer.Option(min=0, help="Seconds between two checkpoints; 0: after every step.")]
+CheckpointSeconds = Annotated[
+    float, typer.Option(min=0, callback=_seconds, help="Seconds between two checkpoints; 0: after every step.")
+]
 
 
 def _device(name: str) -> torch.device:
@@ -115,6 +146,11 @@ def _alone(command: str) -> None:
         raise UsageError(f"`{command}` runs in one process; start prepare and forget alone with torchrun")
 
 
+def _check_root(name: str, root: Path | None) -> None:
+    if name == "digits" and root is not None:
+        raise UsageError(f"the digits come with scikit-learn, not from {root}; drop --data, or name a --dataset in it")
+
+
 def _data_of(
     config: Mapping[str, Any], dataset: str | None, root: Path | None, *, need_test: bool, skip_unreadable: bool
 ) -> tuple[Images, Images]:
@@ -124,6 +160,7 @@ def _data_of(
         UsageError: it has other classes than the model, whose labels would then mean something else.
     """
     name = dataset or config.get("data", "digits")
+    _check_root(name, root)
     parts = load(name, root, side=config["img_size"], need_test=need_test, skip_unreadable=skip_unreadable)
     classes = parts[0].classes
     if len(classes) != config["num_classes"] or list(classes) != config.get("classes", list(classes)):
@@ -143,15 +180,18 @@ def train(
     model: Annotated[str, typer.Option(help="vit-micro or a timm model.")] = "vit-micro",
     pretrained: Pretrained = None,
     img_size: Annotated[
-        int | None, typer.Option(min=1, help="Input size of the model, to which images are resized; default: theirs.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Input size of the model, to which images are resized; default: theirs."),
     ] = None,
     without_class: Annotated[
         list[str], typer.Option(help="Leave this class out: retraining, the gold standard; may be repeated.")
     ] = [],  # noqa: B006
-    epochs: Annotated[int, typer.Option(min=1)] = demos.EPOCHS,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
+    epochs: Annotated[int, typer.Option(min=1, max=MOST)] = demos.EPOCHS,
+    lr: Annotated[float, typer.Option(callback=_positive, help="Peak learning rate of AdamW.")] = 2e-3,
     batch_size: BatchSize = 64,
-    crop: Annotated[int, typer.Option(min=0, help="Augmentation: random shifts by up to this many pixels.")] = 0,
+    crop: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Augmentation: random shifts by up to this many pixels.")
+    ] = 0,
     flip: Annotated[bool, typer.Option(help="Augmentation: random horizontal flips.")] = False,
     skip_unreadable: SkipUnreadable = False,
     seed: Seed = 0,
@@ -164,6 +204,7 @@ def train(
     _output(out, overwrite)
     place = _device(device)
     dataset = dataset or detect(data)
+    _check_root(dataset, data)
     parts = load(dataset, data, side=img_size, need_test=False, skip_unreadable=skip_unreadable)
     train_data, test_data = (part.to(place) for part in parts)
     side = train_data.images.shape[-1]
@@ -191,12 +232,12 @@ def train(
 @app.command(cls=Command)
 def plan(
     model: Annotated[str, typer.Option(help="vit-micro, a timm model, or a model file written by `train`.")],
-    img_size: Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")] = 224,
-    in_chans: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 3,
-    num_classes: Annotated[int, typer.Option(min=1)] = 1000,
+    img_size: Annotated[int, typer.Option(min=1, max=MOST, help="Side of the images in pixels.")] = 224,
+    in_chans: Annotated[int, typer.Option(min=1, max=MOST, help="Channels of the images.")] = 3,
+    num_classes: Annotated[int, typer.Option(min=1, max=MOST)] = 1000,
     batch_size: BatchSize = 64,
     dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(plans.DTYPES)}.")] = "float32",
-    mc_samples: Annotated[int, typer.Option(min=1, help="Forward passes per update.")] = 2,
+    mc_samples: Annotated[int, typer.Option(min=1, max=MOST, help="Forward passes per update.")] = 2,
     release_gradients: ReleaseGradients = False,
     prior_std: Annotated[str, typer.Option(help=f"How the prior's std is kept: {', '.join(STORAGE)}.")] = "float32",
     prior_mean: Annotated[str, typer.Option(help=f"How its mean is kept: {', '.join(STORAGE[:2])}.")] = "float32",
@@ -204,7 +245,7 @@ def plan(
     objective: ObjectiveName = "uniform-others",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU when there is one.")] = "auto",
     free_gib: Annotated[
-        float | None, typer.Option("--free", min=0, help="GiB that are free there; default: ask it.")
+        float | None, typer.Option("--free", min=0, max=MOST, help="GiB that are free there; default: ask it.")
     ] = None,
 ) -> None:
     """Say how much memory prepare and forget will need, before anything is allocated."""
@@ -241,11 +282,18 @@ def prepare(
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     method: Annotated[str, typer.Option(help="gauss-newton, or the paper's bgd.")] = "gauss-newton",
-    steps: Annotated[int | None, typer.Option(help="Updates; default 150, of bgd 1500.")] = None,
-    std_init: Annotated[float, typer.Option(help="Std to start from, and its cap.")] = 0.1,
-    evidence: Annotated[float, typer.Option(help="Data points that each training example counts for.")] = 1500.0,
+    steps: Annotated[int | None, typer.Option(max=MOST, help="Updates; default 150, of bgd 1500.")] = None,
+    std_init: Annotated[
+        Any, typer.Option(parser=_auto_or_number, metavar="NUMBER|auto", help="Std to start from; auto: by tensor.")
+    ] = "auto",
+    evidence: Annotated[
+        Any,
+        typer.Option(
+            parser=_auto_or_number, metavar="NUMBER|auto", help="Data points that each training example counts for."
+        ),
+    ] = "auto",
     mc_samples: Annotated[
-        int | None, typer.Option(min=1, help="Forward passes per update of bgd, default 2; even is better.")
+        int | None, typer.Option(min=1, max=MOST, help="Forward passes per update of bgd, default 2; even is better.")
     ] = None,
     batch_size: BatchSize = 64,
     compress: Annotated[
@@ -301,7 +349,7 @@ def forget(
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     objective: ObjectiveName = "uniform-others",
-    steps: Annotated[int, typer.Option(help="BGD updates.")] = 150,
+    steps: Annotated[int, typer.Option(max=MOST, help="BGD updates.")] = 150,
     kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
     data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 100.0,
     batch_size: BatchSize = 64,
@@ -403,7 +451,7 @@ def demo(
     if len(runs) > 1:
         worst = max(runs, key=lambda r: r.loss_of_retained)
         console.print(
-            f"mean ± standard deviation of {len(runs)} runs; DiStruction's largest loss of D_r in one run: "
+            f"mean and standard deviation s (n - 1) of {len(runs)} runs; DiStruction's largest loss of D_r in one run: "
             f"{worst.loss_of_retained:.1f} points (class {worst.forget_class}, seed {worst.seed})"
         )
     console.print(f"report: {out}")
@@ -431,9 +479,15 @@ def bench(
     if (preset is None) == (grid is None):
         raise UsageError(f"pass either --preset ({', '.join(benches.PRESETS)}) or --grid FILE.toml")
     experiment = benches.preset(preset) if preset else benches.read(grid or Path())
+    if "" in (str(out or "x").strip(". "), str(store or "x").strip(". ")):
+        raise UsageError("--out and --store must name a folder of their own")
+    if all(scenario.data == "digits" for scenario in experiment.scenarios):
+        _check_root("digits", data)
     out = out or Path("runs/bench") / (preset or Path(grid or "").stem)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = gpus or ["cpu"] if device == "auto" else [str(_device(name)) for name in device.split(",")]
+    for name in devices:
+        ops.resolve(backend, torch.device(name).type)
     each = workers or (1 if devices != ["cpu"] else os.cpu_count() or 1)
     _, outcome = benches.run(
         experiment,

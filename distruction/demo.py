@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models, report
+from . import models, ops, report
 from .data import Examples, Images, forget_split, load, loader
+from .errors import UsageError
 from .fisher import per_sample
 from .forget import ForgetReport, forget
 from .methods.base import Counted, Selected, batches
@@ -117,9 +118,13 @@ def run_demo(
         backend: see `distruction.ops`.
         progress: show progress bars.
     """
+    ops.resolve(backend, "cpu")
     train_data, test_data = load("digits")
     for name in classes:
         forget_split(train_data, name)
+    for given in (classes, seeds):
+        if len(set(given)) < len(given):
+            raise UsageError(f"name each class and each seed once, not {', '.join(map(str, given))}")
     runs = []
     with report.folder(out, overwrite=overwrite) as draft:
         for seed in seeds:
@@ -154,10 +159,10 @@ def run_demo(
 
 
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean and standard deviation over the runs of each metric by method."""
+    """Mean and standard deviation (n - 1) over the runs of each metric by method."""
     return {
         method: {
-            key: (statistics.fmean(values := [r.rows[method][key] for r in runs]), statistics.pstdev(values))
+            key: (statistics.fmean(values := [r.rows[method][key] for r in runs]), statistics.stdev(values))
             for key in runs[0].rows[method]
         }
         for method in runs[0].rows

@@ -58,7 +58,7 @@ Value = float | tuple[float, float]
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, Value]], columns: Mapping[str, str]) -> Table:
-    """One row per method, one column per metric: a number, or mean and standard deviation.
+    """One row per method, one column per metric: a number, or a mean and (s and the standard deviation).
 
     Args:
         title: above the table.
@@ -76,7 +76,7 @@ def table(title: str, rows: Mapping[str, Mapping[str, Value]], columns: Mapping[
 
 def _number(value: Value) -> str:
     if isinstance(value, tuple):
-        return f"{value[0]:.1f} ± {value[1]:.1f}"
+        return f"{value[0]:.1f} (s {value[1]:.1f})"
     return str(value) if isinstance(value, int) else f"{value:.1f}"
 
 

@@ -33,7 +33,7 @@ class Command(TyperCommand):
 def run(app: Callable[[], object]) -> None:
     """Run a command line: an error ends with one line and a status other than 0, Ctrl-C with status 130.
 
-    The status is 2 where the library or the operating system refused something, and 1 for an error that neither foresaw.
+    The status is 2 where the library or the operating system refused something, 1 for an error that neither foresaw.
     """
     try:
         with warnings.catch_warnings():

@@ -174,6 +174,33 @@ def test_cells_and_their_keys(tmp_path):
     assert not {c.id for c in retrained} & {c.id for c in cells}
 
 
+def test_settings_are_chosen_without_the_test_set(tmp_path, monkeypatch):
+    """A poisoned test set changes neither the data of a validation run nor what is measured."""
+    train, test = load("digits")
+    poisoned = replace(test, images=255 - test.images, labels=9 - test.labels)
+    monkeypatch.setattr(jobs, "load", lambda *_, **__: (train, poisoned))
+    tiny = replace(grid.parse(TINY, "tiny"), validation=0.25)
+    found = []
+    for cache in (jobs._data, jobs._data_hash):
+        cache.cache_clear()
+    context = Context(tmp_path)
+    for cell in jobs.cells(tiny, context):
+        split = jobs.make_split(cell.facts["model"], cell.facts["split"], context)
+        images = torch.cat([split.forget.images, split.retain.images, split.test.images])
+        labels = torch.cat([split.forget.labels, split.retain.labels, split.test.labels])
+        rows = [torch.cat([i.flatten(1), n[:, None].to(torch.uint8)], dim=1) for i, n in
+                ((images, labels), (train.images, train.labels))]  # fmt: skip
+        assert sorted(rows[0].tolist()) == sorted(rows[1].tolist())
+        found.append(split.test.labels.bincount())
+    for cache in (jobs._data, jobs._data_hash):
+        cache.cache_clear()
+    expected = (0.25 * train.labels.bincount().double()).round().long()
+    assert all(torch.equal(count, expected) for count in found)
+    # Without it the facts, and so the entries of older stores, are what they were.
+    plain = jobs.cells(grid.parse(TINY, "tiny"), context)[0].facts["model"]["data"]
+    assert set(plain) == {"name", "sha256"}
+
+
 def test_unsir_has_no_random_cells(tmp_path):
     cells = jobs.cells(bench.preset("digits"), Context(tmp_path))
     scenarios = {c.facts["split"]["scenario"] for c in cells if c.facts["method"].startswith("unsir")}
@@ -315,7 +342,7 @@ class Workers:
 
     def wait(self, running, return_when):
         """As `concurrent.futures.wait`, once the workers have gone on."""
-        first, future = self.running[0]
+        future = self.running[0][1]
         if any(job.facts["method"] in self.killers for job, _ in self.running):
             for _, broken in self.running:
                 broken.set_exception(BrokenProcessPool())

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
+import pytest
 import torch
 
-from distruction import Posterior, data, demo, metrics, models
+from distruction import Posterior, UsageError, data, demo, metrics, models, report
 
 
 def test_a_digit_is_forgotten_and_the_others_stay(tmp_path):
@@ -49,3 +51,22 @@ def test_fisher_std_is_the_squared_gradient_of_each_example():
         fisher += torch.autograd.grad(loss, model.head.weight)[0] ** 2
     # 1/std**2 = 1/0.1**2 + 20 data points times the mean over five examples
     torch.testing.assert_close(found.stds["head.weight"], (100 + 20 / 5 * fisher).rsqrt())
+
+
+def test_the_spread_of_runs_is_of_a_sample():
+    """Divided by n - 1, as everywhere."""
+    values = [97.0, 98.5, 96.2, 97.9]
+    runs = [demo.Run("3", seed, {"ssd": {"retain_test": value}}) for seed, value in enumerate(values)]
+    mean, std = demo.summary(runs)["ssd"]["retain_test"]
+    assert (mean, std) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
+    assert report._number((mean, std)) == "97.4 (s 1.0)"
+
+
+def test_a_class_and_a_seed_are_given_once(tmp_path):
+    for classes, seeds in ((["3", "3"], [0]), (["3"], [1, 1])):
+        with pytest.raises(UsageError, match="name each class and each seed once"):
+            demo.run_demo(
+                tmp_path / "o", classes=classes, seeds=seeds, overwrite=False, ablations=False, backend="auto",
+                progress=False,
+            )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []

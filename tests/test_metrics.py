@@ -11,7 +11,7 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score
 from torch import nn
 
-from distruction import UsageError, metrics
+from distruction import UsageError, fisher, metrics
 from distruction.data import Images, loader
 
 
@@ -217,3 +217,34 @@ def test_predict_restores_the_mode():
     assert model.training
     assert torch.equal(first, metrics.predict(model, loader(data, batch_size=3))[0])
     assert torch.equal(labels, data.labels)
+
+
+def partly_frozen():
+    """A model in training mode whose BatchNorm is frozen in evaluation mode, as fine-tuning often has it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    model[2].eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [metrics.predict, fisher.per_sample, fisher.batch_mean],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_modules_mode_is_restored(measure, fails):
+    """A mode that is each module's own is not the model's; also after an error."""
+    model = partly_frozen()
+    modes = [module.training for module in model.modules()]
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    before = torch.get_rng_state()
+    batches = list(loader(one_pixel([1, 0, 1]), batch_size=2))
+    if fails:
+        with pytest.raises(RuntimeError):
+            measure(model, [*batches, (torch.zeros(1, 9), torch.zeros(1, dtype=torch.int64))])
+    else:
+        measure(model, batches)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), before)

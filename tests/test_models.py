@@ -1,5 +1,8 @@
 """Models with pretrained weights from a file, and inputs resized on the device."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -42,6 +45,35 @@ def test_pretrained_errors(weights, tmp_path):
         models.create("test_vit", **OF_DATA, pretrained=tmp_path / "bad.pth")
     with pytest.raises(UsageError, match="cannot be used"):
         models.create("test_vit2", **OF_DATA, pretrained=folder / "w.pth")
+
+
+class Marks:
+    """What a pickle may run when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pretrained_weights_run_nothing(tmp_path):
+    torch.save({"head.weight": Marks(tmp_path / "ran")}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match="cannot be used"):
+        models.create("test_vit", **OF_DATA, pretrained=tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_readers_of_pickles_say_that_they_read_weights_alone():
+    """No call leaves it to a default of torch, timm or NumPy, which differ between versions."""
+    root = Path(__file__).parents[1]
+    wanted = {"torch.load": "weights_only", "load_state_dict": "weights_only", "np.load": "allow_pickle"}
+    for path in [
+        p for folder in ("distruction", "kernels", "benchmarks", "examples") for p in root.glob(f"{folder}/**/*.py")
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            option = wanted.get(ast.unparse(node.func)) if isinstance(node, ast.Call) else None
+            assert option is None or option in {k.arg for k in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_inputs_are_resized_as_torchvision_does():

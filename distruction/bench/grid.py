@@ -56,7 +56,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Grid:
-    """Scenarios x targets x methods x seeds, and how models are made and measured."""
+    """Scenarios x targets x methods x seeds, and how models are made and measured.
+
+    ``validation`` is the share of the training data that is measured on in the place of the test set, which is then not
+    used at all: for the choice of settings.
+    """
 
     title: str
     seeds: tuple[int, ...]
@@ -68,6 +72,7 @@ class Grid:
     methods: tuple[str, ...]
     settings: Mapping[str, Mapping[str, Any]]
     sweep: Sweep | None
+    validation: float = 0.0
 
     def settings_of(self, method: str, scenario: str) -> dict[str, Any]:
         """A method's settings in a scenario."""
@@ -95,7 +100,11 @@ def read(path: str | Path) -> Grid:
     """
     if not Path(path).is_file():
         raise UsageError(f"no grid file at {path}; copy one of the presets ({', '.join(PRESETS)}) and change it")
-    return parse(Path(path).read_text(), str(path))
+    try:
+        text = Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    return parse(text, str(path))
 
 
 def parse(text: str, where: str) -> Grid:

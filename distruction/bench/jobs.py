@@ -9,7 +9,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .. import __version__, methods, models, scenarios
-from ..data import Images, grouped, load, loader
+from ..data import Images, grouped, hold_out, load, loader
 from ..errors import UsageError
 from ..forget import ForgetReport
 from ..methods import Counted, Task
@@ -101,9 +101,12 @@ def cells(grid: Grid, context: Context) -> list[Job]:
     """The cells of a grid, those of its sweep included, each once.
 
     Raises:
-        UsageError: a data set is missing, a class is unknown, or the pretrained weights are.
+        UsageError: a data set is missing, a class or the model is unknown, or the pretrained weights cannot be used.
     """
     found: dict[str, Job] = {}
+    # So must the model be: a wrong name, or weights of another one, would fail in every job.
+    some = _cell(grid, context, grid.scenarios[0], grid.scenarios[0].targets[0], grid.methods[0], {}, grid.seeds[0])
+    _fresh(some.facts["model"], replace(context, device="cpu"))
     for scenario in grid.scenarios:
         for target in scenario.targets:
             # The forget set must be known to exist before hours of training start.
@@ -155,7 +158,7 @@ def _cell(
 ) -> Job:
     groups = {k: list(v) for k, v in scenario.groups.items()}
     side = grid.network.get("img_size")
-    model = {
+    model: dict[str, Any] = {
         "format": FORMATS["model"],
         "version": __version__,
         "data": {
@@ -168,6 +171,8 @@ def _cell(
         "train": {**grid.train, **scenario.train},
         "seed": seed,
     }
+    if grid.validation:
+        model["data"]["validation"] = grid.validation
     split = {"scenario": scenario.name, "target": target, "count": scenario.count}
     facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
     facts["retrained"] = {"model": model, "split": split}
@@ -247,6 +252,8 @@ def _training_data(facts: Mapping[str, Any], context: Context) -> tuple[Images, 
     """Labelled as the model's head is, on its device."""
     side = facts["network"].get("img_size")
     parts = _data(facts["data"]["name"], context.data_root, side, context.skip_unreadable)
+    if share := facts["data"].get("validation"):
+        parts = hold_out(parts[0], share)
     if facts["groups"]:
         parts = grouped(parts[0], facts["groups"]), grouped(parts[1], facts["groups"])
     return parts[0].to(context.device), parts[1].to(context.device)

@@ -255,7 +255,9 @@ def _preparation(context: Context, found: Sequence[Cell]) -> dict[str, str]:
         facts = {job.id: job.facts for c in found for job in Job("cell", c.facts).needs() if job.kind == kind}
         done = [(value["seconds"], _seed_of(f)) for f in facts.values() if (value := store.load(kind, f)) is not None]
         if done:
-            out[name] = f"{tables.entry(summarise(*zip(*done, strict=True)), 1)} (n = {len(done)})"
+            out[name] = (
+                f"{tables.entry(summarise([s for s, _ in done], [seed for _, seed in done]), 1)} (n = {len(done)})"
+            )
     return out
 
 

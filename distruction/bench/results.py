@@ -137,7 +137,7 @@ class Summary:
     Attributes:
         mean: over the seeds.
         std: standard deviation over the seeds (n - 1); NaN for one.
-        low, high: 95 % interval: Student's of the mean; of a single accuracy Wilson's; NaN for several cells of one seed.
+        low, high: 95 % interval: Student's of the mean; of a single accuracy Wilson's; else NaN.
         n: seeds.
         gap: mean absolute difference to the retrained model of the same seed and forget set; NaN where it does not
             apply.
@@ -260,7 +260,7 @@ def contest(cells: Sequence[Cell], table: Table, limit: float = 5.0) -> Contest 
         {c.place: c.numbers["retain"] for c in cells if c.method == m and not c.brief} for m in ("distruction", rival)
     )
     pairs = [(ours[place] - theirs[place], place[-1]) for place in ours if place in theirs]
-    difference = summarise(*zip(*pairs, strict=True)) if pairs else None
+    difference = summarise([d for d, _ in pairs], [seed for _, seed in pairs]) if pairs else None
     return Contest(rival, "distruction" in forgets, difference)
 
 

@@ -126,3 +126,26 @@ def forget_split(data: Images, forget_class: str | Sequence[str]) -> tuple[Image
             raise UsageError(f"class {name!r} has no examples, so there is nothing to forget")
         mask |= members
     return data.subset(mask), data.subset(~mask)
+
+
+def hold_out(data: Images, share: float, seed: int = 0) -> tuple[Images, Images]:
+    """What remains of a training set, and a validation part of it with ``share`` of each class, drawn by ``seed``.
+
+    Settings that are chosen on the validation part leave the test set unseen. Fine classes are the strata where there
+    are any.
+
+    Raises:
+        UsageError: ``share`` is not in (0, 1), or leaves a class without an example on either side.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"the share to hold out must be in (0, 1), not {share}")
+    strata = data.labels if data.fine is None else data.fine
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(data), dtype=torch.bool)
+    for stratum in strata.unique():
+        members = (strata == stratum).nonzero().squeeze(-1)
+        count = round(share * len(members))
+        if not 0 < count < len(members):
+            raise UsageError(f"{share:g} of {len(members)} examples of a class cannot be held out; change the share")
+        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return data.subset(~mask), data.subset(mask)

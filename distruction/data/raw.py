@@ -50,7 +50,7 @@ class Format(Protocol):
         """Whether ``place`` looks like this format; reads no image."""
 
     def read(self, place: Path, side: int | None, skip_unreadable: bool, /) -> Raw:
-        """Everything in ``place``; the options as in `decode`. Raises `UsageError` for what is damaged or incomplete."""
+        """Everything in ``place``; options as in `decode`. Raises `UsageError` for what is damaged or incomplete."""
 
 
 @functools.cache
@@ -103,7 +103,8 @@ def decode(
         uint8 (N, channels, height, width); the positions of these N in ``sources``; what was left out.
 
     Raises:
-        UsageError: an image cannot be read, the sizes differ and ``side`` is None, or the pixels do not fit into memory.
+        UsageError: an image cannot be read, the sizes differ and ``side`` is None, or the pixels do not fit into
+            memory.
     """
     reasons: dict[int, str] = {}
 
