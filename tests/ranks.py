@@ -284,6 +284,64 @@ def check_draws_of_their_own_with_missing_and_overflowing_gradients(world, folde
         BGD(wrap(make_model(), "fsdp").parameters(), sample_group=dist.group.WORLD)
 
 
+def check_pairs_hold_when_a_sample_of_one_rank_overflows(world, folder):
+    """Draws of their own, two an update: the overflowed call might as well never have been."""
+    runs = []
+    for overflows in ((), (0, 3)):
+        p = nn.Parameter(torch.zeros(5))
+        opt = BGD([p], std_init=0.1, max_std=math.inf, mc_samples=2, data_per_step=10.0, sample_group=dist.group.WORLD)
+        opt.train()
+        for i in range(8):
+            for overflow in (True, False) if i in overflows else (False,):
+                there = overflow and dist.get_rank() == world - 1
+                p.grad = torch.full_like(p, math.inf if there else 1.0 + i // 2)
+                opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor([float(there)])
+                opt.step()
+        opt.eval()
+        runs.append([p.detach().clone(), opt.state[p]["std"].clone()])
+        assert opt.state_dict()["param_groups"][0]["draw"] == 8 * world
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(runs[1][1], torch.full((5,), 0.1), rtol=1e-5, atol=0)
+
+
+def check_squared_gradients_are_those_of_one_process(world, folder):
+    """Shards draw and square the same bits; the wrappers' averages are close to one process's gradients."""
+    options = {"statistic": "gauss-newton", "learn_mean": False, "std_init": 0.1, "data_per_step": 50.0}
+    alone = make_model()
+    other = BGD(alone.named_parameters(), **options)
+    other.train()
+    train_steps(alone, other, range(5))
+    for how in ("ddp", "fsdp"):
+        model = wrap(make_model(), how)
+        opt = BGD((model.module if how == "ddp" else model).named_parameters(), **options)
+        opt.train()
+        train_steps(model, opt, range(5), rows=own_rows(12))
+        assert_near(opt.posterior().gathered(), other.posterior())
+    # With the same gradients, to the bit.
+    mesh = init_device_mesh("cpu", (world,))
+    g = torch.Generator().manual_seed(1)
+    wholes = [torch.randn(shape, generator=g) for shape in ((6, 5), (2,), (4, 3))]
+    slopes = [torch.randn(t.shape, generator=g) for t in wholes]
+    one = [nn.Parameter(t.clone()) for t in wholes]
+    spread = [nn.Parameter(distribute_tensor(t.clone(), mesh, [how], src_data_rank=None))
+              for t, how in zip(wholes, (Shard(0), Shard(0), Shard(1)), strict=True)]  # fmt: skip
+    opts = [BGD(params, **options) for params in (one, spread)]
+    for opt in opts:
+        opt.train()
+    for _ in range(3):
+        for p, q, slope in zip(one, spread, slopes, strict=True):
+            p.grad = slope.clone()
+            q.grad = distribute_tensor(slope.clone(), mesh, q.placements, src_data_rank=None)
+        for opt in opts:
+            opt.step()
+        for p, q in zip(one, spread, strict=True):
+            assert torch.equal(p.detach(), q.full_tensor().detach())
+            assert torch.equal(opts[0].state[p]["std"], opts[1].state[q]["std"].full_tensor())
+    with pytest.raises(UsageError, match="needs sample_group=None"):
+        BGD(make_model().parameters(), sample_group=dist.group.WORLD, **options)
+
+
 def check_nan_on_one_rank_stops_all_with_update_and_name(world, folder):
     model = wrap(make_model(), "fsdp")
     opt = BGD(model.named_parameters(), std_init=0.1)

@@ -39,8 +39,7 @@ class BGD(torch.optim.Optimizer):
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
             ``prior``, for a posterior as ``std_init``, and for `posterior`). A group may have each option of its own
-            but ``mc_samples``, ``prior``, ``sample_group``, ``release_gradients`` and ``statistic``, and lies on one
-            device.
+            but ``prior``, ``sample_group``, ``release_gradients`` and ``statistic``, and lies on one device.
         lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
             step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
         std_init: standard deviation that every parameter starts from, or a `Posterior` to start from.
@@ -157,9 +156,9 @@ class BGD(torch.optim.Optimizer):
         self._sample_group = sample_group
         self._training = False
         # What a step changes besides tensors; a dict because torch.compile (2.8) cannot set an optimizer's attribute.
-        # "kl" and "covered": the KL's parts, and whose they are; "looks": uses of samples for prediction since the
-        # last step.
-        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": [], "covered": [], "looks": 0}
+        # "kl": by group, the KL's parts at its last update and the positions that they are of; "looks": uses of samples
+        # for prediction since the last step.
+        self._now: dict[str, Any] = {"gradients_at_sample": False, "kl": {}, "looks": 0}
         self._streams = 0
         # By group.
         self._initial: list[float | Posterior] = []
@@ -185,7 +184,7 @@ class BGD(torch.optim.Optimizer):
                 "part in all of them: add it after the step that completes the update"
             )
         initial = param_group.get("std_init", self._std_init)
-        common = {k: self.defaults[k] for k in ("statistic", "mc_samples")}
+        common = {k: self.defaults[k] for k in ("statistic",)}
         common |= {"release_gradients": self._release_gradients, "sample_group": self._sample_group}
         options.check_own(param_group, common)
         options.check_values({k: v for k, v in param_group.items() if v is not None or k != "max_std"})
@@ -374,22 +373,16 @@ class BGD(torch.optim.Optimizer):
         ):
             return
         self._take_over()
-        kls: list[tuple[Tensor, Tensor]] = []
-        covered = []
         for index in range(len(self.param_groups)):
-            found, of = self._consume_group(index, grad_scale, found_inf, elsewhere)
-            kls += found
-            covered.append(of)
-        if kls:
-            self._now["kl"], self._now["covered"] = kls, covered
+            self._consume_group(index, grad_scale, found_inf, elsewhere)
         on_cpu = all(c.tensor is None or c.tensor.device.type == "cpu" for c in self._counters)
         if on_cpu and not torch.compiler.is_compiling():
             self.raise_if_nonfinite()
 
     def _consume_group(
         self, index: int, grad_scale: Tensor | None, found_inf: Tensor | None, elsewhere: set[int]
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
-        """Take a group's gradients; returns the KL's parts, if this may be an update, and the positions they cover."""
+    ) -> None:
+        """Take a group's gradients."""
         group, counters, held = self.param_groups[index], self._counters[index], self._held[index]
         params: list[Tensor] = group["params"]
         tensor = counters.on(params[0].device)
@@ -437,6 +430,8 @@ class BGD(torch.optim.Optimizer):
                 kls.append((kl, some[0]))
         if ends[0] is not tensor:
             join(tensor, ends)
+        if pulls:
+            self._now["kl"][index] = kls, taking
 
         if drawn != learnable:
             # Who was unfrozen waits for an update's first sample.
@@ -447,7 +442,6 @@ class BGD(torch.optim.Optimizer):
             self._members(index, [params[i] for i in drawn if i not in done]).sample(tensor)
         held.drawn, held.sampled = drawn, True
         held.note(params)
-        return kls, taking
 
     def _take(
         self,
@@ -463,6 +457,9 @@ class BGD(torch.optim.Optimizer):
         group, device = self.param_groups[index], counters.device
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         members = self._members(index, params)
+        if group["statistic"] == "gauss-newton":
+            members.gauss_newton(counters, grad_scale, found_inf)
+            return None
         skips = (found_inf, found_inf) if splits is None else splits
         if splits is not None or not completes or self._sample_group is not None:
             members.accumulate(counters, grad_scale, skips[0])
@@ -504,11 +501,13 @@ class BGD(torch.optim.Optimizer):
         It is that of all parameters of `posterior`, summed by the updates; if some were frozen or unfrozen since, it
         is computed anew. Of sharded parameters it is summed when it is asked for, by all ranks together.
         """
-        parts: list[tuple[Tensor, Tensor]] = self._now["kl"]
-        if not parts:
+        if not self._now["kl"]:
             return None
-        if self._now["covered"] != [_learnable(group["params"]) for group in self.param_groups]:
-            parts = [self._kl_of(index, p) for index, p in self._learnable()]
+        parts: list[tuple[Tensor, Tensor]] = []
+        for index, group in enumerate(self.param_groups):
+            found, positions = self._now["kl"].get(index, ([], None))
+            now = _learnable(group["params"])
+            parts += found if positions == now else [self._kl_of(index, group["params"][i]) for i in now]
         sums = [sum_over_shards(kl, of) for kl, of in parts]
         return torch.stack([part.to(sums[0].device) for part in sums]).sum()
 
@@ -679,7 +678,7 @@ class BGD(torch.optim.Optimizer):
     @torch.no_grad()
     def _take_over(self, *, strict: bool = True) -> None:
         """Let the means be what was written to the parameters since the optimizer wrote them last."""
-        for index, (group, held) in enumerate(zip(self.param_groups, self._held, strict=True)):
+        for index, (group, held) in enumerate(zip(self.param_groups, self._held, strict=False)):
             written = held.written(group["params"])
             for i in written:
                 p = group["params"][i]
@@ -705,6 +704,7 @@ class BGD(torch.optim.Optimizer):
         for group in self.param_groups:
             group["training"] = training
 
+    @torch.no_grad()
     def _draw(self, index: int) -> None:
         """Write a group's current sample into its parameters."""
         group, held, counters = self.param_groups[index], self._held[index], self._counters[index]

@@ -58,7 +58,7 @@ OPTIONS = {
         Option("lr", _scalar(lambda v: 0 <= v < math.inf), ">= 0 and finite"),
         Option("std_init", lambda v: isinstance(v, Posterior) or 0 < v < math.inf, "> 0 and finite"),
         Option("data_per_step", _is_positive, "> 0"),
-        Option("mc_samples", lambda v: _is_integer(v) and v >= 1, "an integer >= 1", of_group=False),
+        Option("mc_samples", lambda v: _is_integer(v) and v >= 1, "an integer >= 1"),
         Option("antithetic", _is_flag, _TRUTH),
         Option("prior", lambda v: v is None or isinstance(v, Posterior), "a Posterior or None", of_group=False),
         Option("kl_weight", _scalar(lambda v: 0 <= v <= 1), "(lambda) in [0, 1]"),

@@ -39,7 +39,7 @@ def release_from(optimizer: "BGD", index: int) -> None:
 
     def release(p: Tensor) -> None:
         alive = reference()
-        if alive is not None and alive.training:
+        if alive is not None and alive._training:
             with torch.no_grad():
                 alive._release(index, p)
 

@@ -126,6 +126,23 @@ class Members:
         self._copy_back()
         return kl
 
+    def gauss_newton(self, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Add the gradients' squares to the precisions and write the next sample."""
+        ops.gauss_newton(
+            self.outs,
+            self.std,
+            self.pieces.of([gradient(p) for p in self.params]),
+            self.mean,
+            self.group["data_per_step"],
+            *self._generator(counters),
+            grad_scale,
+            found_inf,
+            self.group["backend"],
+        )
+        if not self.outs:
+            advance(counters, True, found_inf)
+        self._copy_back()
+
     def _generator(self, counters: Tensor) -> tuple[Any, ...]:
         group = self.group
         rounding = group["stochastic_rounding"]
