@@ -25,9 +25,9 @@ from .loop import (
     run,
 )
 from .loop.batches import unpack
-from .modules import described
+from .modules import described, fingerprint, learnable, require_suitable
 from .optim import BGD
-from .posterior import Posterior, fingerprint, learnable
+from .posterior import Posterior
 from .seeds import seed_of
 
 METHODS = {"gauss-newton": 150, "bgd": 1500}
@@ -128,6 +128,7 @@ def prepare(
         )
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
+    require_suitable(learnable(model))
     if not 0 < evidence < math.inf:
         raise UsageError(f"evidence must be > 0 data points, not {evidence}; they count per training example")
     check_loader(loader, TRAINING, steps)

@@ -404,7 +404,7 @@ class Falling:
 def test_a_controller_changes_options_stops_and_resumes(tmp_path):
     from distruction import BGD
     from distruction.loop import FORGET_SET, run
-    from distruction.posterior import learnable
+    from distruction.modules import learnable
 
     def go(**more):
         model = make()
