@@ -76,7 +76,7 @@ def run(
     resumed = checkpoint.load(model)
     optimizer = make_optimizer(resumed[0] if resumed else None)
     history = [Step(**s) for s in resumed[1]["history"]] if resumed else []
-    stopped = bool(resumed and resumed[1].get("stopped"))
+    stop = len(history) if resumed and resumed[1].get("stopped") else steps
     device = next(model.parameters()).device
     if not distributed.agree(len(history), device):
         raise UsageError(f"the ranks see different checkpoints at {checkpoint.path}; put it on a shared file system")
@@ -96,7 +96,6 @@ def run(
     hidden = not progress or distributed.rank() > 0
     with deterministic(model), Progress(*columns, disable=hidden, transient=True) as bar:
         task = bar.add_task(role.title, total=steps, completed=len(history))
-        stop = len(history) if stopped else steps
         try:
             for loaded in seeded_batches(loader, seed=seed, start=len(history), stop=stop, role=role):
                 batch = batching(loaded)
@@ -121,17 +120,18 @@ def run(
                     reshard(model)
                 if callback is not None and callback(history[-1]) is True:
                     done = True
-                stopped = distributed.on_any_rank(done, device)
                 bar.update(task, completed=len(history), description=f"{role.title} loss {history[-1].loss:.3f}")
-                if checkpoint.path is not None and (stopped or len(history) < steps):
-                    late = stopped or checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
-                    due = distributed.rank() == 0 and late
+                if checkpoint.path is not None and len(history) < steps:
+                    due = distributed.rank() == 0 and checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
                     # Shards are gathered by all ranks together; else rank 0 needs nobody.
                     if distributed.of_first_rank(due, device) if gradients.sharded else due:
                         with _told_where(gradients, len(history)):
-                            checkpoint.save(optimizer, history, stopped=stopped, controller=controller)
+                            checkpoint.save(optimizer, history, controller=controller)
                         saved, saved_at = time.monotonic(), len(history)
-                if stopped:
+                # After the checkpoint, which is then there although another rank is lost.
+                if distributed.on_any_rank(done, device):
+                    if checkpoint.path is not None and (gradients.sharded or distributed.rank() == 0):
+                        checkpoint.save(optimizer, history, stopped=True, controller=controller)
                     break
         except BaseException as error:
             optimizer.zero_grad(set_to_none=True)
