@@ -318,6 +318,15 @@ def test_gauss_newton_refuses_nothing_without_need(backend, size):
     assert gauss_newton(before.to(backend.device), Options(evidence=1.0), backend) == [6, 0, 0]
 
 
+def test_gauss_newton_never_raises_a_std(backend):
+    # Not even to the smallest that it makes; and with gradients that change nothing, no rounding adds up.
+    before = posterior_of(torch.tensor([0.0, 0.05, 0.07, 1e-30] * 100), torch.tensor([1.0, 1e-6, 0.0, 1.0] * 100))
+    model = before.to(backend.device)
+    for draw in range(20):
+        gauss_newton(model, Options(evidence=1.0, counters=(draw, 0, 0)), backend)
+    assert torch.equal(model["std"][0].cpu(), before["std"][0])
+
+
 def test_gauss_newton_changes_nothing_if_found_inf(backend):
     model = make_model(backend.device)
     model["grad"][4][7] = math.inf

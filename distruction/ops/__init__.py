@@ -397,7 +397,7 @@ posterior, is a float64 scalar tensor (zero without a prior). The formulas are i
 gauss_newton = torch.ops.distruction.gauss_newton
 """Add ``evidence * g**2`` to ``1 / std**2``, g the unscaled gradient, and write the next sample into ``param``.
 
-That is ``std <- std / sqrt(1 + evidence * g**2 * std**2)``: std never grows, and never falls below float32's
+That is ``std <- std / sqrt(1 + evidence * g**2 * std**2)``: std never grows, and does not fall below float32's
 smallest normal number. ``evidence``, at least 0, is the number of data points that g**2 stands for. An element where
 ``|g * std * sqrt(evidence)|`` is more than 2**126 or not a number keeps its std, and ``counters[2]`` becomes 1.
 ``counters[1]`` becomes 0, as after every update. The source is in `distruction.ops.reference.gauss_newton`.
