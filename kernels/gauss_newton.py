@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .approximate import reciprocal, square_root
 from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
-from .philox import words_and_normals
+from .philox import KEYS, words_and_normals
 from .sample import rounded
 from .step import amp_scalars
 from .tables import finish, key_schedule, launches, mutated, on
@@ -21,7 +21,7 @@ _LARGEST = tl.constexpr(2.0**126)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
-@triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", "keys", "root_evidence"])
+@triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", "root_evidence", *KEYS])
 def gauss_newton_kernel(
     records,
     tensor_of_chunk,
@@ -30,8 +30,8 @@ def gauss_newton_kernel(
     grad_scale,
     found_inf,
     chunk,
-    keys,
     root_evidence,
+    k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -39,7 +39,7 @@ def gauss_newton_kernel(
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
-):
+):  # fmt: skip
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     if found_inf is not None:
         end = tl.where(tl.load(found_inf) == 0.0, end, 0)
@@ -49,6 +49,7 @@ def gauss_newton_kernel(
     if grad_scale is not None:
         scale = root_evidence / tl.load(grad_scale)
     stream = tl.load(record + STREAM).to(tl.uint32)
+    keys = (k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19)
     draw = tl.load(counters)
     param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
     mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
@@ -95,8 +96,8 @@ def gauss_newton(
         for launch, arguments in launches({"mean": mean, "std": std, "param": param}, [grad], offsets, streams):
             gauss_newton_kernel[(launch.chunks,)](
                 counters=counters,
-                keys=key_schedule(seed),
                 root_evidence=math.sqrt(evidence),
+                **key_schedule(seed),
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],
                 ANTITHETIC=antithetic,
