@@ -30,11 +30,17 @@ else:
 
 
 Run = tuple[int, int, int]
+_ORDINARY = {Tensor, nn.Parameter}
 
 
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor (replicated ones included)."""
     return isinstance(t, DTensor)
+
+
+def are_ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
+    return set(map(type, tensors)) <= _ORDINARY
 
 
 def local(t: Tensor) -> Tensor:
