@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Run = tuple[int, int, int]
+_ORDINARY = {Tensor, nn.Parameter}
 
 _ORDINARY = (Tensor, nn.Parameter)
 
@@ -43,6 +44,11 @@ def _is_dtensor(t: Any) -> "TypeGuard[DTensor]":
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor (replicated ones included)."""
     return _is_dtensor(t)
+
+
+def are_ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
+    return set(map(type, tensors)) <= _ORDINARY
 
 
 def local(t: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class Groups(torch.optim.Optimizer):
     def _members(self, index: int, params: list[Tensor]) -> Members:
         group = self.param_groups[index]
         streams = [group["first_stream"] + self._position[p] for p in params]
-        return Members(group, params, [self._state(index, p) for p in params], streams)
+        return Members(group, params, [self.state[p] or self._state(index, p) for p in params], streams)
 
     def _state(self, index: int, p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
