@@ -16,12 +16,12 @@ from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
 from .prepare import total_evidence
-from .strength import DualAscent, ForgetSet, Probability, examined
+from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
 STEPS, MOST_STEPS = 150, 400
-"""BGD updates with a given lambda, and at most where lambda is found."""
+"""Updates with a given lambda, and at most where lambda is found."""
 LARGEST_RATIO = 1e5
 """Data points that the objective may weigh against the posterior, where that does not say how many it stands for."""
 
@@ -68,7 +68,7 @@ def forget(
     level: float | None = None,
     data_per_step: float = 100.0,
     lr: float = 1.0,
-    mc_samples: int = 2,
+    mc_samples: int = 0,
     seed: int = 0,
     backend: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -106,8 +106,10 @@ def forget(
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
             not seen is likely to be: that of samples of p, from its metadata, or 0.9.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
-        lr: step size of the mean at the start; with a given lambda it decays to 0 along a cosine.
-        mc_samples: forward and backward passes per update; even numbers use antithetic pairs.
+        lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps.
+        mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
+            E_q[U] by so many samples, each with a forward and a backward pass (even numbers use antithetic pairs), and
+            the stds learned with the means.
         seed: of the draws and of the batches' order.
         backend: see `distruction.ops`.
         checkpoint, checkpoint_seconds, checkpoint_steps, keep_checkpoint, release_gradients, progress: see
@@ -136,6 +138,8 @@ def forget(
         steps = MOST_STEPS if automatic else STEPS
     if steps < 1:
         raise UsageError(f"steps must be >= 1, not {steps}")
+    if not isinstance(mc_samples, int) or mc_samples < 0:
+        raise UsageError(f"mc_samples must be an integer >= 0 (0: at the means), not {mc_samples!r}")
     if isinstance(previous, ForgetReport):
         previous = previous.posterior
     identity = posterior.fingerprint()
@@ -175,7 +179,9 @@ def forget(
             lr=lr,
             std_init=prior if resumed is None else resumed,
             data_per_step=data_per_step,
-            mc_samples=mc_samples,
+            mc_samples=max(1, mc_samples),
+            at_means=mc_samples == 0,
+            learn_std=mc_samples > 0,
             prior=prior,
             kl_weight=0.5 if automatic else kl_weight,
             max_std=prior.largest_std(),
@@ -186,7 +192,7 @@ def forget(
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr if automatic else lr * cosine(len(history), steps)
+            group["lr"] = lr * (cosine(len(history) % CYCLE, CYCLE) if automatic else cosine(len(history), steps))
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Run = tuple[int, int, int]
 _ORDINARY = {Tensor, nn.Parameter}
 
-_ORDINARY = (Tensor, nn.Parameter)
-
 
 @functools.cache
 def _dtensor() -> type:

@@ -36,7 +36,7 @@ class BGD(Groups):
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
             ``prior``, for a posterior as ``std_init``, and for `posterior`). A group may have each option of its own
-            but ``prior``, ``sample_group``, ``release_gradients`` and ``statistic``, and lies on one device.
+            but ``prior``, ``sample_group``, ``release_gradients``, ``statistic`` and ``at_means``, and lies on one device.
         lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
             step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
         std_init: standard deviation that every parameter starts from, or a `Posterior` to start from.
@@ -62,6 +62,8 @@ class BGD(Groups):
         max_std: cap on std; ``None`` is the (largest) initial one, infinity is off. The published rule is
             ``max_mean_step=max_log_std_step=max_std=math.inf``; alone it tends to diverge.
         learn_mean, learn_std: whether to update them.
+        at_means: take the gradients at the means: the parameters hold them in ``train()`` mode as well, and nothing is
+            sampled. The stds scale the steps and are kept, so that it needs ``learn_std=False``.
         stochastic_rounding: round samples stochastically into bfloat16 parameters.
         maximize: ascend the loss.
         seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone, so all
@@ -110,6 +112,7 @@ class BGD(Groups):
         max_std: float | None = None,
         learn_mean: bool = True,
         learn_std: bool = True,
+        at_means: bool = False,
         stochastic_rounding: bool = False,
         maximize: bool = False,
         seed: int = 0,
@@ -131,6 +134,7 @@ class BGD(Groups):
             "max_std": max_std,
             "learn_mean": learn_mean,
             "learn_std": learn_std,
+            "at_means": at_means,
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "seed": seed,
@@ -177,7 +181,7 @@ class BGD(Groups):
                 "part in all of them: add it after the step that completes the update"
             )
         initial = param_group.get("std_init", self._std_init)
-        common = {k: self.defaults[k] for k in ("statistic",)}
+        common = {k: self.defaults[k] for k in ("statistic", "at_means")}
         common |= {"release_gradients": self._release_gradients, "sample_group": self._sample_group}
         options.check_own(param_group, common)
         options.check_values({k: v for k, v in param_group.items() if v is not None or k != "max_std"})
@@ -189,7 +193,7 @@ class BGD(Groups):
         try:
             group["kl_weight"] = options.check_weight(group["kl_weight"], self._prior)
             given = {**group, "prior": self._prior, "sample_group": self._sample_group}
-            options.check_statistic(group["statistic"], given)
+            options.check_kind(given)
             sources = {"a posterior as std_init": initial, "prior": self._prior}
             options.check_parameters(group, sources, self._sample_group)
         except UsageError:

@@ -67,6 +67,7 @@ OPTIONS = {
         Option("max_std", _is_positive, "> 0"),
         Option("learn_mean", _is_flag, _TRUTH),
         Option("learn_std", _is_flag, _TRUTH),
+        Option("at_means", _is_flag, _TRUTH, of_group=False),
         Option("stochastic_rounding", _is_flag, _TRUTH),
         Option("maximize", _is_flag, _TRUTH),
         Option("seed", lambda v: _is_integer(v) and -(2**63) <= v < 2**63, "an integer of 64 bits, signed"),
@@ -150,17 +151,24 @@ def check_weight(weight: float | Tensor | None, prior: Posterior | None) -> floa
     return weight
 
 
-def check_statistic(statistic: str, options: Mapping[str, Any]) -> None:
-    """Refuse what does not go with the Gauss-Newton statistic, which learns stds alone from one gradient a step."""
-    if statistic == "bgd":
-        return
-    needs = {"learn_mean": False, "learn_std": True, "mc_samples": 1, "prior": None, "sample_group": None}
+_GAUSS_NEWTON = {"learn_mean": False, "learn_std": True, "mc_samples": 1, "prior": None, "sample_group": None}
+_AT_MEANS = {"statistic": "bgd", "learn_std": False, "mc_samples": 1, "sample_group": None}
+
+
+def check_kind(options: Mapping[str, Any]) -> None:
+    """Refuse what does not go with the Gauss-Newton statistic, or with gradients at the means."""
+    if options["statistic"] == "gauss-newton":
+        reason = "it learns the stds around given means, from one gradient a step"
+        _check_needs('statistic="gauss-newton"', _GAUSS_NEWTON, options, f'{reason}; statistic="bgd" has the rest')
+    if options["at_means"]:
+        reason = "a gradient at the means says nothing about the stds, and there is one of it"
+        _check_needs("at_means", _AT_MEANS, options, f"{reason}; leave at_means out for samples")
+
+
+def _check_needs(what: str, needs: Mapping[str, Any], options: Mapping[str, Any], why: str) -> None:
     for name, needed in needs.items():
         if name in options and options[name] != needed:
-            raise UsageError(
-                f'statistic="gauss-newton" needs {name}={needed}: it learns the stds around given means, from one '
-                'gradient a step; statistic="bgd" has the rest'
-            )
+            raise UsageError(f"{what} needs {name}={needed!r}: {why}")
 
 
 def check_parameters(group: Mapping[str, Any], sources: Mapping[str, Any], sample_group: Any) -> None:

@@ -42,11 +42,14 @@ class Members:
 
     def sample(self, counters: Tensor) -> None:
         """Write the sample of the current draw into the parameters."""
-        ops.sample(self.outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
+        if not self.group["at_means"]:
+            ops.sample(self.outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
         self._copy_back()
 
     def expected(self, counters: Tensor) -> list[Tensor]:
         """What `sample` would write into each parameter, and has written unless somebody else did since."""
+        if self.group["at_means"]:
+            return [local(s["mean"]).to(t.dtype) for s, t in zip(self._states, self._held, strict=True)]
         made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self._held]
         outs = self.pieces.of(made)
         ops.sample(outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
@@ -162,6 +165,10 @@ class Members:
         return self.pieces.of([_gradient(p) for p in self.params])
 
     def _copy_back(self) -> None:
+        if self.group["at_means"]:
+            if self._held:
+                torch._foreach_copy_(self._held, [local(s["mean"]) for s in self._states])
+            return
         if self._buffers is self._held:
             return
         for held, buffer in zip(self._held, self._buffers, strict=True):
