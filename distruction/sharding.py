@@ -46,6 +46,8 @@ def is_sharded(t: Tensor) -> bool:
 
 def are_ordinary(tensors: Iterable[Tensor]) -> bool:
     """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
+    if torch.compiler.is_compiling():  # torch 2.8 cannot trace sets of types
+        return not any(is_sharded(t) for t in tensors)
     return set(map(type, tensors)) <= _ORDINARY
 
 
