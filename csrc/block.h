@@ -33,7 +33,8 @@ static inline Entry entry_of(const Model& m, int64_t i) {
   t.stream = static_cast<uint32_t>(m.stream[i]);
   if (m.param) t.param = m.param[i], t.param_type = static_cast<uint8_t>(m.param_type[i]);
   if (m.grad) t.grad = m.grad[i], t.grad_type = static_cast<uint8_t>(m.grad_type[i]);
-  if (m.m1) t.m1 = m.m1[i], t.m2 = m.m2[i];
+  if (m.m1) t.m1 = m.m1[i];
+  if (m.m2) t.m2 = m.m2[i];
   if (m.grad_mean) t.m1 = m.grad_mean[i], t.m2 = m.grad_std[i];
   if (m.prior_mean) t.prior_mean = m.prior_mean[i], t.prior_std = m.prior_std[i];
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
@@ -149,25 +150,38 @@ DISTRUCTION_FN void sample_group(const Entry& t, const Group<n>& g, const Draw& 
   write_sample(t, g, draw, stochastic_rounding, mean, std);
 }
 
+// Adds x to what an array holds or, in the first accumulation, writes it there.
 template <int n>
+DISTRUCTION_FN void add(float* p, const Group<n>& g, bool first, float (&x)[n]) {
+  if (!first) {
+    float sum[n];
+    load(p, g, sum);
+    for (int j = 0; j < n; ++j) x[j] += sum[j];
+  }
+  store(p, g, x);
+}
+
+template <bool pair, int n>
 DISTRUCTION_FN void accumulate_group(
     const Entry& t, const Group<n>& g, const Draw& draw, const Draw& next, bool stochastic_rounding,
-    float grad_scale) {
-  uint32_t words[n];
-  float grad[n], eps[n], x[n];
-  load_grad(t, g, grad_scale, grad);
-  words_and_normals(draw, t.stream, g, words, eps);
-  load(t.m1, g, x);
-  for (int j = 0; j < n; ++j) x[j] += grad[j];
-  store(t.m1, g, x);
-  load(t.m2, g, x);
-  for (int j = 0; j < n; ++j) x[j] += grad[j] * eps[j];
-  store(t.m2, g, x);
+    const Accumulation& a) {
+  float grad[n];
+  load_grad(t, g, a.grad_scale, grad);
+  if (pair) {
+    store(t.m1, g, grad);
+  } else {
+    uint32_t words[n];
+    float eps[n];
+    words_and_normals(draw, t.stream, g, words, eps);
+    for (int j = 0; j < n; ++j) eps[j] *= grad[j];
+    add(t.m2, g, a.first, eps);
+    add(t.m1, g, a.first, grad);
+  }
   sample_group(t, g, next, stochastic_rounding);
 }
 
 // Adds the KL of the updated posterior to `kl` and clears `finite` where an element was kept as it was.
-template <bool with_prior, bool with_statistics, int n>
+template <bool with_prior, Statistics statistics, int n>
 DISTRUCTION_FN void step_group(
     const Entry& t, const Group<n>& g, const Draw& draw, const Draw& next, bool stochastic_rounding, const Update& u,
     double& kl, bool& finite) {
@@ -181,15 +195,18 @@ DISTRUCTION_FN void step_group(
   }
   load_grad(t, g, u.grad_scale, s1);
   words_and_normals(draw, t.stream, g, words, s2);
-  for (int j = 0; j < n; ++j) s2[j] *= s1[j];
-  if (with_statistics) {
-    const float zero[n] = {};
+  if (statistics != Statistics::kPair)
+    for (int j = 0; j < n; ++j) s2[j] *= s1[j];
+  if (statistics != Statistics::kNone) {
     load(t.m1, g, x);
-    for (int j = 0; j < n; ++j) s1[j] += x[j];
+    for (int j = 0; j < n; ++j) {
+      if (statistics == Statistics::kPair) s2[j] *= s1[j] - x[j];
+      s1[j] += x[j];
+    }
+  }
+  if (statistics == Statistics::kSums) {
     load(t.m2, g, x);
     for (int j = 0; j < n; ++j) s2[j] += x[j];
-    store(t.m1, g, zero);
-    store(t.m2, g, zero);
   }
   for (int j = 0; j < n; ++j) {
     const float prior_mu = with_prior ? prior_mean[j] : 0.0f, prior_sigma = with_prior ? prior_std[j] : 1.0f;

@@ -121,6 +121,15 @@ DISTRUCTION_FN void kl_with_gradients(F mean, F std, F prior_mean, F prior_std, 
   grad_std = d * (2.0f + d) * reciprocal(std);
 }
 
+// How an update's statistics are kept: not at all, for one sample; the first gradient of an antithetic pair, in m1; or the
+// sums of g and g * eps, in m1 and m2.
+enum class Statistics { kNone, kPair, kSums };
+
+struct Accumulation {
+  float grad_scale;
+  bool first;  // of an update: its statistics overwrite the last one's
+};
+
 struct Update {
   float lr, kl_weight;
   float grad_scale;       // multiplies the gradient: the inverse of GradScaler's scale

@@ -52,7 +52,7 @@ DISTRUCTION_FN Update update_of(
   Update u;
   u.lr = lr;
   u.kl_weight = with_prior ? kl_weight : 0.0f;
-  u.grad_scale = 1.0f / grad_scale;
+  u.grad_scale = inverse(grad_scale);
   u.statistic_scale = o.loss_scale * (1.0f - u.kl_weight) / static_cast<float>(samples);
   u.max_mean_step = o.max_mean_step;
   u.max_a = o.max_a;

@@ -50,6 +50,15 @@ DISTRUCTION_FN bool all_below(float value, float bound) { return value < bound; 
 DISTRUCTION_FN float square_root(float value) { return sqrtf(value); }
 DISTRUCTION_FN float reciprocal(float value) { return 1.0f / value; }
 
+// 1 / value correctly rounded, whatever the compiler's flags say of divisions: that of a power of two is exact.
+DISTRUCTION_FN float inverse(float value) {
+#if defined(__CUDA_ARCH__)
+  return __frcp_rn(value);
+#else
+  return 1.0f / value;
+#endif
+}
+
 // The 64-bit product of two words, as its high and its low word.
 DISTRUCTION_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 #if defined(__CUDA_ARCH__)

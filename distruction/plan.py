@@ -38,7 +38,7 @@ class Options:
 
     Attributes:
         batch_size: examples in a forward pass.
-        mc_samples: Monte Carlo samples of an update; more than one keeps the statistics m1 and m2.
+        mc_samples: Monte Carlo samples of an update; an antithetic pair keeps the statistics m1, more of them m2 too.
         release_gradients: see `distruction.BGD`.
         prior_std, prior_mean: how the prior of `forget` is kept; see `distruction.Posterior.compress`.
         offload_prior: the prior stays in the CPU's memory.
@@ -205,7 +205,9 @@ def _phases(
         "posterior std": 4 * n,
     }
     if options.mc_samples > 1:
-        resident |= {"statistics m1": 4 * n, "statistics m2": 4 * n}
+        resident["statistics m1"] = 4 * n
+    if options.mc_samples > 2:
+        resident["statistics m2"] = 4 * n
     # A released gradient is taken by itself, so that no more than one tensor is there.
     taken = max(elements) if options.release_gradients else n
     gradients = taken * dtype.itemsize

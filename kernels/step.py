@@ -47,11 +47,13 @@ def accumulate_kernel(
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    STATISTICS: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
+    """STATISTICS: the arrays that are kept: 1, the first gradient of a pair, or 2, the sums of g and g * eps."""
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     if found_inf is not None:
         end = tl.where(tl.load(found_inf) == 0.0, end, 0)
@@ -65,16 +67,21 @@ def accumulate_kernel(
     mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)
     std_p = pointer(record + STD, start, tl.float32, ALIGNED)
     m1_p = pointer(record + M1, start, tl.float32, ALIGNED)
-    m2_p = pointer(record + M2, start, tl.float32, ALIGNED)
+    if STATISTICS == 2:
+        m2_p = pointer(record + M2, start, tl.float32, ALIGNED)
+        adds = tl.load(counters + 1) != 0  # an update's first sample overwrites
     grad_p = pointer(fresh + tensor, start, GRAD_TYPE, ALIGNED)
     for first in range(begin // BLOCK * BLOCK, end, BLOCK):
         i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
         grad = load(grad_p + i, inside, ALIGNED) * inverse_scale
-        m1 = load(m1_p + i, inside, ALIGNED)
-        m2 = load(m2_p + i, inside, ALIGNED)
-        _, eps = words_and_normals(group, group_high, first, stream, draw, keys, ANTITHETIC, BLOCK, TARGET)
-        tl.store(m1_p + i, m1 + grad, inside)
-        tl.store(m2_p + i, tl.fma(grad, eps, m2), inside)
+        if STATISTICS == 2:
+            m1 = tl.load(m1_p + i, inside & adds, 0.0)
+            m2 = tl.load(m2_p + i, inside & adds, 0.0)
+            _, eps = words_and_normals(group, group_high, first, stream, draw, keys, ANTITHETIC, BLOCK, TARGET)
+            tl.store(m1_p + i, m1 + grad, inside)
+            tl.store(m2_p + i, tl.fma(grad, eps, m2), inside)
+        else:
+            tl.store(m1_p + i, grad, inside)
         mean = load(mean_p + i, inside, ALIGNED)
         std = load(std_p + i, inside, ALIGNED)
         words, eps = words_and_normals(group, group_high, first, stream, draw + 1, keys, ANTITHETIC, BLOCK, TARGET)
@@ -116,7 +123,8 @@ def step_kernel(
 ):  # fmt: skip
     """The update, the KL's partial sum and the next sample.
 
-    PRIOR, STATISTICS: there is a prior; there are sums over earlier samples.
+    PRIOR: there is one.
+    STATISTICS: arrays that earlier samples left: none, the first gradient of a pair, or two sums.
     BOUNDED: the bounds are finite and |change of log std| is at most 1, which saves operations.
     """
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
@@ -149,6 +157,7 @@ def step_kernel(
     grad_p = pointer(fresh + tensor, start, GRAD_TYPE, ALIGNED)
     if STATISTICS:
         m1_p = pointer(record + M1, start, tl.float32, ALIGNED)
+    if STATISTICS == 2:
         m2_p = pointer(record + M2, start, tl.float32, ALIGNED)
     if PRIOR:
         prior_mean_p = pointer(record + PRIOR_MEAN, start, tl.float32, ALIGNED)
@@ -169,10 +178,12 @@ def step_kernel(
         scales = of_groups_inside(scale, first, end, BLOCK, ALIGNED)
         if STATISTICS:
             grad = grad * of_groups_inside(inverse_scale, first, end, BLOCK, ALIGNED)
-            s1 = (load(m1_p + i, inside, ALIGNED) + grad) * scales
-            s2 = tl.fma(grad, eps, load(m2_p + i, inside, ALIGNED)) * scales
-            tl.store(m1_p + i, tl.zeros([BLOCK], tl.float32), stored)
-            tl.store(m2_p + i, tl.zeros([BLOCK], tl.float32), stored)
+            m1 = load(m1_p + i, inside, ALIGNED)
+            s1 = (m1 + grad) * scales
+            if STATISTICS == 2:
+                s2 = tl.fma(grad, eps, load(m2_p + i, inside, ALIGNED)) * scales
+            else:
+                s2 = (grad - m1) * scales * eps
         else:
             s1 = grad * scales
             s2 = s1 * eps
@@ -271,6 +282,7 @@ def accumulate(
                 **key_schedule(seed),
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],
+                STATISTICS=2 if m2 else 1,
                 ANTITHETIC=antithetic,
                 STOCHASTIC=stochastic_rounding,
                 **amp,
@@ -327,7 +339,7 @@ def step(
             "max_a": math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf,
             "max_std": float(max_std),
             "PRIOR": bool(prior_mean),
-            "STATISTICS": bool(m1),
+            "STATISTICS": 2 if m2 else 1 if m1 else 0,
             "BOUNDED": max_log_std_step <= 1 and max_mean_step < math.inf and max_std < math.inf,
             "LEARN_MEAN": learn_mean,
             "LEARN_STD": learn_std,
@@ -353,5 +365,5 @@ def step(
             )
             first += launch.chunks
         finish(counters, amp["found_inf"], partial, total, advance=True, updated=True)
-    mutated(param, mean, std, m1, m2, [counters])
+    mutated(param, mean, std, [counters])
     return total

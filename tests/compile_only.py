@@ -29,8 +29,11 @@ TARGETS = {
 SEEDS = (0, 1, 2, 2**32, secrets.randbits(63))
 TYPES = ("float32", "bfloat16", "float16")
 LISTS_THAT_MAY_BE_EMPTY = {
-    "step": {"m1": "statistics", "m2": "statistics", "prior_mean": "prior", "prior_std": "prior"}
+    "accumulate": {"m2": {"sums"}},
+    "step": {"m1": {"pair", "sums"}, "m2": {"sums"}, "prior_mean": {"prior"}, "prior_std": {"prior"}},
 }
+"""By op: the choices with which they are not empty."""
+STATISTICS = {"accumulate": ("pair", "sums"), "step": ("none", "pair", "sums")}
 
 
 class Driver:
@@ -55,8 +58,10 @@ def options_of(op):
     options = {"aligned": (True, False)}
     for argument in op.default._schema.arguments:
         name, kind = argument.name, str(argument.type)
-        if name in LISTS_THAT_MAY_BE_EMPTY.get(op.__name__, ()):
-            options[LISTS_THAT_MAY_BE_EMPTY[op.__name__][name]] = (True, False)
+        if name in ("m1", "m2"):
+            options["statistics"] = STATISTICS[op.__name__]
+        elif name in ("prior_mean", "prior_std"):
+            options["prior"] = ("prior", "none")
         elif name in ("param", "out", "grad"):
             options[name] = TYPES
         elif kind in ("bool", "Optional[Tensor]"):
@@ -76,7 +81,8 @@ def call(op, choice, *, seed=3, tensors=1, number=0.5, counters=None):
     for argument in op.default._schema.arguments:
         name, kind = argument.name, str(argument.type)
         if kind == "List[Tensor]":
-            given = choice.get(LISTS_THAT_MAY_BE_EMPTY.get(op.__name__, {}).get(name), True)
+            when = LISTS_THAT_MAY_BE_EMPTY.get(op.__name__, {}).get(name)
+            given = when is None or bool(when & {choice.get("statistics"), choice.get("prior")})
             kept = [tensor(choice.get(name, "float32"), choice["aligned"]) for _ in range(tensors)]
             arguments[name] = kept if given else []
         elif kind == "List[int]":
@@ -90,7 +96,8 @@ def call(op, choice, *, seed=3, tensors=1, number=0.5, counters=None):
         elif kind == "Tensor":
             arguments[name] = torch.tensor(number)
         elif kind == "bool":
-            arguments[name] = choice[name]
+            # A pair is antithetic.
+            arguments[name] = choice[name] or (name == "antithetic" and choice.get("statistics") == "pair")
         elif kind == "int":
             arguments[name] = seed
         else:

@@ -13,7 +13,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# A target costs 15 seconds of a core. The budgets' tests compile the kernels' main variants for all four; these
+# two cover both compilers.
+TARGETS = (
+    "sm_90",
+    "gfx942",
+    *(pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100")),
+)
 
 
 def compiled(target, folder):
@@ -34,6 +40,7 @@ def test_every_op_and_every_pair_of_options_compiles_once_whatever_the_seed(targ
     assert not found["failures"], "\n\n".join(found["failures"])
     for op, choices in found["choices"].items():
         assert found["compiled"][op] == choices, f"{op}: {found['compiled'][op]} variants for {choices} choices"
-    # For found_inf or none of it: an accumulation; a step, with a prior or without. And the KL alone.
-    assert found["compiled"]["finish"] == 7
+    # For found_inf or none of it: an accumulation; a step, with a prior or without; a Gauss-Newton update, which has no
+    # KL. And the KL alone.
+    assert found["compiled"]["finish"] == 9
     assert set(found["compiled_for_other_values"].values()) == {0}, f"seed {found['seed']}: {found}"

@@ -20,10 +20,12 @@ MOST_INSTRUCTIONS, MOST_REGISTERS = (110, 56) if CURRENT else (115, 64)
 BYTES = {
     "sample": 4 * 3,
     "accumulate": 4 * 8,
+    "accumulate, pair": 4 * 5,
     "step": 4 * 8,
     "step, unbounded": 4 * 8,
     "step, grad_scale and found_inf": 4 * 8,
-    "step, K > 1": 4 * 12,
+    "step, pair": 4 * 9,
+    "step, K > 2": 4 * 10,
     "step, fixed mean": 4 * 7,
     "step without prior": 4 * 6,
     "step without prior, fixed mean": 4 * 5,

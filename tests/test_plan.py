@@ -30,7 +30,7 @@ def held(opt):
     return sums
 
 
-@pytest.mark.parametrize("mc_samples", [1, 2])
+@pytest.mark.parametrize("mc_samples", [1, 2, 4])
 @pytest.mark.parametrize("dtype", plan.DTYPES)
 def test_what_stays_is_what_the_optimizer_and_the_posterior_hold(mc_samples, dtype):
     model = convolutional().to(plan.DTYPES[dtype])
@@ -50,8 +50,7 @@ def test_what_stays_is_what_the_optimizer_and_the_posterior_hold(mc_samples, dty
         "posterior mean": state["mean"],
         "posterior std": state["std"],
     }
-    if mc_samples > 1:
-        expected |= {"statistics m1": state["m1"], "statistics m2": state["m2"]}
+    expected |= {f"statistics {name}": state[name] for name in ("m1", "m2") if name in state}
     assert prepared.resident == expected
     assert sum(forgotten.resident.values()) == sum(expected.values()) + prior.nbytes
     assert prepared.gradients == sum(p.grad.nbytes for p in model.parameters())
@@ -195,5 +194,5 @@ def test_the_plan_of_vit_h():
     found = plan.plan("vit_huge_patch14_224", (3, 224, 224), batch_size=1)
     # The published count of ViT-H/14 is 632 M (Dosovitskiy et al. 2020, table 1).
     assert found.parameters == pytest.approx(632e6, rel=0.001)
-    assert found.phases[0].peak > 24 * found.parameters
+    assert found.phases[0].peak > 20 * found.parameters
     assert found.phases[1].peak > 32 * found.parameters

@@ -69,6 +69,7 @@ class Options:
     loss_scale: float = 50.0
     prior: bool = True
     statistics: bool = False
+    pair: bool = False
     antithetic: bool = False
     stochastic_rounding: bool = False
     max_mean_step: float = 0.1
@@ -92,7 +93,7 @@ def step(model, o, backend=None):
     counters = torch.tensor(o.counters, device=device)
     arguments = (
         *(model[name] for name in ("param", "mean", "std", "grad")),
-        *((model["m1"], model["m2"]) if o.statistics else ([], [])),
+        *(model["m1"] if o.statistics or o.pair else [], model["m2"] if o.statistics else []),
         *((model["prior_mean"], model["prior_std"]) if o.prior else ([], [])),
         *(torch.tensor(o.lr, device=device), torch.tensor(o.kl_weight, device=device), o.loss_scale),
         *(model.offsets, model.streams, SEED, counters, o.antithetic, o.stochastic_rounding),

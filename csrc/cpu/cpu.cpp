@@ -102,7 +102,7 @@ using namespace distruction;
 #define DISTRUCTION_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of the interface, so that a stale library is noticed.
-DISTRUCTION_API int32_t distruction_abi() { return 3; }
+DISTRUCTION_API int32_t distruction_abi() { return 4; }
 
 // The name of instruction set `set`, best first, or null past the last; `usable` says whether this CPU has it.
 DISTRUCTION_API const char* distruction_cpu_set(int32_t set, int32_t* usable) {
@@ -127,8 +127,9 @@ DISTRUCTION_API void distruction_cpu_accumulate(
     int32_t set, ParallelFor parallel_for, int64_t threads, const Model* m, const Options* o) {
   const Draw draw = draw_of(static_cast<uint64_t>(m->seed), m->counters[0], m->antithetic);
   const Draw next = draw_of(static_cast<uint64_t>(m->seed), m->counters[0] + 1, m->antithetic);
+  const Accumulation a{inverse(o->grad_scale), m->counters[1] == 0};
   for_each_chunk(Chunks(*m), parallel_for, threads,
-                 [&](int64_t, Range r) { kernels(set).accumulate(*m, r, draw, next, 1.0f / o->grad_scale); });
+                 [&](int64_t, Range r) { kernels(set).accumulate(*m, r, draw, next, a); });
   m->counters[0] += 1;
   m->counters[1] += 1;
 }
@@ -156,7 +157,7 @@ DISTRUCTION_API double distruction_cpu_step(
 DISTRUCTION_API void distruction_cpu_gauss_newton(
     int32_t set, ParallelFor parallel_for, int64_t threads, const Model* m, const Options* o) {
   const Draw next = draw_of(static_cast<uint64_t>(m->seed), m->counters[0] + 1, m->antithetic);
-  const float grad_scale = o->root_evidence / o->grad_scale;
+  const float grad_scale = o->root_evidence * inverse(o->grad_scale);
   std::atomic<bool> all_finite{true};
   for_each_chunk(Chunks(*m), parallel_for, threads, [&](int64_t, Range r) {
     bool finite = true;

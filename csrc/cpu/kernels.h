@@ -18,7 +18,7 @@ struct Kernels {
   const char* name;
   void (*words)(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out);
   void (*sample)(const Model&, Range, Draw);
-  void (*accumulate)(const Model&, Range, Draw, Draw next, float grad_scale);
+  void (*accumulate)(const Model&, Range, Draw, Draw next, const Accumulation&);
   // The KL of the updated posterior; `finite` is cleared where an update was refused.
   double (*step)(const Model&, Range, Draw, Draw next, const Update&, bool& finite);
   void (*gauss_newton)(const Model&, Range, Draw next, float grad_scale, bool& finite);

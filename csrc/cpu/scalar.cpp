@@ -25,27 +25,31 @@ void sample(const Model& m, Range r, Draw draw) {
   for_each_group(m, r, [&](const Entry& t, auto group) { sample_group(t, group, draw, m.stochastic_rounding); });
 }
 
-void accumulate(const Model& m, Range r, Draw draw, Draw next, float grad_scale) {
+void accumulate(const Model& m, Range r, Draw draw, Draw next, const Accumulation& a) {
   for_each_group(m, r, [&](const Entry& t, auto group) {
-    accumulate_group(t, group, draw, next, m.stochastic_rounding, grad_scale);
+    m.m2 ? accumulate_group<false>(t, group, draw, next, m.stochastic_rounding, a)
+         : accumulate_group<true>(t, group, draw, next, m.stochastic_rounding, a);
   });
 }
 
-template <bool with_prior, bool with_statistics>
+template <bool with_prior, Statistics statistics>
 double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
   double kl = 0;
   for_each_group(m, r, [&](const Entry& t, auto group) {
-    step_group<with_prior, with_statistics>(t, group, draw, next, m.stochastic_rounding, u, kl, finite);
+    step_group<with_prior, statistics>(t, group, draw, next, m.stochastic_rounding, u, kl, finite);
   });
   return kl;
 }
 
+template <bool with_prior>
+double step_of(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  if (!m.m1) return step_range<with_prior, Statistics::kNone>(m, r, draw, next, u, finite);
+  return m.m2 ? step_range<with_prior, Statistics::kSums>(m, r, draw, next, u, finite)
+              : step_range<with_prior, Statistics::kPair>(m, r, draw, next, u, finite);
+}
+
 double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  if (m.prior_mean)
-    return m.m1 ? step_range<true, true>(m, r, draw, next, u, finite)
-                : step_range<true, false>(m, r, draw, next, u, finite);
-  return m.m1 ? step_range<false, true>(m, r, draw, next, u, finite)
-              : step_range<false, false>(m, r, draw, next, u, finite);
+  return m.prior_mean ? step_of<true>(m, r, draw, next, u, finite) : step_of<false>(m, r, draw, next, u, finite);
 }
 
 void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& finite) {

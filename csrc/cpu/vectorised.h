@@ -262,30 +262,47 @@ void sample(const Model& m, Range r, Draw draw) {
   end_of_stream();
 }
 
+template <bool pair>
 DISTRUCTION_NOINLINE void accumulate_piece(
-    int n, float grad_scale, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
+    int n, Accumulation a, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
     const float* __restrict mean, const float* __restrict std, float* __restrict m1, float* __restrict m2,
     float* __restrict theta, bool streamed) {
   for_each_vector(n, [=](auto access, int i) {
     const Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, Float{});
-    const Float g = access.load(grad + i, Float{}) * grad_scale;
-    access.store(m1 + i, access.load(m1 + i, Float{}) + g);
-    access.store(m2 + i, access.load(m2 + i, Float{}) + g * access.load(eps + i, Float{}));
+    Float g = access.load(grad + i, Float{}) * a.grad_scale;
+    if (!pair) {
+      Float g_eps = g * access.load(eps + i, Float{});
+      if (!a.first) {
+        g += access.load(m1 + i, Float{});
+        g_eps += access.load(m2 + i, Float{});
+      }
+      access.store(m2 + i, g_eps);
+    }
+    access.store(m1 + i, g);
     access.store_sample(theta + i, mu + sigma * access.load(next + i, Float{}), streamed);
   });
 }
 
-void accumulate(const Model& m, Range r, Draw draw, Draw next, float grad_scale) {
+template <bool pair>
+void accumulate_range(const Model& m, Range r, Draw draw, Draw next, const Accumulation& a) {
   const int64_t t = r.tensor;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
     const Samples samples{m, t, p, b};
-    samples.generate_normals(draw, next);
-    accumulate_piece(p.n, grad_scale, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, m.mean[t] + p.index,
-                     m.std[t] + p.index, m.m1[t] + p.index, m.m2[t] + p.index, samples.theta(), samples.streamed());
+    if (pair)
+      samples.generate_normals(next);
+    else
+      samples.generate_normals(draw, next);
+    accumulate_piece<pair>(p.n, a, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, m.mean[t] + p.index,
+                           m.std[t] + p.index, m.m1[t] + p.index, pair ? nullptr : m.m2[t] + p.index, samples.theta(),
+                           samples.streamed());
     samples.finish();
   });
   end_of_stream();
+}
+
+void accumulate(const Model& m, Range r, Draw draw, Draw next, const Accumulation& a) {
+  m.m2 ? accumulate_range<false>(m, r, draw, next, a) : accumulate_range<true>(m, r, draw, next, a);
 }
 
 template <bool with_gradients>
@@ -309,21 +326,22 @@ DISTRUCTION_NOINLINE double kl_piece(
   return kl;
 }
 
-template <bool with_prior, bool with_statistics>
+template <bool with_prior, Statistics statistics>
 DISTRUCTION_NOINLINE void update_piece(
     int n, Update u, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
-    float* __restrict theta, bool streamed, float* __restrict mean, float* __restrict std, float* __restrict m1,
-    float* __restrict m2, const float* __restrict prior_mean, const float* __restrict prior_std, bool& finite) {
+    float* __restrict theta, bool streamed, float* __restrict mean, float* __restrict std, const float* __restrict m1,
+    const float* __restrict m2, const float* __restrict prior_mean, const float* __restrict prior_std, bool& finite) {
   Int kept = {};
   for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
     Float s1 = access.load(grad + i, Float{}) * u.grad_scale;
-    Float s2 = s1 * access.load(eps + i, Float{});
-    if (with_statistics) {
-      s1 += access.load(m1 + i, Float{});
-      s2 += access.load(m2 + i, Float{});
-      access.store(m1 + i, Float{});
-      access.store(m2 + i, Float{});
+    Float s2 = access.load(eps + i, Float{});
+    if (statistics != Statistics::kPair) s2 *= s1;
+    if (statistics != Statistics::kNone) {
+      const Float earlier = access.load(m1 + i, Float{});
+      if (statistics == Statistics::kPair) s2 *= s1 - earlier;
+      s1 += earlier;
     }
+    if (statistics == Statistics::kSums) s2 += access.load(m2 + i, Float{});
     Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, splat<Float>(1.0f));
     const Float prior_mu = with_prior ? access.load(prior_mean + i, Float{}) : mu;
     const Float prior_sigma = with_prior ? access.load(prior_std + i, splat<Float>(1.0f)) : sigma;
@@ -337,7 +355,7 @@ DISTRUCTION_NOINLINE void update_piece(
   for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
 }
 
-template <bool with_prior, bool with_statistics>
+template <bool with_prior, Statistics statistics>
 double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
   const int64_t t = r.tensor;
   double kl = 0;
@@ -349,10 +367,10 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
     float *mean = m.mean[t] + i, *std = m.std[t] + i;
     const float* prior_mean = with_prior ? m.prior_mean[t] + i : nullptr;
     const float* prior_std = with_prior ? m.prior_std[t] + i : nullptr;
-    update_piece<with_prior, with_statistics>(
+    update_piece<with_prior, statistics>(
         p.n, u, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, samples.theta(), samples.streamed(), mean, std,
-        with_statistics ? m.m1[t] + i : nullptr, with_statistics ? m.m2[t] + i : nullptr, prior_mean, prior_std,
-        finite);
+        statistics == Statistics::kNone ? nullptr : m.m1[t] + i,
+        statistics == Statistics::kSums ? m.m2[t] + i : nullptr, prior_mean, prior_std, finite);
     // A second pass over the cached piece: one loop's chain of operations would be too long to overlap with the next's.
     if (with_prior) kl += kl_piece<false>(p.n, mean, std, prior_mean, prior_std, nullptr, nullptr);
     samples.finish();
@@ -361,12 +379,15 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
   return kl;
 }
 
+template <bool with_prior>
+double step_of(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  if (!m.m1) return step_range<with_prior, Statistics::kNone>(m, r, draw, next, u, finite);
+  return m.m2 ? step_range<with_prior, Statistics::kSums>(m, r, draw, next, u, finite)
+              : step_range<with_prior, Statistics::kPair>(m, r, draw, next, u, finite);
+}
+
 double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  if (m.prior_mean)
-    return m.m1 ? step_range<true, true>(m, r, draw, next, u, finite)
-                : step_range<true, false>(m, r, draw, next, u, finite);
-  return m.m1 ? step_range<false, true>(m, r, draw, next, u, finite)
-              : step_range<false, false>(m, r, draw, next, u, finite);
+  return m.prior_mean ? step_of<true>(m, r, draw, next, u, finite) : step_of<false>(m, r, draw, next, u, finite);
 }
 
 DISTRUCTION_NOINLINE void gauss_newton_piece(

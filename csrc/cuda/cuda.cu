@@ -85,18 +85,20 @@ __global__ void __launch_bounds__(kThreads, 4)
   for_each_group_of_thread(t, [&](auto group) { sample_group(t, group, draw, c.stochastic_rounding); });
 }
 
+template <bool pair>
 __global__ void __launch_bounds__(kThreads, 4)
     accumulate_kernel(const __grid_constant__ Table table, const __grid_constant__ Control c) {
   if (skipped(c.options)) return;
   const Entry& t = entry_of_chunk(table, blockIdx.x);
   const Draw draw = draw_of(c.seed, c.counters[0], c.antithetic);
   const Draw next = draw_of(c.seed, c.counters[0] + 1, c.antithetic);
-  const float grad_scale = 1.0f / value_of(c.options.grad_scale_pointer, c.options.grad_scale);
+  const float grad_scale = inverse(value_of(c.options.grad_scale_pointer, c.options.grad_scale));
+  const Accumulation a{grad_scale, c.counters[1] == 0};
   for_each_group_of_thread(
-      t, [&](auto group) { accumulate_group(t, group, draw, next, c.stochastic_rounding, grad_scale); });
+      t, [&](auto group) { accumulate_group<pair>(t, group, draw, next, c.stochastic_rounding, a); });
 }
 
-template <bool with_prior, bool with_statistics>
+template <bool with_prior, Statistics statistics>
 __global__ void __launch_bounds__(kThreads, 4)
     step_kernel(const __grid_constant__ Table table, const __grid_constant__ Control c) {
   const Entry& t = entry_of_chunk(table, blockIdx.x);
@@ -105,12 +107,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     const Options& o = c.options;
     const Update u = update_of(
         o, value_of(o.lr_pointer, o.lr), value_of(o.kl_weight_pointer, o.kl_weight),
-        value_of(o.grad_scale_pointer, o.grad_scale), with_statistics ? c.counters[1] + 1 : 1, with_prior);
+        value_of(o.grad_scale_pointer, o.grad_scale), statistics == Statistics::kNone ? 1 : c.counters[1] + 1, with_prior);
     const Draw draw = draw_of(c.seed, c.counters[0], c.antithetic);
     const Draw next = draw_of(c.seed, c.counters[0] + 1, c.antithetic);
     bool finite = true;
     for_each_group_of_thread(t, [&](auto group) {
-      step_group<with_prior, with_statistics>(t, group, draw, next, c.stochastic_rounding, u, kl, finite);
+      step_group<with_prior, statistics>(t, group, draw, next, c.stochastic_rounding, u, kl, finite);
     });
     if (!finite) c.counters[2] = 1;
   } else if (with_prior) {
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (skipped(c.options)) return;
   const Entry& t = entry_of_chunk(table, blockIdx.x);
   const Draw next = draw_of(c.seed, c.counters[0] + 1, c.antithetic);
-  const float grad_scale = c.options.root_evidence / value_of(c.options.grad_scale_pointer, c.options.grad_scale);
+  const float grad_scale = c.options.root_evidence * inverse(value_of(c.options.grad_scale_pointer, c.options.grad_scale));
   bool finite = true;
   for_each_group_of_thread(
       t, [&](auto group) { gauss_newton_group(t, group, next, c.stochastic_rounding, grad_scale, finite); });
@@ -141,6 +143,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   for_each_group_of_thread(t, [&](auto group) { kl_group<true>(t, group, kl); });
   kl = block_sum(kl);
   if (threadIdx.x == 0) c.partial[blockIdx.x] = kl;
+}
+
+template <bool with_prior>
+auto step_kernel_of(const Model& m) {
+  if (!m.m1) return step_kernel<with_prior, Statistics::kNone>;
+  return m.m2 ? step_kernel<with_prior, Statistics::kSums> : step_kernel<with_prior, Statistics::kPair>;
 }
 
 enum class Counting { kNothing, kSample, kUpdate };
@@ -206,7 +214,7 @@ using namespace distruction;
 #define DISTRUCTION_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of the interface, so that a stale library is noticed.
-DISTRUCTION_API int32_t distruction_abi() { return 3; }
+DISTRUCTION_API int32_t distruction_abi() { return 4; }
 
 DISTRUCTION_API const char* distruction_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -233,7 +241,8 @@ DISTRUCTION_API int32_t distruction_cuda_accumulate(
     int32_t device, cudaStream_t stream, const Model* m, const Options* o) {
   cudaError_t error = cudaSetDevice(device);
   int64_t partials = 0;
-  if (error == cudaSuccess) error = launch(accumulate_kernel, *m, control_of(*m, *o, nullptr), partials, stream);
+  const auto kernel = m->m2 ? accumulate_kernel<false> : accumulate_kernel<true>;
+  if (error == cudaSuccess) error = launch(kernel, *m, control_of(*m, *o, nullptr), partials, stream);
   if (error != cudaSuccess) return error;
   finish_kernel<<<1, kThreads, 0, stream>>>(*o, Counting::kSample, m->counters, nullptr, 0, nullptr);
   return cudaGetLastError();
@@ -241,8 +250,7 @@ DISTRUCTION_API int32_t distruction_cuda_accumulate(
 
 DISTRUCTION_API int32_t distruction_cuda_step(
     int32_t device, cudaStream_t stream, const Model* m, const Options* o, double* partial, double* kl) {
-  const auto kernel = m->prior_mean ? (m->m1 ? step_kernel<true, true> : step_kernel<true, false>)
-                                    : (m->m1 ? step_kernel<false, true> : step_kernel<false, false>);
+  const auto kernel = m->prior_mean ? step_kernel_of<true>(*m) : step_kernel_of<false>(*m);
   cudaError_t error = cudaSetDevice(device);
   int64_t partials = 0;
   if (error == cudaSuccess) error = launch(kernel, *m, control_of(*m, *o, partial), partials, stream);

@@ -54,9 +54,9 @@ _SCHEMAS = {
         + ', Tensor? grad_scale=None, Tensor? found_inf=None, str backend="auto") -> ()'
     ),
     "step": (
-        "(Tensor(a!)[] param, Tensor(b!)[] mean, Tensor(c!)[] std, Tensor[] grad, Tensor(d!)[] m1, Tensor(e!)[] m2, "
+        "(Tensor(a!)[] param, Tensor(b!)[] mean, Tensor(c!)[] std, Tensor[] grad, Tensor[] m1, Tensor[] m2, "
         "Tensor[] prior_mean, Tensor[] prior_std, Tensor lr, Tensor kl_weight, float loss_scale, "
-        + _GENERATOR.format(counters="(f!)")
+        + _GENERATOR.format(counters="(d!)")
         + ", float max_mean_step, float max_log_std_step, float max_std, bool learn_mean, bool learn_std, "
         'Tensor? grad_scale=None, Tensor? found_inf=None, str backend="auto") -> Tensor'
     ),
@@ -145,6 +145,11 @@ def _served(
     return module
 
 
+def _check_pair(m1: Sequence[Tensor], m2: Sequence[Tensor], antithetic: bool) -> None:
+    if m1 and not m2 and not antithetic:
+        raise ValueError("m1 without m2 holds the first gradient of an antithetic pair; pass m2, or antithetic=True")
+
+
 def _check_generator(mean: Sequence[Tensor], offsets: Sequence[int], streams: Sequence[int], counters: Tensor) -> None:
     if not len(offsets) == len(mean) == len(streams):
         raise ValueError(
@@ -184,7 +189,8 @@ def _accumulate_impl(
     found_inf=None,
     backend="auto",
 ):
-    _check_state(mean, std=std, m1=m1, m2=m2)
+    _check_state(mean, std=std, m1=m1, **({"m2": m2} if m2 else {}))
+    _check_pair(m1, m2, antithetic)
     _check_lists(mean, param=param, grad=grad)
     _check_generator(mean, offsets, streams, counters)
     if mean:
@@ -237,7 +243,8 @@ def _step_impl(
     _check_state(mean, std=std)
     _check_lists(mean, param=param, grad=grad)
     if m1 or m2:
-        _check_state(mean, m1=m1, m2=m2)
+        _check_state(mean, m1=m1, **({"m2": m2} if m2 else {}))
+        _check_pair(m1, m2, antithetic)
     if prior_mean or prior_std:
         _check_state(mean, prior_mean=prior_mean, prior_std=prior_std)
     _check_generator(mean, offsets, streams, counters)
@@ -339,7 +346,7 @@ def _sample_fake(out, mean, std, *args, **kwargs):
 
 @torch.library.register_fake("distruction::accumulate", lib=_library)
 def _accumulate_fake(param, m1, m2, grad, mean, std, *args, **kwargs):
-    _check_lists(mean, param=param, m1=m1, m2=m2, grad=grad, std=std)
+    _check_lists(mean, param=param, m1=m1, grad=grad, std=std, **({"m2": m2} if m2 else {}))
 
 
 @torch.library.register_fake("distruction::step", lib=_library)
@@ -381,14 +388,19 @@ sample = torch.ops.distruction.sample
 """``out <- mean + std * eps`` for the draw ``counters[0]``."""
 
 accumulate = torch.ops.distruction.accumulate
-"""Add ``grad`` and ``grad * eps`` to ``m1`` and ``m2``, advance the draw, and write the next sample into ``param``."""
+"""Add ``grad`` and ``grad * eps`` to ``m1`` and ``m2``, advance the draw, and write the next sample into ``param``.
+
+The first sample of an update (``counters[1]`` is 0) overwrites ``m1`` and ``m2`` instead, whatever they hold. With an
+empty list ``m2`` the update is of one antithetic pair, and ``m1`` takes its first gradient, which is all that `step`
+needs.
+"""
 
 step = torch.ops.distruction.step
 """The fused BGD step: update ``mean`` and ``std``, write the next sample into ``param``; returns KL(q || prior).
 
 The gradient of the last sample is in ``grad``; ``m1`` and ``m2`` hold the sums over the samples before it
-(``counters[1]`` of them) and are zeroed, or are empty lists when there is one sample. ``prior_mean`` and
-``prior_std`` are empty lists when there is no prior. ``lr`` and ``kl_weight`` are scalar tensors, so that a
+(``counters[1]`` of them), or are empty lists when there is one sample. An empty list ``m2`` alone says that the sample
+completes an antithetic pair, whose first gradient is in ``m1``. ``prior_mean`` and ``prior_std`` are empty lists when there is no prior. ``lr`` and ``kl_weight`` are scalar tensors, so that a
 schedule needs no recompilation; ``loss_scale`` multiplies the gradient. An element whose statistics or
 update are not finite keeps its mean and std, and ``counters[2]`` becomes 1. The KL, of the updated
 posterior, is a float64 scalar tensor (zero without a prior). The formulas are in `distruction.ops.reference.step`.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 """The interface that this version of the package speaks; ``distruction_abi()`` of a library must be the same."""
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -271,7 +271,7 @@ class Kernels(ABC):
                 "learn_std": learn_std,
             },
         )
-        mutated(param, m1, m2, [counters], mean if learn_mean else [], std if learn_std else [])
+        mutated(param, [counters], mean if learn_mean else [], std if learn_std else [])
         assert kl is not None
         return kl
 

@@ -256,7 +256,10 @@ class BGD(Groups):
         self._take_over()
         looks = 0 if self._now["gradients_at_sample"] else self._now["looks"]
         seeds = [group["seed"] for group in self.param_groups]
+        separated: list[Tensor] = []
         for index, group in enumerate(self.param_groups):
+            if looks:
+                separated += self._separate_pair(index, seeds[index])
             group["seed"] = _another(seeds[index], looks)
             self._draw(index)
         self._set_training(True)
@@ -269,6 +272,7 @@ class BGD(Groups):
         finally:
             if not learns:
                 self._take_over(strict=False)
+                self._drop_sums(separated)
                 for group, seed in zip(self.param_groups, seeds, strict=True):
                     group["seed"] = seed
             if not was_training:
@@ -406,7 +410,15 @@ class BGD(Groups):
         params = [p for group in self.param_groups for p in group["params"]]
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            final.update(checked(self.param_groups, list(self.defaults), self.defaults["statistic"], given))
+            final.update(
+                checked(
+                    self.param_groups,
+                    list(self.defaults),
+                    self.defaults["statistic"],
+                    given,
+                    self._sample_group is None,
+                )
+            )
             return final
 
         def adopt(_: torch.optim.Optimizer) -> None:

@@ -28,10 +28,18 @@ class Counters:
 
     def __init__(self, group: dict[str, Any], *, lead: int = 0, samplers: int = 1) -> None:
         self.group = group
+        self._in_pairs = samplers == 1 and _samples_a_pair(group) and (group["draw"] - group["accumulated"]) % 2 == 0
         self.samplers = samplers
         self.tensor: Tensor | None = None
         self.known = True
         self._lead = lead * group["mc_samples"]
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether every update takes one antithetic pair, draws 2i and 2i + 1; not once the options have changed."""
+        if self._in_pairs and not _samples_a_pair(self.group):
+            self._in_pairs = False
+        return self._in_pairs
 
     def on(self, device: torch.device) -> Tensor:
         """The device's tensor, made where it is first asked for."""
@@ -75,6 +83,10 @@ class Counters:
         completes = self.on(device)[1:2] + 1 >= self.group["mc_samples"]
         skips = torch.zeros_like(completes) if found_inf is None else found_inf.reshape(1).to(device) != 0
         return (skips | completes).float(), (skips | ~completes).float()
+
+
+def _samples_a_pair(group: dict[str, Any]) -> bool:
+    return bool(group["antithetic"]) and group["mc_samples"] == 2
 
 
 def fork(counters: Tensor) -> Tensor:

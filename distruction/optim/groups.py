@@ -129,6 +129,8 @@ class Groups(torch.optim.Optimizer):
             join(tensor, ends)
         if pulls:
             self._now["kl"][index] = kls, taking
+        if completes and splits is None and counters.in_pairs and not torch.compiler.is_compiling():
+            self._drop_sums(params)
 
         if drawn != learnable:
             # Who was unfrozen waits for an update's first sample.
@@ -229,10 +231,26 @@ class Groups(torch.optim.Optimizer):
             if held.drawn is None and not isinstance(initial, Posterior):
                 held.note(group["params"])
 
+    def _separate_pair(self, index: int, seed: int) -> list[Tensor]:
+        """Make ready for a second sample that is not the first's antithetic; returns whose states got an ``m2``."""
+        counters, params = self._counters[index], self.param_groups[index]["params"]
+        if not counters.in_pairs or counters.phase() == 0:
+            return []
+        found = [p for p in params if "m1" in self.state.get(p, {}) and "m2" not in self.state[p]]
+        if found:
+            self._members(index, found).separate(counters.on(found[0].device), seed)
+        return found
+
+    def _drop_sums(self, params: Sequence[Tensor]) -> None:
+        """Go on in pairs, which need no ``m2``."""
+        for p in params:
+            self.state.get(p, {}).pop("m2", None)
+
     def _members(self, index: int, params: list[Tensor]) -> Members:
         group = self.param_groups[index]
         streams = [group["first_stream"] + self._position[p] for p in params]
-        return Members(group, params, [self.state[p] or self._state(index, p) for p in params], streams)
+        states = [self.state[p] or self._state(index, p) for p in params]
+        return Members(group, params, states, streams, self._counters[index].in_pairs)
 
     def _state(self, index: int, p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
@@ -250,7 +268,7 @@ class Groups(torch.optim.Optimizer):
         for index, p in self._learnable():
             state = self._state(index, p)
             if self._has_statistics(self.param_groups[index]):
-                add_statistics(state)
+                add_statistics(state, self._counters[index].in_pairs)
         self._note_first()
 
     def _learnable(self) -> Iterator[tuple[int, Tensor]]:

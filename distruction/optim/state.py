@@ -74,7 +74,7 @@ def saved_states(params: Sequence[Tensor], state_dict: Mapping[str, Any]) -> Ite
 
 
 def checked(
-    groups: Sequence[dict[str, Any]], options: Sequence[str], statistic: str, state_dict: dict[str, Any]
+    groups: Sequence[dict[str, Any]], options: Sequence[str], statistic: str, state_dict: dict[str, Any], alone: bool
 ) -> dict[str, Any]:
     """The state with every option, if an optimizer of these groups can take it over; else an error.
 
@@ -82,6 +82,8 @@ def checked(
         groups: the optimizer's.
         options: names of what a group has; those that the state lacks stay as they are.
         statistic: the optimizer's.
+        state_dict: what is to be loaded.
+        alone: whether an update's samples are all this rank's.
 
     Raises:
         UsageError: it is not of a BGD, of another statistic, or of other parameters.
@@ -124,6 +126,12 @@ def checked(
             raise UsageError(
                 f"the state was saved after {group['accumulated']} of {group['mc_samples']} samples of an update, "
                 "but their statistics are not in it; load it before the optimizer's first train()"
+            )
+        pair = alone and group["mc_samples"] == 2 and group["antithetic"]
+        if group["accumulated"] and not pair and any("m1" in state and "m2" not in state for state in held):
+            raise UsageError(
+                "the state was saved between the samples of an antithetic pair, of which it holds the first gradient; "
+                "load it with mc_samples=2, antithetic=True and no sample_group, or save it after an update"
             )
         # The statistics know; an older version's host lost count where a gradient overflowed.
         group["calls"] = group["accumulated"]

@@ -26,12 +26,18 @@ class Members:
         params: the parameters.
         states: of each, with ``mean`` and ``std``.
         streams: generator stream of each.
+        in_pairs: an update takes one antithetic pair, of which m1 holds the first gradient and m2 is not needed.
     """
 
     def __init__(
-        self, group: dict[str, Any], params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], streams: list[int]
+        self,
+        group: dict[str, Any],
+        params: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        streams: list[int],
+        in_pairs: bool = False,
     ) -> None:
-        self.group, self.params, self._states = group, params, states
+        self.group, self.params, self._states, self._in_pairs = group, params, states, in_pairs
         self.pieces = Pieces(params, streams)
         self.mean = self.pieces.of([s["mean"] for s in states])
         self.std = self.pieces.of([s["std"] for s in states])
@@ -147,15 +153,30 @@ class Members:
             advance(counters, True, found_inf)
         self._copy_back()
 
+    def separate(self, counters: Tensor, seed: int) -> None:
+        """Give ``m2`` to those with the first gradient of a pair, drawn by ``seed``: the second sample is another's."""
+        first = counters.clone()
+        first[0] -= 1
+        m1 = self.pieces.of([s["m1"] for s in self._states])
+        for state in self._states:
+            state["m2"] = torch.zeros_like(state["m1"])
+        m2 = self.pieces.of([s["m2"] for s in self._states])
+        where = self.pieces.offsets, self.pieces.streams, seed, first, self.group["antithetic"], False
+        # A sample of mean 0 and std m1 is m1 * eps.
+        ops.sample(m2, [torch.zeros_like(m) for m in m1], m1, *where, self.group["backend"])
+
     def _generator(self, counters: Tensor) -> tuple[Any, ...]:
         group = self.group
         rounding = group["stochastic_rounding"]
         return self.pieces.offsets, self.pieces.streams, group["seed"], counters, group["antithetic"], rounding
 
     def _statistics(self) -> tuple[list[Tensor], list[Tensor]]:
+        # A state may come with m2: that of an optimizer that kept it, or of a pair whose samples are of two seeds.
+        in_pairs = self._in_pairs and not any("m2" in state for state in self._states)
         for state in self._states:
-            add_statistics(state)
-        return self.pieces.of([s["m1"] for s in self._states]), self.pieces.of([s["m2"] for s in self._states])
+            add_statistics(state, in_pairs)
+        m1 = self.pieces.of([s["m1"] for s in self._states])
+        return m1, [] if in_pairs else self.pieces.of([s["m2"] for s in self._states])
 
     def _gradients(self) -> list[Tensor]:
         if self._ordinary:
@@ -209,9 +230,9 @@ def _gradient(p: Tensor) -> Tensor:
     return local(grad).contiguous()
 
 
-def add_statistics(state: dict[str, Tensor]) -> None:
-    """Give a parameter's state the sums over an update's samples."""
-    for name in ("m1", "m2"):
+def add_statistics(state: dict[str, Tensor], in_pairs: bool) -> None:
+    """Give a parameter's state the statistics of an update's samples: of a pair, the first gradient alone."""
+    for name in ("m1",) if in_pairs else ("m1", "m2"):
         if name not in state:
             state[name] = torch.zeros_like(state["mean"])
 

@@ -18,6 +18,10 @@ With a prior N(mean_p, std_p**2) and KL weight w the objective is (1 - w) * loss
 
 The pull on the mean is implicit, hence stable for every w. The trust region bounds a to
 +-sinh(max_log_std_step) and the step to +-max_mean_step * std; infinity switches a bound off.
+
+Of an antithetic pair, whose draws are -eps and eps, the first gradient g' alone is kept: with g the second one
+
+    E[g] = (g + g') / 2,     E[g * eps] = eps * (g - g') / 2
 """
 
 import math
@@ -61,7 +65,12 @@ def accumulate(
     """See `distruction.ops.accumulate`."""
     if found_inf is not None and found_inf.item() != 0:
         return
-    for a1, a2, g, m, offset, stream in zip(m1, m2, grad, mean, offsets, streams, strict=True):
+    first = torch.tensor(not m2, device=counters.device) | (counters[1] == 0)
+    for i, (a1, g, m, offset, stream) in enumerate(zip(m1, grad, mean, offsets, streams, strict=True)):
+        g = unscale(g, grad_scale, m.dtype)
+        a1.copy_(torch.where(first, g, a1 + g))
+        if not m2:
+            continue
         _, eps = words_and_normals(
             m.numel(),
             offset=offset,
@@ -71,9 +80,8 @@ def accumulate(
             antithetic=antithetic,
             device=m.device,
         )
-        g = unscale(g, grad_scale, m.dtype)
-        a1 += g
-        a2 += g * eps.to(m.dtype).view_as(m)
+        g_eps = g * eps.to(m.dtype).view_as(m)
+        m2[i].copy_(torch.where(first, g_eps, m2[i] + g_eps))
     counters[:2] += 1
     sample(param, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding)
 
@@ -115,7 +123,8 @@ def step(
                 m,
                 s,
                 unscale(grad[i], grad_scale, m.dtype),
-                (m1[i], m2[i]) if m1 else None,
+                m1[i] if m1 else None,
+                m2[i] if m2 else None,
                 prior,
                 lr=lr.to(m.dtype),
                 kl_weight=kl_weight.to(m.dtype),
@@ -144,7 +153,8 @@ def _update_tensor(
     mean: Tensor,
     std: Tensor,
     grad: Tensor,
-    statistics: tuple[Tensor, Tensor] | None,
+    m1: Tensor | None,
+    m2: Tensor | None,
     prior: tuple[Tensor, Tensor] | None,
     *,
     lr: Tensor,
@@ -170,12 +180,12 @@ def _update_tensor(
         antithetic=antithetic,
         device=mean.device,
     )
-    s1, s2 = grad, grad * eps.to(mean.dtype).view_as(mean)
-    if statistics is not None:
+    eps = eps.to(mean.dtype).view_as(mean)
+    s1, s2 = grad, grad * eps
+    if m1 is not None:
         samples = (counters[1] + 1).to(mean.dtype)
-        s1, s2 = (s1 + statistics[0]) / samples, (s2 + statistics[1]) / samples
-        for buffer in statistics:
-            buffer.zero_()
+        s2 = (grad - m1) * eps if m2 is None else s2 + m2
+        s1, s2 = (s1 + m1) / samples, s2 / samples
     s1, s2 = s1 * loss_scale, s2 * loss_scale
     if prior is None:
         a = 0.5 * std * s2
