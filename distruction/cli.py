@@ -173,7 +173,7 @@ def plan(
     prior_std: Annotated[str, typer.Option(help=f"How the prior's std is kept: {', '.join(STORAGE)}.")] = "float32",
     prior_mean: Annotated[str, typer.Option(help=f"How its mean is kept: {', '.join(STORAGE[:2])}.")] = "float32",
     offload_prior: Annotated[bool, typer.Option(help="The prior stays in the CPU's memory.")] = False,
-    objective: ObjectiveName = "uniform-others",
+    objective: ObjectiveName = objectives.DEFAULT,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU when there is one.")] = "auto",
     free_gib: Annotated[
         float | None, typer.Option("--free", min=0, help="GiB that are free there; default: ask it.")
@@ -268,7 +268,7 @@ def forget(
     forget_class: ForgetClass,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
-    objective: ObjectiveName = "uniform-others",
+    objective: ObjectiveName = objectives.DEFAULT,
     steps: Annotated[int, typer.Option(help="BGD updates.")] = 150,
     kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
     data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 100.0,

@@ -52,7 +52,7 @@ class Options:
     prior_std: str = "float32"
     prior_mean: str = "float32"
     offload_prior: bool = False
-    objective: str = "uniform-others"
+    objective: str = objectives.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def plan(
     prior_std: str = "float32",
     prior_mean: str = "float32",
     offload_prior: bool = False,
-    objective: str = "uniform-others",
+    objective: str = objectives.DEFAULT,
     device: str = "cpu",
     available: int | None = None,
 ) -> Plan:

@@ -178,7 +178,7 @@ def test_free_memory(tmp_path, monkeypatch):
         ({"prior_std": "int4"}, "prior_std='int4' is unknown; choose float32, bfloat16, log8"),
         ({"prior_mean": "log8"}, "prior_mean='log8' is unknown; choose float32, bfloat16"),
         ({"device": "warp"}, "device 'warp' cannot be used"),
-        ({"objective": "hope"}, "objective 'hope' is unknown; choose uniform-others"),
+        ({"objective": "hope"}, "objective 'hope' is unknown; choose masked-teacher"),
         ({"model": "nonesuch"}, "model 'nonesuch' is unknown"),
         ({"model": nn.Linear(2, 2).requires_grad_(False)}, "no parameter with requires_grad"),
         ({"model": nn.Linear(2, 2)}, r"cannot take a batch of shape \(64, 3, 8, 8\)"),
