@@ -212,12 +212,13 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Posterior file to write.")],
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
-    steps: Annotated[int, typer.Option(help="BGD updates.")] = 1000,
+    method: Annotated[str, typer.Option(help="gauss-newton, or the paper's bgd.")] = "gauss-newton",
+    steps: Annotated[int | None, typer.Option(help="Updates; default 150, of bgd 1500.")] = None,
     std_init: Annotated[float, typer.Option(help="Std to start from, and its cap.")] = 0.1,
-    evidence: Annotated[
-        float | None, typer.Option(help="Data points gathered; default steps * size of the data.")
+    evidence: Annotated[float, typer.Option(help="Data points that each training example counts for.")] = 1500.0,
+    mc_samples: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes per update of bgd, default 2; even is better.")
     ] = None,
-    mc_samples: Annotated[int, typer.Option(min=1, help="Forward passes per update; even is better.")] = 2,
     batch_size: BatchSize = 64,
     compress: Annotated[
         bool, typer.Option(help="Keep a byte per parameter: 8-bit codes of std; the means are the model file's.")
@@ -239,6 +240,7 @@ def prepare(
     posterior = prepare_(
         network,
         loader(train_data, batch_size=batch_size, shuffle=True),
+        method=method,
         steps=steps,
         std_init=std_init,
         evidence=evidence,

@@ -93,7 +93,12 @@ def save_tensors(
         OSError: the disk is full, the folder is missing or read-only, ...; the file is as it was before.
     """
     path = Path(path)
-    copies = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    copies, seen = {}, set()
+    for name, t in tensors.items():
+        here = t.detach().cpu().contiguous()
+        # safetensors refuses names that share memory.
+        copies[name] = here.clone() if (where := here.untyped_storage().data_ptr()) in seen else here
+        seen.add(where)
     facts = json.loads(json.dumps(facts))  # as they will be read: tuples are lists, keys are strings
     header = {_KEY: json.dumps({"format": format, "crc32": _checksum(format, facts, copies), **facts})}
 

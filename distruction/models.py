@@ -54,9 +54,11 @@ def create(
     if overlay and not Path(pretrained).is_file():
         raise UsageError(f"no pretrained weights at {pretrained}; save timm.create_model({name!r}, pretrained=True)'s")
     try:
+        # First, so that nothing but tensors is ever unpickled. (timm's .npz files have names of their own.)
+        named = overlay and not str(pretrained).endswith(".npz")
+        found = set(load_state_dict(str(pretrained), weights_only=True)) if named else set()
+        # timm leaves weights that the file lacks random, with a warning.
         model: Any = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
-        # timm leaves weights that the file lacks random, with a warning. (Its .npz files have names of their own.)
-        found = set() if not overlay or str(pretrained).endswith(".npz") else set(load_state_dict(str(pretrained)))
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"the pretrained weights of {name} from {pretrained} cannot be used: {reason}") from error
@@ -95,8 +97,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], config: dict[str, Any])
         config: arguments of `create`; and ``resize``, true where the model is given images of another size, which
             `resize_inputs` brings to ``img_size``.
     """
-    tensors = {n: t.clone() for n, t in model.state_dict().items()}
-    save_tensors(path, tensors, format=FORMAT, facts={"config": config})
+    save_tensors(path, model.state_dict(), format=FORMAT, facts={"config": config})
 
 
 def config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -4,45 +4,32 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
-from . import distributed, ops
-from .compression import BLOCK, STORAGE, LogCodes, Restored, Stored, restore, store, stored
+from . import distributed, ops, posterior_file
+from .compression import STORAGE, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
-from .files import load_tensors, save_tensors
-from .sharding import Pieces, gather, groups_of, is_sharded, largest, layout, local, shard_like, sum_over_shards
-
-FORMAT = "distruction-posterior-1"
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel`` and ``torch.compile``, whose parameters have their own names."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def learnable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of ``model`` that a posterior covers, by name: each with ``requires_grad``, tied ones once."""
-    return {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values in the order of the mapping."""
-    digest = hashlib.sha256()
-    for name, t in tensors.items():
-        digest.update(f"{name}:{tuple(t.shape)};".encode())
-        digest.update(gather(t.detach()).float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+from .modules import check_same, covered, difference, fingerprint, learnable, require_suitable
+from .modules import unwrapped as unwrapped
+from .predictive import Inputs, Prediction, predict
+from .sharding import (
+    Pieces,
+    contiguous,
+    gather,
+    groups_of,
+    is_sharded,
+    largest,
+    layout,
+    local,
+    raise_together,
+    reshard,
+    shard_like,
+    sum_over_shards,
+    writable,
+)
 
 
 class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
@@ -75,16 +62,22 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             )
         if list(means) != list(stds):
             raise PosteriorError(
-                f"means and stds name different parameters: {_difference(means, stds)}; give both for each name"
+                f"means and stds name different parameters: {difference(means, stds)}; give both for each name"
             )
-        _raise_together(_fault(means, stds), means.values())
-        self._means, self._stds = stored(means), stored(stds)
+        raise_together(posterior_file.fault_of(means, stds), means.values())
+        # The ops take contiguous tensors; those of a channels_last model are not.
+        self._means, self._stds = (
+            {n: contiguous(t) if isinstance(t, Tensor) else t for n, t in stored(tensors).items()}
+            for tensors in (means, stds)
+        )
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
     def around(cls, model: nn.Module, std: float | Mapping[str, Tensor]) -> "Posterior":
         """A posterior whose means are copies of the model's parameters, with a given or constant std."""
-        means = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in learnable(model).items()}
+        params = learnable(model)
+        require_suitable(params)
+        means = {n: p.detach().to(torch.float32, copy=True).contiguous() for n, p in params.items()}
         stds = {n: torch.full_like(m, std) if isinstance(std, float) else std[n] for n, m in means.items()}
         return cls(means, stds)
 
@@ -189,14 +182,31 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         mapped._stds = {n: function(t) for n, t in self._stds.items()}
         return mapped
 
-    def like(self, model: nn.Module) -> "Posterior":
-        """This posterior where ``model`` has its parameters: on their devices and, if they are sharded, as they are.
+    def restricted(self, names: Iterable[str]) -> "Posterior":
+        """This posterior over some of its parameters; tensors are shared."""
+        kept = set(names)
+        part = copy.copy(self)
+        part._means = {n: t for n, t in self._means.items() if n in kept}
+        part._stds = {n: t for n, t in self._stds.items() if n in kept}
+        return part
 
-        Each rank takes its part of a whole posterior without communication. A compressed one stays so, unless the
-        parameters are sharded.
+    def like(self, model: nn.Module) -> "Posterior":
+        """This posterior over what ``model`` learns: without its frozen parameters, where it has the others.
+
+        They are on their devices and, if they are sharded, as they are: each rank takes its part of a whole posterior
+        without communication. A compressed one stays so, unless the parameters are sharded.
+
+        Raises:
+            PosteriorError: as `check` does.
+            UsageError: all parameters are frozen.
         """
-        self.check(model)
-        params = learnable(model)
+        params = {n: p for n, p in covered(model, self.shapes).items() if p.requires_grad}
+        if not params:
+            raise UsageError("every parameter of the model is frozen: call requires_grad_(True) on what is to learn")
+        return self.restricted(params)._beside(params)
+
+    def _beside(self, params: Mapping[str, Tensor]) -> "Posterior":
+        """This posterior where the parameters are, which are its own."""
         placed = copy.copy(self)
         if any(is_sharded(t) for t in [*params.values(), *self.means.values()]):
             placed._means = {n: shard_like(t, params[n]) for n, t in self.means.items()}
@@ -218,10 +228,12 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     def kl(self, prior: "Posterior", *, backend: str = "auto") -> Tensor:
         """KL(self || prior) in nats, a float64 scalar (paper, section 3.2).
 
+        The prior may cover more: parameters that were frozen since are where it has them and add nothing.
+
         Raises:
-            PosteriorError: the two are over different parameters.
+            PosteriorError: the prior lacks a parameter, or has it in another shape.
         """
-        _check_same(self.shapes, prior.shapes, "the prior")
+        check_same(self.shapes, prior.shapes, "the prior")
         layouts: dict[Any, list[str]] = {}
         for name, mean in self.means.items():
             layouts.setdefault(layout(mean), []).append(name)
@@ -242,14 +254,16 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """Raise unless this posterior belongs to ``model``.
 
         Args:
-            model: its learnable parameters must have this posterior's names and shapes.
-            same_weights: require also that the model's weights are the means (to the lower of both precisions).
+            model: it must have a parameter of each of this posterior's names and shapes, of which some may be frozen,
+                and learn no other.
+            same_weights: require also that the model's weights, frozen ones too, are the means (to the lower of both
+                precisions).
 
         Raises:
+            UsageError: a parameter is of a kind that no posterior can cover, such as float64.
             PosteriorError: with the first few names, shapes or the parameter that differ.
         """
-        params = learnable(model)
-        _check_same({n: p.shape for n, p in params.items()}, self.shapes, "the posterior")
+        params = covered(model, self.shapes)
         if same_weights:
             fault = None
             for name, p in params.items():
@@ -263,18 +277,19 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                         "model that it was prepared for, or call posterior.mean_(model) to put its means in"
                     )
                     break
-            _raise_together(fault, params.values())
+            raise_together(fault, params.values())
 
     @torch.no_grad()
     def mean_(self, model: nn.Module) -> None:
-        """Write the means into the model's parameters."""
-        self.check(model)
-        for name, p in learnable(model).items():
+        """Write the means into the model's parameters, frozen ones too."""
+        for name, p in covered(model, self.shapes).items():
             local(p).copy_(local(shard_like(self.means[name], p)))
 
     @torch.no_grad()
     def sample_(self, model: nn.Module, *, seed: int, draw: int = 0, backend: str = "auto") -> None:
-        """Write a sample mean + std * eps into the model's parameters; the same (seed, draw) gives the same sample.
+        """Write a sample mean + std * eps into the model's parameters, frozen ones too.
+
+        The same (seed, draw) gives the same sample, whatever is frozen.
 
         Args:
             model: the model that this posterior belongs to.
@@ -282,12 +297,12 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             draw: number of the sample, in [0, 2**32).
             backend: see `distruction.ops`.
         """
-        params = learnable(model)
-        here = self.like(model)
+        params = covered(model, self.shapes)
+        here = self._beside(params)
         pieces = Pieces(list(params.values()), list(range(len(params))))
-        outs = pieces.of([local(p) for p in params.values()])
+        held, outs = zip(*(writable(p) for p in params.values()), strict=True)
         ops.sample(
-            outs,
+            pieces.of(outs),
             pieces.of([here.means[n] for n in params]),
             pieces.of([here.stds[n] for n in params]),
             pieces.offsets,
@@ -297,6 +312,49 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             False,
             False,
             backend,
+        )
+        for out, t in zip(outs, held, strict=True):
+            if out is not t:
+                t.copy_(out)
+
+    def predict(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        samples: int = 10,
+        seed: int = 0,
+        batch_size: int | None = None,
+        backend: str = "auto",
+    ) -> Prediction:
+        """What ``model`` predicts on average over samples of its weights: p(y | x) = mean_k softmax(f(x; theta_k)).
+
+        It runs in eval mode without gradients. Its weights, buffers and modes are then what they were, whatever
+        happens. Sample k is that of ``sample_(model, seed=seed, draw=k)``, for every batch.
+
+        Args:
+            model: the model that this posterior belongs to.
+            inputs: a tensor (inputs, ...); a dictionary of tensors, for models that take named ones; or an iterable of
+                batches, each one of these or a tuple that begins with one.
+            samples: how many, >= 1.
+            seed: 64-bit key of the generator.
+            batch_size: rows of a tensor to compute at a time; ``None``: all.
+            backend: see `distruction.ops`.
+
+        Raises:
+            UsageError: an argument is out of range, or there are no inputs.
+            PosteriorError: this posterior belongs to another model.
+        """
+        reshard(model)
+        params = covered(model, self.shapes).values()
+        return predict(
+            model,
+            params,
+            lambda number: self.sample_(model, seed=seed, draw=number, backend=backend),
+            inputs,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
         )
 
     def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> None:
@@ -318,18 +376,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             if whole is not None:
                 whole.save(path, compress=compress)
             return
-        facts: dict[str, Any] = {"names": list(self), "metadata": self.metadata}
-        tensors: dict[str, Tensor] = {}
-        if compress:
-            if any(t.dtype != torch.float32 for t in self._means.values() if isinstance(t, Tensor)):
-                raise UsageError("the means are in bfloat16, no checkpoint's; save before compress(mean='bfloat16')")
-            facts |= {"means": fingerprint(self.means), "block": BLOCK}
-            for name, std in self.compress()._stds.items():
-                assert isinstance(std, LogCodes)
-                tensors |= {f"codes.{name}": std.codes, f"low.{name}": std.low, f"step.{name}": std.step}
-        else:
-            tensors |= {f"mean.{n}": t for n, t in self.means.items()} | {f"std.{n}": t for n, t in self.stds.items()}
-        save_tensors(path, tensors, format=FORMAT, facts=facts)
+        posterior_file.write(path, self._means, self._stds, self.metadata, compress=compress)
 
     @classmethod
     def load(
@@ -352,49 +399,13 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             FileNotFoundError: there is no such file.
             PosteriorError: damaged, of another format, inconsistent, or of another model or (compressed) other weights.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"no posterior file at {path}; write one with `distruction prepare` or Posterior.save"
-            )
-        try:
-            tensors, facts = load_tensors(path, format=FORMAT, device=str(map_location))
-            stds: Mapping[str, Tensor]
-            names, metadata = facts["names"], dict(facts["metadata"])
-            if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-                raise ValueError("its header names no parameters")
-            if "means" in facts:
-                means, stds = None, Restored({n: _codes(tensors, n, facts["block"]) for n in names})
-            else:
-                means = {n: tensors.pop(f"mean.{n}") for n in names}
-                stds = {n: tensors.pop(f"std.{n}") for n in names}
-        except (ValueError, KeyError, TypeError) as error:
-            raise PosteriorError(f"{path} cannot be read as a posterior: {error}; prepare it again") from error
-        if tensors:
-            raise PosteriorError(f"{path} holds tensors that its header does not name: {sorted(tensors)[:3]}")
-        if means is not None:
-            posterior = cls(means, stds, metadata)
-            return posterior if model is None else posterior._of(model)
-        if model is None:
-            raise PosteriorError(
-                f"{path} is compressed: its means are the weights that it was prepared for; pass the model that holds "
-                "them as model="
-            )
-        params = learnable(model)
-        shapes = {n: s.shape for n, s in stored(stds).items()}
-        _check_same({n: p.shape for n, p in params.items()}, shapes, "the posterior")
-        if fingerprint({n: params[n] for n in names}) != facts["means"]:
-            raise PosteriorError(
-                f"{path} was prepared for other weights: their SHA-256 differs from that of the model's; load the "
-                "model's checkpoint that preparation was given"
-            )
-        whole = ((n, gather(params[n].detach())) for n in names)
-        means = {n: p.to(map_location, torch.float32, copy=True).contiguous() for n, p in whole}
-        return cls(means, stds, metadata)._of(model)
+        posterior = cls(*posterior_file.read(path, map_location=map_location, model=model))
+        return posterior if model is None else posterior._of(model)
 
     def _of(self, model: nn.Module) -> "Posterior":
         """This posterior, checked to belong to the model; of a sharded one this rank's part."""
-        self.check(model)
-        return self.like(model) if any(is_sharded(p) for p in model.parameters()) else self
+        params = covered(model, self.shapes)
+        return self._beside(params) if any(map(is_sharded, params.values())) else self
 
     def _on_first_rank(self) -> "Posterior | None":
         """The whole of a sharded posterior in the CPU's memory of rank 0; ``None`` elsewhere."""
@@ -410,60 +421,3 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         here = copy.copy(self)
         here._means, here._stds = whole
         return here
-
-
-def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
-    """Take the codes of a parameter out of a file's tensors.
-
-    Raises:
-        ValueError: they do not fit together.
-        KeyError: one is missing.
-    """
-    found = LogCodes(*(tensors.pop(f"{kind}.{name}") for kind in ("codes", "low", "step")))
-    blocks = -(-found.numel() // BLOCK)
-    if (
-        block != BLOCK
-        or found.codes.dtype != torch.uint8
-        or any(t.dtype != torch.float32 or t.shape != (blocks,) for t in (found.low, found.step))
-    ):
-        raise ValueError(f"the codes of {name} do not fit together")
-    return found
-
-
-def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    only_a, only_b = sorted(set(a) - set(b)), sorted(set(b) - set(a))
-    return f"only in the first {only_a[:3]}, only in the second {only_b[:3]}"
-
-
-def _fault(means: Mapping[str, Tensor], stds: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with these tensors or, of sharded ones, with the parts on this rank."""
-    for name, mean in means.items():
-        std = stds[name]
-        if mean.shape != std.shape:
-            return f"{name}: mean is {tuple(mean.shape)} but std is {tuple(std.shape)}"
-        for what, t in (("mean", mean), ("std", std)):
-            if t.dtype != torch.float32:
-                return f"{name}: {what} is {t.dtype}; convert it to torch.float32"
-            if not local(t).isfinite().all():
-                return f"{name}: {what} holds NaN or infinity; prepare the posterior again"
-        if not (local(std) > 0).all():
-            return f"{name}: std must be > 0, its smallest value is {local(std).min().item():g}"
-    return None
-
-
-def _raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
-    """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
-    tensors = list(tensors)
-    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
-    if largest(flag, groups_of(tensors)).item():
-        raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")
-
-
-def _check_same(shapes: Mapping[str, torch.Size], other: Mapping[str, torch.Size], what: str) -> None:
-    if set(shapes) != set(other):
-        raise PosteriorError(f"{what} belongs to another model: {_difference(shapes, other)}")
-    for name, shape in shapes.items():
-        if shape != other[name]:
-            raise PosteriorError(
-                f"{what} belongs to another model: {name} is {tuple(shape)} here, {tuple(other[name])} there"
-            )

@@ -24,9 +24,10 @@ from .loop import (
     rising,
     run,
 )
-from .modules import described
+from .loop.batches import unpack
+from .modules import described, fingerprint, learnable, require_suitable
 from .optim import BGD
-from .posterior import Posterior, fingerprint, learnable
+from .posterior import Posterior
 from .seeds import seed_of
 
 METHODS = {"gauss-newton": 150, "bgd": 1500}
@@ -127,11 +128,14 @@ def prepare(
         )
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
+    require_suitable(learnable(model))
     if not 0 < evidence < math.inf:
-        raise UsageError(f"evidence must be > 0 data points per training example, not {evidence}")
+        raise UsageError(f"evidence must be > 0 data points, not {evidence}; they count per training example")
     check_loader(loader, TRAINING, steps)
     examples = examples_in(loader) if num_examples is None else num_examples
     if examples is None:
+        for batch in loader if isinstance(loader, list | tuple) else ():
+            unpack(batch, TRAINING)
         raise UsageError(
             "the loader does not say how many examples it draws: pass num_examples= (training examples, e.g. 50_000)"
         )

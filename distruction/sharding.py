@@ -8,43 +8,51 @@ dimension it is one range per leading index.
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import PosteriorError, UsageError
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, distribute_tensor
-else:
-
-    class DTensor:  # type: ignore[no-redef]
-        """Stands in where PyTorch was built without torch.distributed: no tensor is one."""
-
-    class FSDPModule:  # type: ignore[no-redef]
-        """Likewise: no module is one."""
-
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Run = tuple[int, int, int]
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+@functools.cache
+def _dtensor() -> type:
+    """DTensor's class, imported when a tensor may be one: it takes as long as a third of PyTorch."""
+    if not dist.is_available():
+        return type(None)
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
+
+
+def _is_dtensor(t: Any) -> "TypeGuard[DTensor]":
+    return type(t) not in _ORDINARY and isinstance(t, _dtensor())
 
 
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor (replicated ones included)."""
-    return isinstance(t, DTensor)
+    return _is_dtensor(t)
 
 
 def local(t: Tensor) -> Tensor:
     """What this rank holds of ``t``, sharing its memory; an ordinary tensor itself. Call it under ``no_grad``."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if _is_dtensor(t) else t
 
 
 def layout(t: Tensor) -> Any:
     """Equal for tensors that are spread in the same way; ``None`` for an ordinary one."""
-    return (t.device_mesh, t.placements) if isinstance(t, DTensor) else None
+    return (t.device_mesh, t.placements) if _is_dtensor(t) else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -54,6 +62,8 @@ def _runs(shape: torch.Size, mesh: Any, placements: Any) -> tuple[Run, ...]:
     last = max((p.dim for p in placements if not p.is_replicate()), default=-1)
     # An index over the dimensions up to the last sharded one, spread as the parameter is, tells where its parts are.
     index = torch.arange(math.prod(shape[: last + 1])).view(shape[: last + 1])
+    from torch.distributed.tensor import distribute_tensor
+
     rows = distribute_tensor(index, mesh, placements, src_data_rank=None).to_local().flatten().cpu()
     length = math.prod(shape[last + 1 :])
     if rows.numel() * length == 0:
@@ -85,7 +95,7 @@ class Pieces:
     """
 
     def __init__(self, params: Sequence[Tensor], streams: Sequence[int]) -> None:
-        self._runs = [runs(p) if isinstance(p, DTensor) else None for p in params]
+        self._runs = [runs(p) if _is_dtensor(p) else None for p in params]
         self.offsets: list[int] = []
         self.streams: list[int] = []
         for stream, cuts in zip(streams, self._runs, strict=True):
@@ -103,7 +113,7 @@ class Pieces:
         for t, cuts in zip(tensors, self._runs, strict=True):
             if cuts is None:
                 pieces.append(t)
-            elif isinstance(t, DTensor):
+            elif _is_dtensor(t):
                 flat = t.to_local().view(-1)
                 pieces += [flat[here : here + length] for here, _, length in cuts]
             else:
@@ -118,10 +128,12 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 
     A sharded tensor stays as it is, or is gathered by all ranks together for an ordinary ``like``.
     """
-    if not isinstance(like, DTensor):
+    if not _is_dtensor(like):
         return gather(whole).to(like.device)
-    if isinstance(whole, DTensor):
+    if _is_dtensor(whole):
         return whole.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
     part = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return part.clone()
 
@@ -131,19 +143,23 @@ def reshard(model: nn.Module) -> None:
 
     The next forward pass would use them in place of what an optimizer wrote into the shards since.
     """
+    # A model can be sharded only where somebody has imported this.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not dist.is_available():
+        return
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
 def gather(t: Tensor) -> Tensor:
     """The whole tensor on each rank; every rank that holds a part has to call it."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if _is_dtensor(t) else t
 
 
 def sum_over_shards(value: Tensor, of: Tensor) -> Tensor:
     """``value`` summed over the ranks that hold different parts of ``of``; replicas count once."""
-    if isinstance(of, DTensor):
+    if _is_dtensor(of):
         value = value.clone()
         for dim, placement in enumerate(of.placements):
             if not placement.is_replicate():
@@ -155,7 +171,7 @@ def groups_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """The process groups over which ``tensors`` are spread, in the same order on each rank."""
     seen = []
     for t in tensors:
-        if isinstance(t, DTensor) and t.device_mesh not in seen:
+        if _is_dtensor(t) and t.device_mesh not in seen:
             seen.append(t.device_mesh)
             yield from t.device_mesh.get_all_groups()
 
@@ -165,3 +181,24 @@ def largest(value: Tensor, groups: Iterable[Any]) -> Tensor:
     for group in groups:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
     return value
+
+
+def writable(p: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank holds of ``p``, and where an op may write it: the same, or a contiguous buffer to copy back."""
+    held = local(p)
+    if held.is_contiguous():
+        return held, held
+    return held, torch.empty_like(held, memory_format=torch.contiguous_format)
+
+
+def contiguous(t: Tensor) -> Tensor:
+    """``t`` with the elements that this rank holds in row-major order, as the ops take them; shared where it is so."""
+    return t if local(t).is_contiguous() else t.contiguous()
+
+
+def raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
+    """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
+    tensors = list(tensors)
+    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
+    if largest(flag, groups_of(tensors)).item():
+        raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from distruction import Posterior, cli, models
 from distruction.files import load_tensors, save_tensors
-from distruction.posterior import FORMAT
+from distruction.posterior_file import FORMAT
 
 
 def run(capsys, monkeypatch, *arguments):

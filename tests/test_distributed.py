@@ -118,10 +118,12 @@ def test_the_command_line_under_a_launcher(tmp_path, name):
         return done.stdout
 
     common = ("--model", tmp_path / "model", "--device", "cpu", "--no-progress", "--batch-size", "63")
-    told = launch("prepare", *common, "--out", tmp_path / "posterior", "--steps", 4)
+    as_published = ("--method", "bgd", "--evidence", 4, "--steps", 4)
+    told = launch("prepare", *common, "--out", tmp_path / "posterior", *as_published)
     assert told.count("Gaussians") == 1  # rank 0 alone
     train_data, _ = load("digits")
-    posterior = prepare(model, loader(train_data, batch_size=63, shuffle=True), steps=4, progress=False)
+    batches = loader(train_data, batch_size=63, shuffle=True)
+    posterior = prepare(model, batches, method="bgd", evidence=4.0, steps=4, progress=False)
     ranks.assert_near(Posterior.load(tmp_path / "posterior"), posterior)
 
     launch("forget", *common, "--posterior", tmp_path / "posterior", "--out", tmp_path / "out", "--class", 3,

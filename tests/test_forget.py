@@ -84,8 +84,9 @@ def test_the_posterior_stands_for_its_evidence():
     batches = [(torch.ones(2, 1), torch.zeros(2, dtype=torch.int64))]
     posterior = prepare(
         *(model, batches),
+        method="bgd",
         steps=200,
-        evidence=evidence,
+        evidence=evidence / 2,  # of the two examples
         loss_fn=lambda logits, targets: curvature / 2 * logits.square().sum(dim=1).mean(),
         **QUIET,
     )
@@ -320,7 +321,7 @@ def test_nan_loss_says_the_step_and_restores_the_means():
         return loss * math.nan if len(calls) == 6 else loss
 
     with pytest.raises(NonFiniteError, match="the loss is nan at step 3"):
-        prepare(model, loader, steps=5, loss_fn=poisoned, **QUIET)
+        prepare(model, loader, method="bgd", steps=5, loss_fn=poisoned, **QUIET)
     assert_equal_state(before, snapshot(model))
 
 
@@ -353,13 +354,20 @@ def test_bad_arguments_of_forget(change, error, message):
     assert_equal_state(before, snapshot(model))
 
 
+class Unsized:
+    """Batches of a number that nobody knows."""
+
+    def __iter__(self):
+        yield torch.zeros(2, 4), torch.tensor([0, 1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"std_init": 0.0}, "std_init must be > 0 and finite, not 0.0"),
         ({"std_init": -1.0}, "std_init must be > 0"),
         ({"evidence": 0.0}, "evidence must be > 0 data points, not 0.0"),
-        ({"loader": [(torch.zeros(2, 4), torch.tensor([0, 1]))]}, "pass evidence="),
+        ({"loader": Unsized()}, "pass num_examples="),
         ({"loader": empty_loader()}, "the training set is empty"),
     ],
 )

@@ -116,19 +116,24 @@ def classifier():
 
 def batches(count=32, size=8):
     g = generator(9)
-    return [(torch.randn(size, 4, generator=g), torch.randint(0, 3, (size,), generator=g)) for _ in range(count // size)]
+    return [
+        (torch.randn(size, 4, generator=g), torch.randint(0, 3, (size,), generator=g)) for _ in range(count // size)
+    ]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_fn": lambda z, y: F.cross_entropy(z, y)}, r"one loss per example, \(8,\), .*reduction.*likelihood=.*bgd"),
+        (
+            {"loss_fn": lambda z, y: F.cross_entropy(z, y)},
+            r"one loss per example, \(8,\), .*reduction.*likelihood=.*bgd",
+        ),
         ({"loss_fn": F.cross_entropy, "likelihood": Categorical()}, "pass one of them"),
         ({"learn_mean": True}, "learn_mean=True .*method='bgd'"),
         ({"mc_samples": 2}, "mc_samples=2 .*method='bgd'"),
         ({"method": "laplace"}, "method 'laplace' is unknown; choose gauss-newton or bgd"),
-        ({"evidence": 0.0}, "evidence must be > 0 data points per training example, not 0.0"),
-        ({"evidence": math.inf}, "evidence must be > 0 data points per training example, not inf"),
+        ({"evidence": 0.0}, r"evidence must be > 0 data points, not 0.0; .* training example"),
+        ({"evidence": math.inf}, r"evidence must be > 0 data points, not inf; .* training example"),
         ({"num_examples": 0}, "num_examples must be >= 1, not 0"),
         ({"steps": 0}, "steps must be >= 1, not 0"),
         ({"likelihood": Gaussian(1.0)}, r"Gaussian takes targets of the output's shape \(8, 3\), not \(8,\)"),
@@ -174,7 +179,7 @@ def test_logistic_regression_has_the_fisher_averaged_over_the_posterior():
     model = classifier()
     data = batches(32)
     x = torch.cat([b[0] for b in data]).double()
-    steps, evidence, std_init = 400, 20.0, 0.5
+    steps, evidence, std_init = 200, 20.0, 0.5
     runs = [prepare(model, data, std_init=std_init, evidence=evidence, steps=steps, seed=s, **QUIET) for s in range(4)]
     mean = torch.cat([model.weight, model.bias[:, None]], dim=1).detach().double()
     inputs = torch.cat([x, torch.ones(32, 1, dtype=torch.float64)], dim=1)
@@ -198,10 +203,10 @@ def test_logistic_regression_has_the_fisher_averaged_over_the_posterior():
 def test_evidence_does_not_depend_on_the_steps():
     model = classifier()
     means = []
-    for steps in (100, 400):
+    for steps in (50, 200):
         stds = prepare(model, batches(), std_init=0.5, evidence=20.0, steps=steps, **QUIET).stds
         means.append(torch.cat([s.flatten() for s in stds.values()]).double().pow(-2).mean().item())
-    assert means[0] == pytest.approx(means[1], rel=0.1)
+    assert means[0] == pytest.approx(means[1], rel=0.15)
 
 
 def test_given_targets_say_less_where_the_model_fits():

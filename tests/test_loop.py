@@ -20,8 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from distruction import Posterior, UsageError, forget, prepare
-from distruction.loop import Checkpoint, cosine, examples_in
+from distruction import NonFiniteError, Posterior, UsageError, forget, prepare
+from distruction.loop import Checkpoint, cosine, examples_in, labels
 from distruction.seeds import seed_all
 
 QUIET = {"progress": False}
@@ -285,9 +285,12 @@ def test_examples_are_those_that_the_loader_draws():
 # --- labels -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", [-1, 3, 100])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("label", [-1, 100])
 @pytest.mark.parametrize("what", ["prepare", "uniform", "uniform-others", "masked-teacher"])
-def test_a_label_out_of_range_in_a_later_batch(tmp_path, label, what):
+def test_a_label_out_of_range_in_a_later_batch(tmp_path, monkeypatch, label, what, at_once):
+    """Refused where the host asks at once, as on the CPU, and where it is told at the end of the step."""
+    monkeypatch.setattr(labels, "AT_ONCE", ["cpu"] if at_once else [])
     batches = list(DataLoader(data(), batch_size=8))
     batches[2] = (batches[2][0], batches[2][1].index_fill(0, torch.tensor([5]), label))
     model = make()
@@ -307,7 +310,8 @@ def test_a_label_out_of_range_in_a_later_batch(tmp_path, label, what):
     assert len(seen) == 2
     kept = Posterior.load(path)
     assert len(kept.metadata["checkpoint"]["history"]) == 2
-    assert all(torch.equal(kept.means[n], p) for n, p in model.named_parameters())
+    if at_once:
+        assert all(torch.equal(kept.means[n], p) for n, p in model.named_parameters())
 
 
 # --- losses and stopping ------------------------------------------------------------------------------
@@ -326,6 +330,30 @@ def test_losses_that_are_not_one_mean():
         prepare(model, loader, loss_fn=per_example, method="bgd", steps=2, **QUIET)
     with pytest.raises(UsageError, match="must return one mean loss, not a float"):
         prepare(model, loader, loss_fn=lambda logits, targets: 1.0, method="bgd", steps=2, **QUIET)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("method", ["bgd", "gauss-newton"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_names_the_step_and_the_parameters(monkeypatch, method, where, at_once):
+    monkeypatch.setattr(labels, "AT_ONCE", ["cpu"] if at_once else [])
+    model = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = []
+
+    def poison(module, inputs, output):
+        calls.append(1)
+        if len(calls) == (5 if method == "bgd" else 3):  # the third step, of bgd its first sample
+            if where == "loss":
+                return output * torch.nan
+            output.register_hook(lambda gradient: gradient * torch.nan)
+        return output
+
+    model[0].register_forward_hook(poison)
+    message = "the loss is nan at step 3" if where == "loss" else "gradient of 0.weight, 0.bias is NaN .* at step 3"
+    with pytest.raises(NonFiniteError, match=message):
+        prepare(model, DataLoader(data(), batch_size=8), method=method, steps=6, **QUIET)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("what", ["prepare", "forget"])
@@ -376,7 +404,7 @@ class Falling:
 def test_a_controller_changes_options_stops_and_resumes(tmp_path):
     from distruction import BGD
     from distruction.loop import FORGET_SET, run
-    from distruction.posterior import learnable
+    from distruction.modules import learnable
 
     def go(**more):
         model = make()

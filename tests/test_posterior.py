@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from distruction import Posterior, PosteriorError
 from distruction.files import save_tensors
-from distruction.posterior import FORMAT
+from distruction.posterior_file import FORMAT
 
 
 def make(seed=0):

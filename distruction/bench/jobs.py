@@ -304,6 +304,9 @@ def _prepare(facts: Mapping[str, Any], context: Context) -> None:
     model = _load_model("model", facts["model"], context)
     train, _ = _training_data(facts["model"], context)
     settings = dict(facts["prepare"])
+    if settings.setdefault("method", "bgd") == "bgd":
+        # As published, with each example's evidence in step with the steps.
+        settings.setdefault("evidence", float(settings.setdefault("steps", 1000)))
     batch_size = settings.pop("batch_size", 64)
     start = time.perf_counter()
     posterior = prepare(

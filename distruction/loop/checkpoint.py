@@ -10,8 +10,9 @@ from torch import nn
 from .. import distributed
 from ..errors import PosteriorError, UsageError
 from ..files import check_writable, remove_leftovers
+from ..modules import learnable
 from ..optim import BGD
-from ..posterior import Posterior, learnable
+from ..posterior import Posterior
 from .step import Controller, Step
 
 

@@ -1,9 +1,18 @@
 """Class numbers in a model's range, checked in every batch on the device."""
 
+import torch
 from torch import Tensor
 
 from ..errors import UsageError
 from .loaders import Role
+
+AT_ONCE = ["cpu"]
+"""Types of devices that the host may ask at any time without waiting."""
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Whether the host may read a tensor on ``device`` at any time without waiting."""
+    return device.type in AT_ONCE
 
 
 class Labels:
@@ -35,7 +44,7 @@ class Labels:
         if self._range is None:
             self._classes = logits.shape[-1]
             self._range = (self._targets.amin(), self._targets.amax())
-            if logits.device.type == "cpu":
+            if answers_at_once(logits.device):
                 self.check(*(t.item() for t in self._range))
         return self._targets.clamp(0, self._classes - 1)
 

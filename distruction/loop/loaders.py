@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +178,7 @@ def _in_batches(batches: Any) -> int | None:
     """Examples in a list of batches."""
     count = 0
     for batch in batches:
-        entries = list(batch.values()) if hasattr(batch, "values") else batch
+        entries = list(batch.values()) if isinstance(batch, Mapping) else batch
         last = entries[-1] if isinstance(entries, list | tuple) and entries else None
         size = _size(last) if last is not None else None
         if size is None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..errors import UsageError
-from ..posterior import learnable
+from ..modules import learnable
 from ..sharding import groups_of, is_sharded, largest, layout, local
 
 

@@ -25,7 +25,7 @@ from ..posterior import Posterior
 from ..sharding import reshard
 from .batches import Batch, Batches, Batching, Inputs, call, seeded_batches
 from .checkpoint import Checkpoint
-from .labels import Labels
+from .labels import Labels, answers_at_once
 from .loaders import Role, check_loader
 from .ranks import Gradients
 from .step import Callback, Controller, Step
@@ -76,7 +76,7 @@ def run(
     resumed = checkpoint.load(model)
     optimizer = make_optimizer(resumed[0] if resumed else None)
     history = [Step(**s) for s in resumed[1]["history"]] if resumed else []
-    stopped = bool(resumed and resumed[1].get("stopped"))
+    stop = len(history) if resumed and resumed[1].get("stopped") else steps
     device = next(model.parameters()).device
     if not distributed.agree(len(history), device):
         raise UsageError(f"the ranks see different checkpoints at {checkpoint.path}; put it on a shared file system")
@@ -96,7 +96,6 @@ def run(
     hidden = not progress or distributed.rank() > 0
     with deterministic(model), Progress(*columns, disable=hidden, transient=True) as bar:
         task = bar.add_task(role.title, total=steps, completed=len(history))
-        stop = len(history) if stopped else steps
         try:
             for loaded in seeded_batches(loader, seed=seed, start=len(history), stop=stop, role=role):
                 batch = batching(loaded)
@@ -111,27 +110,28 @@ def run(
                     optimizer.zero_grad(set_to_none=True)
                     return sampled.backward()
 
-                with _told_where(gradients, len(history) + 1):
+                with _told_where(gradients, len(history) + 1, sampled):
                     optimizer.step(closure)
                     history.append(sampled.step(optimizer, steps))
-                    if len(history) % STEPS_BETWEEN_CHECKS == 0 and device.type != "cpu":
+                    if len(history) % STEPS_BETWEEN_CHECKS == 0 and not answers_at_once(device):
                         optimizer.raise_if_nonfinite()
                 done = controller is not None and controller.after_step(optimizer, history)
                 if controller is not None:
                     reshard(model)
                 if callback is not None and callback(history[-1]) is True:
                     done = True
-                stopped = distributed.on_any_rank(done, device)
                 bar.update(task, completed=len(history), description=f"{role.title} loss {history[-1].loss:.3f}")
-                if checkpoint.path is not None and (stopped or len(history) < steps):
-                    late = stopped or checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
-                    due = distributed.rank() == 0 and late
+                if checkpoint.path is not None and len(history) < steps:
+                    due = distributed.rank() == 0 and checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
                     # Shards are gathered by all ranks together; else rank 0 needs nobody.
                     if distributed.of_first_rank(due, device) if gradients.sharded else due:
                         with _told_where(gradients, len(history)):
-                            checkpoint.save(optimizer, history, stopped=stopped, controller=controller)
+                            checkpoint.save(optimizer, history, controller=controller)
                         saved, saved_at = time.monotonic(), len(history)
-                if stopped:
+                # After the checkpoint, which is then there although another rank is lost.
+                if distributed.on_any_rank(done, device):
+                    if checkpoint.path is not None and (gradients.sharded or distributed.rank() == 0):
+                        checkpoint.save(optimizer, history, stopped=True, controller=controller)
                     break
         except BaseException as error:
             optimizer.zero_grad(set_to_none=True)
@@ -144,8 +144,9 @@ def run(
                     + ("" if checkpoint.path is None else f"; they resume from {checkpoint.path}")
                 ) from error
             raise
+        with _told_where(gradients, len(history)):
+            optimizer.eval()
         optimizer.zero_grad(set_to_none=True)
-        optimizer.eval()
         torch.clear_autocast_cache()
     return optimizer, history
 
@@ -186,7 +187,7 @@ class Sampled:
         targets = batch.targets if self._labels is None else self._labels.within(logits)
         loss = self._loss_fn(logits, targets, batch.whole_inputs)
         self._check_mean(loss)
-        if loss.device.type == "cpu" and not loss.isfinite():
+        if answers_at_once(loss.device) and not loss.isfinite():
             raise self._nonfinite(loss.item())
         self._gradients.backward(loss)
         with torch.no_grad():
@@ -204,16 +205,24 @@ class Sampled:
         kl = optimizer.kl
         kl_weight: Any = optimizer.param_groups[0]["kl_weight"]
         means = torch.stack(self._figures).mean(dim=0)
-        tail = [means.new_zeros(()) if kl is None else kl.to(means), torch.as_tensor(kl_weight).to(means).reshape(())]
-        range_ = self._labels.found() if self._labels is not None else []
-        loss, accuracy, minimised, nats, weight, *labels = torch.cat(
-            [means, torch.stack(tail), *(t.to(means).reshape(1) for t in range_)]
-        ).tolist()
+        # All that the host wants to know goes there at once.
+        told = [] if kl is None else [kl]
+        told += [kl_weight] if isinstance(kl_weight, Tensor) else []
+        told += self._labels.found() if self._labels is not None else []
+        loss, accuracy, minimised, *rest = torch.cat([means, *(t.detach().to(means).reshape(1) for t in told)]).tolist()
+        nats = 0.0 if kl is None else rest.pop(0)
+        weight = rest.pop(0) if isinstance(kl_weight, Tensor) else float(kl_weight)
         if self._labels is not None:
-            self._labels.check(*labels)
+            self._labels.check(*rest)
         if not math.isfinite(minimised):
             raise self._nonfinite(minimised)
         return Step(self._step, steps, loss, 100.0 * accuracy, nats, weight)
+
+    def check_loss(self) -> None:
+        """Raise if a sample's loss is not finite; waits for the device."""
+        for *_, minimised in (figures.tolist() for figures in self._figures):
+            if not math.isfinite(minimised):
+                raise self._nonfinite(minimised)
 
     def _check_mean(self, loss: Any) -> None:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -222,21 +231,27 @@ class Sampled:
                 f"{self._role.loss} must return one mean loss, not {found}; a loss per example wants .mean()"
             )
 
-    def _nonfinite(self, loss: float) -> NonFiniteError:
-        return NonFiniteError(f"the loss is {loss} at step {self._step}; {_ADVICE}")
+    def _nonfinite(self, loss: float) -> "_LossNotFinite":
+        return _LossNotFinite(f"the loss is {loss} at step {self._step}; {_ADVICE}")
+
+
+class _LossNotFinite(NonFiniteError):
+    """The loss itself is NaN or infinite, which says more than that the gradients are."""
 
 
 _ADVICE = "the weights are the last good means. Lower lr, data_per_step or std_init, or look for the cause in the data"
 
 
 @contextmanager
-def _told_where(gradients: Gradients, step: int) -> Iterator[None]:
+def _told_where(gradients: Gradients, step: int, sampled: Sampled | None = None) -> Iterator[None]:
     """Let the optimizer's finding that an update was not finite name the parameters and the step."""
     try:
         yield
     except NonFiniteError as error:
-        if "the loss is" in str(error):
+        if isinstance(error, _LossNotFinite):
             raise
+        if sampled is not None:
+            sampled.check_loss()
         names = gradients.nonfinite()
         if not names:
             raise NonFiniteError(f"{error} (at step {step})") from error
