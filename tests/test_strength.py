@@ -27,7 +27,9 @@ class Digits:
         (x, self.labels), (self.x_test, self.test_labels) = train[range(len(train))], test[range(len(test))]
         self.data = TensorDataset(x, self.labels)
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.model = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
         optimizer = torch.optim.Adam(self.model.parameters(), 3e-3, weight_decay=1e-4)
         for _ in range(15):
             for batch, y in DataLoader(self.data, batch_size=64, shuffle=True):
@@ -127,9 +129,7 @@ def test_records_that_were_not_memorised_do_no_harm(digits):
 def test_what_is_asked_is_told_by_the_training_sets_labels_or_by_the_caller(digits):
     some = digits.labels == 3
     some[: len(some) // 2] = False
-    known = Posterior(
-        digits.posterior.means, digits.posterior.stds, {"label_counts": {str(c): 130 for c in range(10)}}
-    )
+    known = Posterior(digits.posterior.means, digits.posterior.stds, {"label_counts": {str(c): 130 for c in range(10)}})
     found = [
         forget(copy.deepcopy(digits.model), p, digits.of(some), steps=1, request=request, **QUIET).request
         for p, request in ((known, "auto"), (digits.posterior, "auto"), (digits.posterior, "records"))
