@@ -237,7 +237,9 @@ def plan(
     num_classes: Annotated[int, typer.Option(min=1, max=MOST)] = 1000,
     batch_size: BatchSize = 64,
     dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(plans.DTYPES)}.")] = "float32",
-    mc_samples: Annotated[int, typer.Option(min=1, max=MOST, help="Forward passes per update.")] = 2,
+    mc_samples: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Samples per update; 1 also of forgetting at the means.")
+    ] = 1,
     release_gradients: ReleaseGradients = False,
     prior_std: Annotated[str, typer.Option(help=f"How the prior's std is kept: {', '.join(STORAGE)}.")] = "float32",
     prior_mean: Annotated[str, typer.Option(help=f"How its mean is kept: {', '.join(STORAGE[:2])}.")] = "float32",
@@ -355,7 +357,7 @@ def forget(
         Path | None, typer.Option(help="Also write what is left of the posterior, for a later request.")
     ] = None,
     request: Annotated[
-        str, typer.Option(help="class: the labels go; records: these records alone go; auto finds out which.")
+        Any, typer.Option(help="class: the labels go; records: these records alone go; auto finds out which.")
     ] = "auto",
     objective: ObjectiveName = objectives.DEFAULT,
     steps: Annotated[

@@ -1,5 +1,6 @@
 """Forgetting with the forget set alone (paper, section 3.2)."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -134,6 +135,9 @@ def forget(
         raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
+    for name, value in (("data_per_step", data_per_step), ("lr", lr)):
+        if not 0 < value < math.inf:
+            raise UsageError(f"{name} must be > 0 and finite, not {value}")
     if steps is None:
         steps = MOST_STEPS if automatic else STEPS
     if steps < 1:

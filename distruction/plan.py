@@ -38,7 +38,8 @@ class Options:
 
     Attributes:
         batch_size: examples in a forward pass.
-        mc_samples: Monte Carlo samples of an update; an antithetic pair keeps the statistics m1, more of them m2 too.
+        mc_samples: Monte Carlo samples of an update. One, as of Gauss-Newton, or none, as of forgetting at the means,
+            keeps no statistics; an antithetic pair m1, more of them m2 too.
         release_gradients: see `distruction.BGD`.
         prior_std, prior_mean: how the prior of `forget` is kept; see `distruction.Posterior.compress`.
         offload_prior: the prior stays in the CPU's memory.
@@ -47,7 +48,7 @@ class Options:
     """
 
     batch_size: int = 64
-    mc_samples: int = 2
+    mc_samples: int = 1
     release_gradients: bool = False
     prior_std: str = "float32"
     prior_mean: str = "float32"
@@ -121,7 +122,7 @@ def plan(
     batch_size: int = 64,
     num_classes: int = 1000,
     dtype: str = "float32",
-    mc_samples: int = 2,
+    mc_samples: int = 1,
     release_gradients: bool = False,
     prior_std: str = "float32",
     prior_mean: str = "float32",

@@ -51,7 +51,21 @@ def test_train_prepare_forget_evaluate(distruction, tmp_path):
     for command in (
         ("train", "--out", model, "--epochs", 1),
         ("prepare", "--model", model, "--out", posterior, "--steps", 3),
-        ("forget", "--model", model, "--posterior", posterior, "--out", unlearned, "--class", 3, "--steps", 3),
+        (
+            "forget",
+            "--model",
+            model,
+            "--posterior",
+            posterior,
+            "--out",
+            unlearned,
+            "--class",
+            3,
+            "--steps",
+            3,
+            "--kl-weight",
+            0.1,
+        ),
     ):
         status, out, err = distruction(*command, "--no-progress")
         assert (status, err) == (0, "")
@@ -122,7 +136,21 @@ def test_the_data_set_is_found_and_remembered(distruction, tmp_path):
     for command in (
         ("train", "--out", model, "--dataset", "cifar20", *vit, "--epochs", 1, "--crop", 4, "--flip"),
         ("prepare", "--model", model, "--out", posterior, "--steps", 2),
-        ("forget", "--model", model, "--posterior", posterior, "--out", unlearned, "--class", "rocket", "--steps", 2),
+        (
+            "forget",
+            "--model",
+            model,
+            "--posterior",
+            posterior,
+            "--out",
+            unlearned,
+            "--class",
+            "rocket",
+            "--steps",
+            2,
+            "--kl-weight",
+            0.1,
+        ),
     ):
         status, _, err = distruction(*command, "--data", root, "--no-progress")
         assert (status, err) == (0, "")

@@ -217,5 +217,5 @@ def test_the_plan_of_vit_h():
     found = plan.plan("vit_huge_patch14_224", (3, 224, 224), batch_size=1)
     # The published count of ViT-H/14 is 632 M (Dosovitskiy et al. 2020, table 1).
     assert found.parameters == pytest.approx(632e6, rel=0.001)
-    assert found.phases[0].peak > 20 * found.parameters
-    assert found.phases[1].peak > 32 * found.parameters
+    assert found.phases[0].peak > 16 * found.parameters
+    assert found.phases[1].peak > 24 * found.parameters

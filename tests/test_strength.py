@@ -63,7 +63,7 @@ def digits():
 
 @pytest.mark.parametrize("objective", ["masked-teacher", "uniform-others"])
 def test_a_class_goes_and_the_rest_stays(digits, objective):
-    """Nothing is tuned: lambda and the number of steps are found. This network is too small to spread a class evenly."""
+    """Nothing is tuned: lambda and the number of steps are found. The network is too small to spread a class evenly."""
     model = copy.deepcopy(digits.model)
     others = set(range(10)) - {3}
     before = digits.accuracy(model, others)
@@ -166,7 +166,9 @@ class Group:
 
 
 def test_the_ascent_is_its_formula():
-    values = [0.5, 0.02, 0.001, 1e-9]
+    # Looked at after steps 3, 6, ...: it stands still, falls by itself, stands still again, is under the aim.
+    values = [1.0, 0.5, 0.45, 0.02, 0.001, 1e-9]
+    aim = 0.7 * 0.01 / 0.99 / (1 + 0.7 * 0.01 / 0.99)
     control = DualAscent(Told(*values), level=0.01, data_per_step=100.0, most=1e12)
     expected, optimizer, history = math.log(100), Group(), []
     for step in range(1, 21):
@@ -174,11 +176,17 @@ def test_the_ascent_is_its_formula():
         group = optimizer.param_groups[0]
         ratio = (1 - group["kl_weight"]) * group["data_per_step"] / group["kl_weight"]
         assert math.log(ratio) == pytest.approx(expected, abs=1e-9)
-        assert 0.01 - 1e-12 <= group["kl_weight"] <= 0.9
+        assert 0.01 - 1e-12 <= group["kl_weight"] <= 0.99
         history.append(Step(step, 20, 0.0, 0.0, 1.0, 0.0))
         control.after_step(optimizer, history)
-        v = 1.0 if step < 5 else values[step // 5 - 1]
-        expected += 0.2 * max(-2.0, min(2.0, math.log(v / 0.01)))
+        v, before = 1.0, 1.0
+        for look in range(1, step // 3 + 1):
+            before, v = v, values[look - 1]
+        excess = max(-2.0, min(2.0, math.log(v / aim)))
+        if excess < 0:
+            expected += 0.4 * excess
+        elif v >= 0.8 * before:
+            expected += 0.2 * excess
     again = DualAscent(Told(), level=0.01, data_per_step=100.0, most=1e12)
     again.load_state_dict(control.state_dict())
     assert again.weights() == control.weights()

@@ -5,7 +5,7 @@ Zeno, Golan, Hoffer, Soudry, "Task Agnostic Continual Learning Using Online Vari
 in `distruction.ops.reference.step`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +35,12 @@ class BGD(Groups):
 
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
-            ``prior``, for a posterior as ``std_init``, and for `posterior`). A group may have each option of its own
+            ``prior``, for a posterior or a mapping as ``std_init``, and for `posterior`). A group may have each option of its own
             but ``prior``, ``sample_group``, ``release_gradients``, ``statistic`` and ``at_means``; it is on one device.
         lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
             step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
-        std_init: standard deviation that every parameter starts from, or a `Posterior` to start from.
+        std_init: standard deviation that every parameter starts from; one for each parameter by name; or a `Posterior`
+            to start from.
         statistic: ``"bgd"``, or ``"gauss-newton"``: 1/std**2 += data_per_step * g**2 at the sample, exactly and
             elementwise (`distruction.ops.gauss_newton`). The loss is then the signed one,
             sum_n s_n loss_n / sqrt(batch) with s_n = +-1 and targets drawn from the model's own prediction, so that
@@ -100,7 +101,7 @@ class BGD(Groups):
         params: Iterable[Any],
         lr: float | Tensor = 1.0,
         *,
-        std_init: float | Posterior = 0.05,
+        std_init: float | Mapping[str, float] | Posterior = 0.05,
         statistic: str = "bgd",
         data_per_step: float = 1.0,
         mc_samples: int = 1,
@@ -471,8 +472,10 @@ class BGD(Groups):
         self.raise_if_nonfinite()
 
 
-def _largest(std_init: float | Posterior) -> float:
-    return std_init.largest_std() if isinstance(std_init, Posterior) else float(std_init)
+def _largest(std_init: float | Mapping[str, float] | Posterior) -> float:
+    if isinstance(std_init, Posterior):
+        return std_init.largest_std()
+    return max(std_init.values()) if isinstance(std_init, Mapping) else float(std_init)
 
 
 def _another(seed: int, number: int) -> int:

@@ -49,6 +49,12 @@ def _is_positive(value: Any) -> bool:
     return bool(value > 0)
 
 
+def _is_initial_std(value: Any) -> bool:
+    if isinstance(value, Mapping) and not isinstance(value, Posterior):
+        return all(0 < std < math.inf for std in value.values())
+    return isinstance(value, Posterior) or 0 < value < math.inf
+
+
 _TRUTH = "True or False"
 STATISTICS = ("bgd", "gauss-newton")
 
@@ -56,7 +62,7 @@ OPTIONS = {
     option.name: option
     for option in (
         Option("lr", _scalar(lambda v: 0 <= v < math.inf), ">= 0 and finite"),
-        Option("std_init", lambda v: isinstance(v, Posterior) or 0 < v < math.inf, "> 0 and finite"),
+        Option("std_init", _is_initial_std, "> 0 and finite"),
         Option("data_per_step", _is_positive, "> 0"),
         Option("mc_samples", lambda v: _is_integer(v) and v >= 1, "an integer >= 1"),
         Option("antithetic", _is_flag, _TRUTH),
@@ -187,6 +193,9 @@ def check_parameters(group: Mapping[str, Any], sources: Mapping[str, Any], sampl
             for name, p in zip(names, params, strict=True):
                 if p.requires_grad and source.shapes.get(name) != p.shape:
                     raise UsageError(f"{what} has no parameter {name} of shape {tuple(p.shape)}; is it of this model?")
+        elif isinstance(source, Mapping):
+            if lacking := [name for name in names or [what] if name not in source]:
+                raise UsageError(f"a mapping as std_init goes by parameter names and has no {lacking[0]}")
     for label, p in zip(labels_of(group), params, strict=True):
         if p.is_complex():
             raise UsageError(f"parameter {label} is complex; BGD is defined for real weights")
