@@ -462,7 +462,7 @@ def test_checkpoints_know_objects_by_their_parameters(tmp_path):
         )
     with pytest.raises(UsageError, match=r"objective: .*0\.1.* there, .*0\.2.* here"):
         forget(make(), posterior, loader, objective=BoundedCrossEntropy(0.2), kl_weight=0.1, **options)
-    forget(make(), posterior, loader, objective=BoundedCrossEntropy(0.1), **options)
+    forget(make(), posterior, loader, objective=BoundedCrossEntropy(0.1), kl_weight=0.1, **options)
 
     def smooth(amount):
         return nn.CrossEntropyLoss(label_smoothing=amount)
