@@ -18,6 +18,7 @@ from .optim import BGD
 from .posterior import Posterior
 from .prepare import total_evidence
 from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
+from .teachers import SameModel
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
@@ -127,7 +128,8 @@ def forget(
     """
     distributed.start()
     automatic = kl_weight == "auto"
-    if not automatic and not (isinstance(kl_weight, int | float) and 0 <= kl_weight <= 1):
+    given = 0.5 if isinstance(kl_weight, str) else kl_weight
+    if not automatic and (isinstance(kl_weight, str) or not 0 <= kl_weight <= 1):
         raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}, or 'auto'")
     if level is not None and not 0 < level < 1:
         raise UsageError(f"level must be a probability in (0, 1), not {level}")
@@ -187,7 +189,7 @@ def forget(
             at_means=mc_samples == 0,
             learn_std=mc_samples > 0,
             prior=prior,
-            kl_weight=0.5 if automatic else kl_weight,
+            kl_weight=given,
             max_std=prior.largest_std(),
             seed=seed,
             backend=backend,
@@ -199,6 +201,7 @@ def forget(
             group["lr"] = lr * (cosine(len(history) % CYCLE, CYCLE) if automatic else cosine(len(history), steps))
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
+    teacher = getattr(unlearn, "teacher", None)
 
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
@@ -211,8 +214,9 @@ def forget(
             with deterministic(model):
                 control.value = probability()
     idle = control is not None and kind == "records" and control.value <= control.level
+    history: list[Step] = []
     if idle:
-        optimizer, history = make_optimizer(None), []
+        optimizer = make_optimizer(None)
     else:
         optimizer, history = run(
             model,
@@ -228,6 +232,7 @@ def forget(
             role=FORGET_SET,
             needs_inputs=needs_inputs,
             controller=control,
+            before_passes=teacher if isinstance(teacher, SameModel) else None,
         )
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)

@@ -94,14 +94,14 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
                 keys, targets = torch.cat([kept[0], keys]), torch.cat([kept[2], targets])
                 inputs = _joined(kept[1], inputs)
             best = keys.topk(min(EXAMPLES, len(keys))).indices.sort().values
-            kept = (
-                keys[best],
-                apply(lambda t, best=best: t[best.to(t.device)], inputs),
-                targets[best.to(targets.device)],
-            )
+            kept = keys[best], _rows(inputs, best), targets[best.to(targets.device)]
     if kept is None:
         raise UsageError("the forget set is empty, so there is nothing to forget")
     return ForgetSet(records, dict(sorted(counts.items())), kept[1], kept[2], batch_size)
+
+
+def _rows(inputs: Inputs, rows: Tensor | slice) -> Inputs:
+    return apply(lambda t: t[rows if isinstance(rows, slice) else rows.to(t.device)], inputs)
 
 
 def _joined(a: Inputs, b: Inputs) -> Inputs:
@@ -136,7 +136,7 @@ class Probability:
         values = []
         for start in range(0, len(self._data.targets), self._data.batch_size):
             rows = slice(start, start + self._data.batch_size)
-            inputs = apply(lambda t, rows=rows: t[rows], self._data.inputs)
+            inputs = _rows(self._data.inputs, rows)
             logits = distributed.by_rows(lambda part: logits_of(call(self._model, part)), inputs)
             p = self._checked(logits).double().softmax(dim=-1)
             own = self._data.targets[rows, None]

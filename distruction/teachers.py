@@ -20,7 +20,7 @@ from .posterior import Posterior
 from .sharding import is_sharded, local, reshard
 
 
-class _SameModel(ABC):
+class SameModel(ABC):
     """The model with weights that a subclass gives, which its parameters may not hold."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +47,7 @@ class _SameModel(ABC):
         """Logits of these rows."""
 
 
-class AtMeans(_SameModel):
+class AtMeans(SameModel):
     """What the model predicts at the means of a posterior, such as before it forgot, whatever its parameters hold now.
 
     An ordinary model is called with the means in the place of its parameters (``torch.func.functional_call``): no
@@ -82,7 +82,7 @@ class AtMeans(_SameModel):
         return self._with(weights, inputs)
 
 
-class Randomised(_SameModel):
+class Randomised(SameModel):
     """What the model predicts with random weights, drawn from a fixed seed: an incompetent teacher.
 
     They take as much memory as the model's. Modules draw theirs by ``reset_parameters``; a parameter that this leaves

@@ -371,8 +371,9 @@ def test_a_callback_stops_the_run_and_keeps_the_result(tmp_path, what):
     stopped, model = run(lambda step: step.step == 4, checkpoint=path, keep_checkpoint=True)
     assert stopped.metadata["steps_done"] == 4
     stopped.check(model, same_weights=True)
-    again, _ = run(lambda step: pytest.fail("a stopped run went on"), checkpoint=path)
+    again, model = run(lambda step: pytest.fail("a stopped run went on"), checkpoint=path)
     assert_same(again, stopped)
+    again.check(model, same_weights=True)
     assert not path.exists()
     seen = []
     run(seen.append)
@@ -458,11 +459,11 @@ def test_checkpoints_know_objects_by_their_parameters(tmp_path):
     posterior = Posterior.around(model, 0.05)
     with pytest.raises(KeyboardInterrupt):
         forget(
-            model, posterior, loader, objective=BoundedCrossEntropy(0.1), kl_weight=0.1, callback=interrupt, **options
+            model, posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.1), callback=interrupt, **options
         )
     with pytest.raises(UsageError, match=r"objective: .*0\.1.* there, .*0\.2.* here"):
-        forget(make(), posterior, loader, objective=BoundedCrossEntropy(0.2), kl_weight=0.1, **options)
-    forget(make(), posterior, loader, objective=BoundedCrossEntropy(0.1), kl_weight=0.1, **options)
+        forget(make(), posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.2), **options)
+    forget(make(), posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.1), **options)
 
     def smooth(amount):
         return nn.CrossEntropyLoss(label_smoothing=amount)

@@ -63,7 +63,7 @@ def digits():
 
 @pytest.mark.parametrize("objective", ["masked-teacher", "uniform-others"])
 def test_a_class_goes_and_the_rest_stays(digits, objective):
-    """Nothing is tuned: lambda and the number of steps are found. The network is too small to spread a class evenly."""
+    """Nothing is tuned: lambda and the number of steps are found. This network cannot spread a class evenly."""
     model = copy.deepcopy(digits.model)
     others = set(range(10)) - {3}
     before = digits.accuracy(model, others)
