@@ -5,7 +5,7 @@ Zeno, Golan, Hoffer, Soudry, "Task Agnostic Continual Learning Using Online Vari
 in `distruction.ops.reference.step`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,8 +35,9 @@ class BGD(Groups):
 
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
-            ``prior``, for a posterior or a mapping as ``std_init``, and for `posterior`). A group may have each option of its own
-            but ``prior``, ``sample_group``, ``release_gradients``, ``statistic`` and ``at_means``; it is on one device.
+            ``prior``, for a posterior or a mapping as ``std_init``, and for `posterior`). A group may have each option
+            of its own but ``prior``, ``sample_group``, ``release_gradients``, ``statistic`` and ``at_means``; it is on one
+            device.
         lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
             step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
         std_init: standard deviation that every parameter starts from; one for each parameter by name; or a `Posterior`
@@ -101,7 +102,7 @@ class BGD(Groups):
         params: Iterable[Any],
         lr: float | Tensor = 1.0,
         *,
-        std_init: float | Mapping[str, float] | Posterior = 0.05,
+        std_init: float | dict[str, float] | Posterior = 0.05,
         statistic: str = "bgd",
         data_per_step: float = 1.0,
         mc_samples: int = 1,
@@ -472,10 +473,10 @@ class BGD(Groups):
         self.raise_if_nonfinite()
 
 
-def _largest(std_init: float | Mapping[str, float] | Posterior) -> float:
+def _largest(std_init: float | dict[str, float] | Posterior) -> float:
     if isinstance(std_init, Posterior):
         return std_init.largest_std()
-    return max(std_init.values()) if isinstance(std_init, Mapping) else float(std_init)
+    return max(std_init.values()) if isinstance(std_init, dict) else float(std_init)
 
 
 def _another(seed: int, number: int) -> int:

@@ -1,6 +1,6 @@
 """The inside of `BGD`: what its parameter groups hold, and how a call takes their gradients."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Groups(torch.optim.Optimizer):
     last update and the positions that they are of; ``looks``, uses of samples for prediction since the last step.
     """
 
-    _initial: list[float | Mapping[str, float] | Posterior]
+    _initial: list[float | dict[str, float] | Posterior]
     _counters: list[Counters]
     _held: list[Held]
     _released: list[Released]
@@ -261,7 +261,7 @@ class Groups(torch.optim.Optimizer):
                 state["mean"], state["std"] = shard_like(mean, p).clone(), shard_like(std, p).clone()
             else:
                 state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
-                std = initial[group["param_names"][self._position[p]]] if isinstance(initial, Mapping) else initial
+                std = initial[group["param_names"][self._position[p]]] if isinstance(initial, dict) else initial
                 state["std"] = torch.full_like(state["mean"], std)
         return state
 

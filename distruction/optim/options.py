@@ -50,7 +50,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_initial_std(value: Any) -> bool:
-    if isinstance(value, Mapping) and not isinstance(value, Posterior):
+    if isinstance(value, dict):
         return all(0 < std < math.inf for std in value.values())
     return isinstance(value, Posterior) or 0 < value < math.inf
 
@@ -193,9 +193,9 @@ def check_parameters(group: Mapping[str, Any], sources: Mapping[str, Any], sampl
             for name, p in zip(names, params, strict=True):
                 if p.requires_grad and source.shapes.get(name) != p.shape:
                     raise UsageError(f"{what} has no parameter {name} of shape {tuple(p.shape)}; is it of this model?")
-        elif isinstance(source, Mapping):
-            if lacking := [name for name in names or [what] if name not in source]:
-                raise UsageError(f"a mapping as std_init goes by parameter names and has no {lacking[0]}")
+        elif isinstance(source, dict) and (names is None or not set(names) <= set(source)):
+            lacking = next((name for name in names or () if name not in source), "names in its parameters")
+            raise UsageError(f"stds by name as std_init want a named parameter each: there is none for {lacking}")
     for label, p in zip(labels_of(group), params, strict=True):
         if p.is_complex():
             raise UsageError(f"parameter {label} is complex; BGD is defined for real weights")
