@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -271,8 +271,20 @@ def forget(
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     objective: ObjectiveName = objectives.DEFAULT,
-    steps: Annotated[int, typer.Option(help="BGD updates.")] = 150,
-    kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
+    previous: Annotated[
+        Path | None,
+        typer.Option(help="Posterior of the request before this one (--posterior-out); MODEL is its result."),
+    ] = None,
+    posterior_out: Annotated[
+        Path | None, typer.Option(help="Posterior file to write, which remembers the request; the next one needs it.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="BGD updates; default: 150, or at most 400 where lambda is found.")
+    ] = None,
+    kl_weight: Annotated[str, typer.Option(help="lambda in [0, 1]; larger keeps more. auto finds it.")] = "auto",
+    level: Annotated[
+        float | None, typer.Option(help="Mean probability of the class to end at, with auto; default 0.01.")
+    ] = None,
     data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 100.0,
     batch_size: BatchSize = 64,
     offload_prior: Annotated[
@@ -289,7 +301,9 @@ def forget(
     overwrite: Overwrite = False,
 ) -> None:
     """Forget one class, reading the forget set and nothing else."""
-    _output(out, overwrite)
+    for path in filter(None, (out, posterior_out)):
+        _output(path, overwrite)
+    weight = _weight(kl_weight)
     network, config = models.load(model, device=_device(device))
     prior = Posterior.load(posterior, model=network)
     forget_data, _ = forget_split(_data_of(config, dataset, data)[0].to(_device(device)), forget_class)
@@ -297,9 +311,12 @@ def forget(
         network,
         prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
         loader(forget_data, batch_size=batch_size, shuffle=True),
+        previous=None if previous is None else Posterior.load(previous, model=network),
+        request="class",
         objective=objective,
         steps=steps,
-        kl_weight=kl_weight,
+        kl_weight=weight,
+        level=level,
         data_per_step=data_per_step,
         offload_prior=offload_prior,
         seed=seed,
@@ -314,9 +331,24 @@ def forget(
     if distributed.rank() > 0:
         return
     models.save(network, out, config)
+    if posterior_out is not None:
+        result.posterior.save(posterior_out)
     _done(checkpoint)
-    last = result.history[-1]
-    Console().print(f"{out}: KL(q || p) {last.kl:.1f} nats after {last.steps} steps in {result.seconds:.1f} s")
+    Console().print(
+        f"{out}: mean probability of the class {result.probability:.4f}, KL(q || p) {result.kl:.1f} nats after "
+        f"{len(result.history)} steps in {result.seconds:.1f} s"
+    )
+    if result.reached is False:
+        Console().print(f"The level {result.level} is not reached: {result.advice}.")
+
+
+def _weight(value: str) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {value}, or 'auto'") from None
 
 
 @app.command()

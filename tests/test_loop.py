@@ -458,7 +458,9 @@ def test_checkpoints_know_objects_by_their_parameters(tmp_path):
     model = make()
     posterior = Posterior.around(model, 0.05)
     with pytest.raises(KeyboardInterrupt):
-        forget(model, posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.1), callback=interrupt, **options)
+        forget(
+            model, posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.1), callback=interrupt, **options
+        )
     with pytest.raises(UsageError, match=r"objective: .*0\.1.* there, .*0\.2.* here"):
         forget(make(), posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.2), **options)
     forget(make(), posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.1), **options)
