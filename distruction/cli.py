@@ -356,9 +356,6 @@ def forget(
     posterior_out: Annotated[
         Path | None, typer.Option(help="Also write what is left of the posterior, for a later request.")
     ] = None,
-    request: Annotated[
-        Any, typer.Option(help="class: the labels go; records: these records alone go; auto finds out which.")
-    ] = "auto",
     objective: ObjectiveName = objectives.DEFAULT,
     steps: Annotated[
         int | None, typer.Option(max=MOST, help="Updates; default 150, or 400 at most where lambda is found.")
@@ -404,7 +401,7 @@ def forget(
         prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
         loader(forget_data, batch_size=batch_size, shuffle=True),
         previous=None if previous is None else Posterior.load(previous, model=network),
-        request=request,
+        request="class",
         objective=objective,
         steps=steps,
         kl_weight=kl_weight,

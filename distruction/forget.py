@@ -135,6 +135,8 @@ def forget(
         raise UsageError(f"level must be a probability in (0, 1), not {level}")
     if level is not None and not automatic:
         raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
+    if not 0 < data_per_step < math.inf:
+        raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     for name, value in (("data_per_step", data_per_step), ("lr", lr)):

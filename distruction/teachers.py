@@ -68,6 +68,7 @@ class AtMeans(SameModel):
         self._posterior = posterior
 
     def _answer(self, inputs: Inputs) -> Tensor:
+        reshard(self._model)
         params = learnable(self._model)
         if any(is_sharded(p) for p in params.values()):
             with holding_means(self._model, self._posterior):
@@ -115,16 +116,16 @@ class Randomised(SameModel):
 @contextmanager
 def holding_means(model: nn.Module, posterior: Posterior) -> Iterator[None]:
     """The parameters hold the posterior's means inside, and what they held before outside, whatever happens inside."""
-    held = {name: local(p.detach()).clone() for name, p in learnable(model).items()}
     reshard(model)
+    held = {name: local(p.detach()).clone() for name, p in learnable(model).items()}
     try:
         posterior.mean_(model)
         yield
     finally:
+        reshard(model)  # its parameters are the shards again
         with torch.no_grad():
             for name, p in learnable(model).items():
                 local(p).copy_(held[name])
-        reshard(model)
 
 
 @torch.no_grad()

@@ -72,7 +72,6 @@ BAD = {
     "--posterior": NO_FILE,
     "--previous": NO_FILE,
     "--method": NO_NAME,
-    "--request": NO_NAME,
     "--level": ["", "x", "nan", "inf", "-1", "0", "1"],
     "--grid": [*NO_FILE, "{files}/empty.toml"],
     "--out": NO_PLACE,

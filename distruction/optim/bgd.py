@@ -36,8 +36,8 @@ class BGD(Groups):
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
             ``prior``, for a posterior or a mapping as ``std_init``, and for `posterior`). A group may have each option
-            of its own but ``prior``, ``sample_group``, ``release_gradients``, ``statistic`` and ``at_means``; it is on one
-            device.
+            of its own but ``prior``, ``sample_group``, ``release_gradients``, ``statistic`` and ``at_means``; it is on
+            one device.
         lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
             step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
         std_init: standard deviation that every parameter starts from; one for each parameter by name; or a `Posterior`
