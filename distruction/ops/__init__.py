@@ -400,10 +400,11 @@ step = torch.ops.distruction.step
 
 The gradient of the last sample is in ``grad``; ``m1`` and ``m2`` hold the sums over the samples before it
 (``counters[1]`` of them), or are empty lists when there is one sample. An empty list ``m2`` alone says that the sample
-completes an antithetic pair, whose first gradient is in ``m1``. ``prior_mean`` and ``prior_std`` are empty lists when there is no prior. ``lr`` and ``kl_weight`` are scalar tensors, so that a
-schedule needs no recompilation; ``loss_scale`` multiplies the gradient. An element whose statistics or
-update are not finite keeps its mean and std, and ``counters[2]`` becomes 1. The KL, of the updated
-posterior, is a float64 scalar tensor (zero without a prior). The formulas are in `distruction.ops.reference.step`.
+completes an antithetic pair, whose first gradient is in ``m1``. ``prior_mean`` and ``prior_std`` are empty lists when
+there is no prior. ``lr`` and ``kl_weight`` are scalar tensors, so that a schedule needs no recompilation;
+``loss_scale`` multiplies the gradient. An element whose statistics or update are not finite keeps its mean and std, and
+``counters[2]`` becomes 1. The KL, of the updated posterior, is a float64 scalar tensor (zero without a prior).
+The formulas are in `distruction.ops.reference.step`.
 """
 
 gauss_newton = torch.ops.distruction.gauss_newton
