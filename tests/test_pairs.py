@@ -1,4 +1,4 @@
-"""Updates of one antithetic pair, which keep the first gradient alone, where the second sample is not what it should be.
+"""Updates of one antithetic pair, which keep the first gradient alone; also where the second sample is another's.
 
 A quadratic loss, and the update in closed form from the normals that its samples show.
 """
@@ -155,13 +155,13 @@ def test_a_state_between_the_samples_is_refused_where_it_would_be_no_pair():
     saved = copy.deepcopy(opt.state_dict())
     saved["param_groups"][0]["antithetic"] = False
     before = opt.state[p]["m1"].clone()
-    with pytest.raises(UsageError, match="between the samples of an antithetic pair.*antithetic=True"):
+    with pytest.raises(UsageError, match=r"between the samples of an antithetic pair.*antithetic=True"):
         opt.load_state_dict(saved)
     assert torch.equal(opt.state[p]["m1"], before)
 
 
 def test_the_ops_refuse_a_pair_of_independent_draws():
     mean, counters = [torch.zeros(4)], torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="m1 without m2 .* antithetic pair; pass m2, or antithetic=True"):
+    with pytest.raises(ValueError, match=r"m1 without m2 .* antithetic pair; pass m2, or antithetic=True"):
         ops.accumulate(mean, [torch.zeros(4)], [], mean, mean, [torch.ones(4)], [0], [0], 1, counters, False, False)
     assert counters.tolist() == [0, 0, 0]
