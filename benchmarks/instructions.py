@@ -1,6 +1,6 @@
 """Instructions per element of the CPU kernels, counted by callgrind: ``python -m benchmarks.instructions``.
 
-Counts say the same whatever else a machine does. They are of AVX2 code, which valgrind knows; the difference of two sizes
+Counts say the same whatever else a machine does. They are of AVX2 code, which valgrind knows; a difference of two sizes
 leaves out what a call costs. Writes ``instructions.json``.
 """
 
