@@ -18,7 +18,7 @@ import typer
 from distruction.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).with_name("results") / "instructions.json"
+RESULTS = Path(__file__).parent / "results" / "costs" / "instructions.json"
 SIZES = (2**14, 2**15)
 
 CASES = {

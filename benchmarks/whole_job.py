@@ -23,10 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distruction import BGD, Posterior
 from distruction.files import write_atomically
+from distruction.forget import STEPS
+from distruction.prepare import METHODS
 
 from . import harness
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parent / "results" / "costs"
 MODELS = {
     "ViT-Ti/16": "vit_tiny_patch16_224",
     "ViT-B/16": "vit_base_patch16_224",
@@ -47,8 +49,9 @@ FORGET = 20 + 36
 ADAMW = 28
 """Likewise of AdamW, fused: reads the gradient, reads and writes weight and both moments."""
 
-PREPARE_STEPS, FORGET_STEPS = 150, 150
-"""The defaults: of `prepare`; of `forget` with a given kl_weight (with "auto" at most 400)."""
+PREPARE_STEPS = METHODS["gauss-newton"]
+FORGET_STEPS = STEPS
+"""The defaults: of `prepare`; of `forget` with a given kl_weight (with "auto" it ends by itself)."""
 PASSES_OF_FORGET = 2 + 1 / 3
 """Forward and backward passes of an update of `forget`: two samples, and the teacher's forward pass, a third of one."""
 

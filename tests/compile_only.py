@@ -60,7 +60,7 @@ def options_of(op):
         name, kind = argument.name, str(argument.type)
         if name in ("m1", "m2"):
             options["statistics"] = STATISTICS[op.__name__]
-        elif name in ("prior_mean", "prior_std"):
+        elif name in LISTS_THAT_MAY_BE_EMPTY.get(op.__name__, ()):
             options["prior"] = ("prior", "none")
         elif name in ("param", "out", "grad"):
             options[name] = TYPES

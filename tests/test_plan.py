@@ -195,4 +195,4 @@ def test_the_plan_of_vit_h():
     # The published count of ViT-H/14 is 632 M (Dosovitskiy et al. 2020, table 1).
     assert found.parameters == pytest.approx(632e6, rel=0.001)
     assert found.phases[0].peak > 20 * found.parameters
-    assert found.phases[1].peak > 32 * found.parameters
+    assert found.phases[1].peak > 28 * found.parameters
