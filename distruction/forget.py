@@ -139,9 +139,8 @@ def forget(
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
-    for name, value in (("data_per_step", data_per_step), ("lr", lr)):
-        if not 0 < value < math.inf:
-            raise UsageError(f"{name} must be > 0 and finite, not {value}")
+    if not 0 < lr < math.inf:
+        raise UsageError(f"lr must be > 0 and finite, not {lr}")
     if steps is None:
         steps = MOST_STEPS if automatic else STEPS
     if steps < 1:

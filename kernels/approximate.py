@@ -20,6 +20,13 @@ def reciprocal(x, TARGET: tl.constexpr):
 
 
 @triton.jit
+def inverse(x, TARGET: tl.constexpr):
+    """1 / x after a step of Newton's: that of a power of two, as a gradient's scale is, is exact."""
+    estimate = reciprocal(x, TARGET)
+    return tl.fma(estimate, tl.fma(-x, estimate, 1.0), estimate)
+
+
+@triton.jit
 def square_root(x, TARGET: tl.constexpr):
     """sqrt(x) within 1 ulp (CUDA: relative error 2**-22.7); a denormal x counts as zero."""
     if TARGET == "cuda":

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .approximate import reciprocal, square_root
+from .approximate import inverse, reciprocal, square_root
 from .kl import twice_kl
 from .multi_tensor import (
     M1,
@@ -59,7 +59,7 @@ def accumulate_kernel(
         end = tl.where(tl.load(found_inf) == 0.0, end, 0)
     inverse_scale = 1.0
     if grad_scale is not None:
-        inverse_scale = 1.0 / tl.load(grad_scale)
+        inverse_scale = inverse(tl.load(grad_scale), TARGET)
     stream = tl.load(record + STREAM).to(tl.uint32)
     keys = (k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19)
     draw = tl.load(counters)
@@ -149,7 +149,7 @@ def step_kernel(
     half_weight = 0.5 * weight
     inverse_scale = 1.0
     if grad_scale is not None:
-        inverse_scale = 1.0 / tl.load(grad_scale)
+        inverse_scale = inverse(tl.load(grad_scale), TARGET)
     scale = scale / (tl.load(counters + 1) + 1).to(tl.float32) if STATISTICS else scale * inverse_scale
     param_p = pointer(record + PARAM, start, PARAM_TYPE, ALIGNED)
     mean_p = pointer(record + MEAN, start, tl.float32, ALIGNED)

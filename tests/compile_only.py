@@ -60,7 +60,7 @@ def options_of(op):
         name, kind = argument.name, str(argument.type)
         if name in ("m1", "m2"):
             options["statistics"] = STATISTICS[op.__name__]
-        elif name in ("prior_mean", "prior_std"):
+        elif name in LISTS_THAT_MAY_BE_EMPTY.get(op.__name__, ()):
             options["prior"] = ("prior", "none")
         elif name in ("param", "out", "grad"):
             options[name] = TYPES
@@ -96,8 +96,7 @@ def call(op, choice, *, seed=3, tensors=1, number=0.5, counters=None):
         elif kind == "Tensor":
             arguments[name] = torch.tensor(number)
         elif kind == "bool":
-            # A pair is antithetic.
-            arguments[name] = choice[name] or (name == "antithetic" and choice.get("statistics") == "pair")
+            arguments[name] = choice[name]
         elif kind == "int":
             arguments[name] = seed
         else:
@@ -137,7 +136,12 @@ def main(target):
     for name in ops._SCHEMAS:
         op = getattr(torch.ops.distruction, name)
         options = options_of(op)
-        choices = list(every_pair(options))
+        choices = []
+        for choice in every_pair(options):
+            if choice.get("statistics") == "pair":
+                choice["antithetic"] = True
+            if choice not in choices:
+                choices.append(choice)
         kernel = getattr(sys.modules[getattr(kernels, name).__module__], f"{name}_kernel")
 
         def attempt(choice, op=op, name=name, **values):

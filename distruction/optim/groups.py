@@ -261,8 +261,8 @@ class Groups(torch.optim.Optimizer):
                 state["mean"], state["std"] = shard_like(mean, p).clone(), shard_like(std, p).clone()
             else:
                 state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
-                std = initial[group["param_names"][self._position[p]]] if isinstance(initial, dict) else initial
-                state["std"] = torch.full_like(state["mean"], std)
+                start = initial[group["param_names"][self._position[p]]] if isinstance(initial, dict) else initial
+                state["std"] = torch.full_like(state["mean"], start)
         return state
 
     def _fill_state(self) -> None:

@@ -188,7 +188,7 @@ class Members:
     def _copy_back(self) -> None:
         if self.group["at_means"]:
             if self._held:
-                torch._foreach_copy_(self._held, [local(s["mean"]) for s in self._states])
+                torch._foreach_copy_(list(self._held), [local(s["mean"]) for s in self._states])
             return
         if self._buffers is self._held:
             return
