@@ -43,14 +43,14 @@ def test_fisher_std_is_the_squared_gradient_of_each_example():
     images = data.load("digits")[0].subset(torch.arange(5))
     model = models.create(**demo.MODEL)
     posterior = Posterior.around(model, 0.1)
-    posterior.metadata.update(std_init=0.1, evidence=20.0)
+    posterior.metadata.update(evidence=20.0)
     found = demo.fisher_std(model, images, posterior)
     fisher = torch.zeros_like(model.head.weight)
     for x, y in data.loader(images, batch_size=1):
         loss = torch.nn.functional.cross_entropy(model(x), y)
         fisher += torch.autograd.grad(loss, model.head.weight)[0] ** 2
-    # 1/std**2 = 1/0.1**2 + 20 data points times the mean over five examples
-    torch.testing.assert_close(found.stds["head.weight"], (100 + 20 / 5 * fisher).rsqrt())
+    # 1/std**2 = fan_in (64) + 20 data points times the mean over five examples
+    torch.testing.assert_close(found.stds["head.weight"], (64 + 20 / 5 * fisher).rsqrt())
 
 
 def test_the_spread_of_runs_is_of_a_sample():
