@@ -1,0 +1,211 @@
+"""What the learned std is worth: priors compared over classes, seeds, objectives and widths, each with its own lambda.
+
+A ViT is trained on scikit-learn's digits, its posterior is prepared in several ways, and each class is forgotten from
+each of them. lambda is found by the same rule for every prior (`distruction.strength`), and nothing else is tuned.
+
+- ``gauss-newton``: `distruction.prepare` as it is;
+- ``bgd``: its ``method="bgd"``, the paper's;
+- ``constant, mean precision`` and ``constant, geometric mean``: one std, from the first's;
+- ``constant per tensor``: one std per tensor, of the tensor's mean precision;
+- ``fisher``: 1/std**2 = 1/std_init**2 + evidence * diagonal empirical Fisher at the means.
+
+``python -m benchmarks.priors OUT`` writes ``priors.json``, ``priors.md`` and two figures; a run that was stopped goes
+on with the models that are missing.
+"""
+
+import copy
+import json
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from distruction import Posterior, forget, prepare
+from distruction.data import Images, forget_split, load, loader
+from distruction.demo import constant_std, fisher_std
+from distruction.metrics import accuracy, predict
+from distruction.report import write_json
+from distruction.train import train
+
+WIDTHS = {"0.2 M": (64, 4, 4), "2.7 M": (192, 6, 4)}
+"""Embedding dimension, blocks and heads by the number of parameters."""
+OBJECTIVES = ("masked-teacher", "uniform-others")
+
+
+def network(size: str) -> nn.Module:
+    """The ViT of `WIDTHS` for images of 8 x 8 pixels."""
+    dim, depth, heads = WIDTHS[size]
+    return VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=dim, depth=depth, num_heads=heads
+    )
+
+
+def priors(model: nn.Module, data: Images, seed: int, bgd_steps: int) -> dict[str, tuple[Posterior, int, float]]:
+    """Posterior, samples read and seconds by the name of the prior."""
+    batches = loader(data, batch_size=64, shuffle=True)
+    found = {}
+    for method, steps, samples in (("gauss-newton", 150, 1), ("bgd", bgd_steps, 2)):
+        start = time.perf_counter()
+        posterior = prepare(model, batches, method=method, steps=steps, seed=seed, progress=False)
+        found[method] = posterior, steps * samples * 64, time.perf_counter() - start
+    learned, read, seconds = found["gauss-newton"]
+    logs = [s.double().log().sum().item() for s in learned.stds.values()]
+    geometric = torch.tensor(sum(logs) / learned.numel()).exp().item()
+    ablations = {
+        "constant, mean precision": constant_std(learned),
+        "constant, geometric mean": Posterior.around(model, geometric),
+        "constant per tensor": Posterior(
+            learned.means,
+            {n: torch.full_like(s, s.double().pow(-2).mean().pow(-0.5).item()) for n, s in learned.stds.items()},
+        ),
+    }
+    found |= {name: (posterior, read, seconds) for name, posterior in ablations.items()}
+    start = time.perf_counter()
+    found["fisher"] = fisher_std(model, data, learned), len(data), time.perf_counter() - start
+    return found
+
+
+def run(size: str, seed: int, bgd_steps: int) -> dict[str, Any]:
+    """All priors, objectives and classes for one model."""
+    torch.set_num_threads(1)
+    train_data, test_data = load("digits")
+    torch.manual_seed(seed)
+    model = network(size)
+    train(model, train_data, seed=seed, progress=False)
+    test = loader(test_data, batch_size=512)
+    trained = 40 * len(train_data)
+    rows: list[dict[str, Any]] = []
+    means = accuracy(*predict(model, test))
+    sampled = {}
+    for name, (posterior, read, seconds) in priors(model, train_data, seed, bgd_steps).items():
+        sampled[name] = _sampled_accuracy(model, posterior, test_data)
+        for objective in OBJECTIVES:
+            for number, label in enumerate(train_data.classes):
+                gone, _ = forget_split(train_data, label)
+                forgotten, retained = (loader(part, batch_size=512) for part in forget_split(test_data, label))
+                posterior.mean_(model)
+                before = accuracy(*predict(model, retained))
+                batches = loader(gone, batch_size=64, shuffle=True)
+                report = forget(model, posterior, batches, request="class", objective=objective, progress=False)
+                rows.append(
+                    {
+                        "prior": name,
+                        "objective": objective,
+                        "class": number,
+                        "baseline": before,
+                        "retained": accuracy(*predict(model, retained)),
+                        "forgotten": accuracy(*predict(model, forgotten)),
+                        "reached": report.reached,
+                        "steps": len(report.history),
+                        "kl": report.kl,
+                        "seconds": report.seconds,
+                        "preparation_read": read,
+                        "preparation_seconds": seconds,
+                    }
+                )
+                posterior.mean_(model)
+    return {
+        "size": size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": seed,
+        "training_read": trained,
+        "means": means,
+        "sampled": sampled,
+        "rows": rows,
+    }
+
+
+def _sampled_accuracy(model: nn.Module, posterior: Posterior, data: Images) -> float:
+    """Percent of the test set that samples of the posterior call right, over ten samples."""
+    copied = copy.deepcopy(model)
+    inputs, labels = data[list(range(len(data)))]
+    logits = posterior.predict(copied, inputs, samples=10, seed=1).logits
+    return 100.0 * (logits.argmax(dim=-1) == labels).double().mean().item()
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: the change of D_r against the model before, by prior: the mean of the seeds' means, and these."""
+    lines = [
+        "| model | prior | samples read | sampled acc. | change of D_r, masked-teacher | worst | D_f "
+        "| change of D_r, uniform-others | worst | D_f | not reached |",
+        "|---|---|---:|---:|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for size in dict.fromkeys(r["size"] for r in runs):
+        some = [r for r in runs if r["size"] == size]
+        for prior in some[0]["sampled"]:
+            cells = []
+            missed = 0
+            for objective in OBJECTIVES:
+                by_seed = [[x for x in r["rows"] if (x["prior"], x["objective"]) == (prior, objective)] for r in some]
+                changes = [[x["retained"] - x["baseline"] for x in rows] for rows in by_seed]
+                seeds = [statistics.fmean(c) for c in changes]
+                gone = statistics.fmean(x["forgotten"] for rows in by_seed for x in rows)
+                missed += sum(not x["reached"] for rows in by_seed for x in rows)
+                values = ", ".join(f"{s:+.2f}" for s in seeds)
+                worst = min(min(c) for c in changes)
+                cells += [f"{statistics.fmean(seeds):+.2f} ({values})", f"{worst:+.1f}", f"{gone:.1f}"]
+            sampled = statistics.fmean(r["sampled"][prior] for r in some)
+            read = some[0]["rows"][[x["prior"] for x in some[0]["rows"]].index(prior)]["preparation_read"]
+            lines.append(f"| {size} | {prior} | {read:,} | {sampled:.1f} | {' | '.join(cells)} | {missed} |")
+        means = statistics.fmean(r["means"] for r in some)
+        lines.append(f"| {size} | (the means) | {some[0]['training_read']:,} (training) | {means:.1f} |||||||")
+    return "\n".join(lines) + "\n"
+
+
+def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
+    """The mean change of D_r against samples read by preparation, or against the number of parameters."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for ax, objective in zip(axes, OBJECTIVES, strict=True):
+        for prior in runs[0]["sampled"]:
+            points: dict[float, list[float]] = {}
+            for r in runs:
+                rows = [x for x in r["rows"] if (x["prior"], x["objective"]) == (prior, objective)]
+                x = r["parameters"] if against == "parameters" else rows[0]["preparation_read"]
+                points.setdefault(x, []).append(statistics.fmean(y["retained"] - y["baseline"] for y in rows))
+            xs = sorted(points)
+            ax.plot(xs, [statistics.fmean(points[x]) for x in xs], "o-", label=prior, alpha=0.8)
+        ax.set(xscale="log", title=objective, xlabel=against.replace("_", " "))
+        ax.axhline(0.0, color="0.7", linewidth=0.8)
+    axes[0].set_ylabel("change of D_r in points")
+    axes[1].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the results.")],
+    size: Annotated[list[str], typer.Option(help=f"Of {', '.join(WIDTHS)}.")] = list(WIDTHS),  # noqa: B006
+    seed: Annotated[list[int], typer.Option()] = [0, 1, 2],  # noqa: B006
+    bgd_steps: Annotated[int, typer.Option(min=1, help="Updates of BGD, two samples each.")] = 1500,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Run what is missing and write the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "priors.json"
+    runs: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    done = {(r["size"], r["seed"]) for r in runs}
+    jobs = [(s, n) for s in size for n in seed if (s, n) not in done]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for result in pool.map(run, *zip(*[(s, n, bgd_steps) for s, n in jobs], strict=True)) if jobs else ():
+            runs.append(result)
+            write_json(file, runs)
+    runs.sort(key=lambda r: (r["parameters"], r["seed"]))
+    write_json(file, runs)
+    (out / "priors.md").write_text(table(runs))
+    figure(runs, out / "samples.png", against="preparation_read")
+    figure(runs, out / "width.png", against="parameters")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    typer.run(main)
