@@ -31,9 +31,9 @@ def run(name: str, data: Batches, **options: Any) -> tuple[float, float]:
     options |= {"progress": False}
     with Peak(torch.device("cpu")) as prepared:
         model = models.create(name, num_classes=10, in_chans=3, img_size=data[0][0].shape[-1])
-        prior: Posterior = prepare(model, data, method="bgd", evidence=100.0, **options)
+        prior: Posterior = prepare(model, data, evidence=100.0, **options)
     with Peak(torch.device("cpu")) as forgotten:
-        forget(model, prior, data, **options)
+        forget(model, prior, data, request="class", kl_weight=0.1, **options)
     return prepared.mib, forgotten.mib + (forgotten.before - prepared.before) / 2**20
 
 

@@ -237,12 +237,14 @@ def plan(
     num_classes: Annotated[int, typer.Option(min=1, max=MOST)] = 1000,
     batch_size: BatchSize = 64,
     dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(plans.DTYPES)}.")] = "float32",
-    mc_samples: Annotated[int, typer.Option(min=1, max=MOST, help="Forward passes per update.")] = 2,
+    mc_samples: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Samples per update; 1 also of forgetting at the means.")
+    ] = 1,
     release_gradients: ReleaseGradients = False,
     prior_std: Annotated[str, typer.Option(help=f"How the prior's std is kept: {', '.join(STORAGE)}.")] = "float32",
     prior_mean: Annotated[str, typer.Option(help=f"How its mean is kept: {', '.join(STORAGE[:2])}.")] = "float32",
     offload_prior: Annotated[bool, typer.Option(help="The prior stays in the CPU's memory.")] = False,
-    objective: ObjectiveName = "uniform-others",
+    objective: ObjectiveName = objectives.DEFAULT,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU when there is one.")] = "auto",
     free_gib: Annotated[
         float | None, typer.Option("--free", min=0, max=MOST, help="GiB that are free there; default: ask it.")
@@ -348,9 +350,28 @@ def forget(
     forget_class: ForgetClasses,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
-    objective: ObjectiveName = "uniform-others",
-    steps: Annotated[int, typer.Option(max=MOST, help="BGD updates.")] = 150,
-    kl_weight: Annotated[float, typer.Option(help="lambda in [0, 1]; larger keeps more.")] = 0.1,
+    previous: Annotated[
+        Path | None, typer.Option(help="Posterior that the request before this one left (--posterior-out).")
+    ] = None,
+    posterior_out: Annotated[
+        Path | None, typer.Option(help="Also write what is left of the posterior, for a later request.")
+    ] = None,
+    objective: ObjectiveName = objectives.DEFAULT,
+    steps: Annotated[
+        int | None, typer.Option(max=MOST, help="Updates; default 150, or 400 at most where lambda is found.")
+    ] = None,
+    kl_weight: Annotated[
+        Any,
+        typer.Option(
+            parser=_auto_or_number, metavar="NUMBER|auto", help="lambda in [0, 1], larger keeps more; auto finds it."
+        ),
+    ] = "auto",
+    level: Annotated[
+        float | None, typer.Option(help="Probability of what is forgotten to end at; default 0.01 of a class.")
+    ] = None,
+    mc_samples: Annotated[
+        int, typer.Option(min=0, max=MOST, help="0: forget at the means; K: at K samples per update, as the paper.")
+    ] = 0,
     data_per_step: Annotated[float, typer.Option(help="Weight of the objective, in data points.")] = 100.0,
     batch_size: BatchSize = 64,
     offload_prior: Annotated[
@@ -369,6 +390,8 @@ def forget(
 ) -> None:
     """Forget a class, or several at once, reading the forget set and nothing else."""
     _output(out, overwrite)
+    if posterior_out is not None:
+        _output(posterior_out, overwrite)
     network, config = models.load(model, device=_device(device))
     prior = Posterior.load(posterior, model=network)
     parts = _data_of(config, dataset, data, need_test=False, skip_unreadable=skip_unreadable)
@@ -377,9 +400,13 @@ def forget(
         network,
         prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
         loader(forget_data, batch_size=batch_size, shuffle=True),
+        previous=None if previous is None else Posterior.load(previous, model=network),
+        request="class",
         objective=objective,
         steps=steps,
         kl_weight=kl_weight,
+        level=level,
+        mc_samples=mc_samples,
         data_per_step=data_per_step,
         offload_prior=offload_prior,
         seed=seed,
@@ -393,10 +420,16 @@ def forget(
     )
     if distributed.rank() > 0:
         return
+    if posterior_out is not None:
+        result.posterior.save(posterior_out)
     models.save(network, out, config)
     _done(checkpoint)
-    last = result.history[-1]
-    Console().print(f"{out}: KL(q || p) {last.kl:.1f} nats after {last.steps} steps in {result.seconds:.1f} s")
+    steps_done = len(result.history)
+    Console().print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
+    if result.probability is not None:
+        Console().print(f"mean probability of the forgotten labels: {result.probability:.2g}")
+    if result.advice:
+        Console(stderr=True).print(f"not reached: {result.advice}", soft_wrap=True)
 
 
 @app.command(cls=Command)

@@ -16,6 +16,7 @@ from .data import Examples, Images, forget_split, load, loader
 from .errors import UsageError
 from .fisher import per_sample
 from .forget import ForgetReport, forget
+from .initial import initial_std
 from .methods.base import Counted, Selected, batches
 from .metrics import accuracy, entropy_mia, predict
 from .posterior import Posterior
@@ -89,10 +90,12 @@ def fisher_std(model: nn.Module, data: Images, posterior: Posterior) -> Posterio
     """
     posterior.mean_(model)
     fisher = per_sample(model, loader(data, batch_size=64))
-    initial = posterior.metadata["std_init"] ** -2
+    initial = initial_std(model)
     evidence = total_evidence(posterior.metadata)
     return Posterior(
-        posterior.means, {n: (initial + evidence * f).rsqrt() for n, f in fisher.items()}, posterior.metadata
+        posterior.means,
+        {n: (initial[n] ** -2 + evidence * f).rsqrt() for n, f in fisher.items()},
+        posterior.metadata,
     )
 
 
@@ -203,7 +206,7 @@ def _run_class(
         row = measure(model, train_data, test_data, run.forget_class)
         return result, {
             **row,
-            "kl": result.history[-1].kl,
+            "kl": result.kl,
             "seconds": result.seconds,
             "retain_read": retain_read(source),
         }

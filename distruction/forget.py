@@ -1,5 +1,6 @@
 """Forgetting with the forget set alone (paper, section 3.2)."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -16,12 +17,13 @@ from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
 from .prepare import total_evidence
-from .strength import DualAscent, ForgetSet, Probability, examined
+from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
+from .teachers import SameModel
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
 STEPS, MOST_STEPS = 150, 400
-"""BGD updates with a given lambda, and at most where lambda is found."""
+"""Updates with a given lambda, and at most where lambda is found."""
 LARGEST_RATIO = 1e5
 """Data points that the objective may weigh against the posterior, where that does not say how many it stands for."""
 
@@ -68,7 +70,7 @@ def forget(
     level: float | None = None,
     data_per_step: float = 100.0,
     lr: float = 1.0,
-    mc_samples: int = 2,
+    mc_samples: int = 0,
     seed: int = 0,
     backend: str = "auto",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -106,8 +108,10 @@ def forget(
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
             not seen is likely to be: that of samples of p, from its metadata, or 0.9.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
-        lr: step size of the mean at the start; with a given lambda it decays to 0 along a cosine.
-        mc_samples: forward and backward passes per update; even numbers use antithetic pairs.
+        lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps.
+        mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
+            E_q[U] by so many samples, each with a forward and a backward pass (even numbers use antithetic pairs), and
+            the stds learned with the means.
         seed: of the draws and of the batches' order.
         backend: see `distruction.ops`.
         checkpoint, checkpoint_seconds, checkpoint_steps, keep_checkpoint, release_gradients, progress: see
@@ -124,18 +128,25 @@ def forget(
     """
     distributed.start()
     automatic = kl_weight == "auto"
-    if not automatic and not (isinstance(kl_weight, int | float) and 0 <= kl_weight <= 1):
+    given = 0.5 if isinstance(kl_weight, str) else kl_weight
+    if not automatic and (isinstance(kl_weight, str) or not 0 <= kl_weight <= 1):
         raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}, or 'auto'")
     if level is not None and not 0 < level < 1:
         raise UsageError(f"level must be a probability in (0, 1), not {level}")
     if level is not None and not automatic:
         raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
+    if not 0 < data_per_step < math.inf:
+        raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
+    if not 0 < lr < math.inf:
+        raise UsageError(f"lr must be > 0 and finite, not {lr}")
     if steps is None:
         steps = MOST_STEPS if automatic else STEPS
     if steps < 1:
         raise UsageError(f"steps must be >= 1, not {steps}")
+    if not isinstance(mc_samples, int) or mc_samples < 0:
+        raise UsageError(f"mc_samples must be an integer >= 0 (0: at the means), not {mc_samples!r}")
     if isinstance(previous, ForgetReport):
         previous = previous.posterior
     identity = posterior.fingerprint()
@@ -175,9 +186,11 @@ def forget(
             lr=lr,
             std_init=prior if resumed is None else resumed,
             data_per_step=data_per_step,
-            mc_samples=mc_samples,
+            mc_samples=max(1, mc_samples),
+            at_means=mc_samples == 0,
+            learn_std=mc_samples > 0,
             prior=prior,
-            kl_weight=0.5 if automatic else kl_weight,
+            kl_weight=given,
             max_std=prior.largest_std(),
             seed=seed,
             backend=backend,
@@ -186,9 +199,10 @@ def forget(
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr if automatic else lr * cosine(len(history), steps)
+            group["lr"] = lr * (cosine(len(history) % CYCLE, CYCLE) if automatic else cosine(len(history), steps))
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
+    teacher = getattr(unlearn, "teacher", None)
 
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
@@ -201,8 +215,9 @@ def forget(
             with deterministic(model):
                 control.value = probability()
     idle = control is not None and kind == "records" and control.value <= control.level
+    history: list[Step] = []
     if idle:
-        optimizer, history = make_optimizer(None), []
+        optimizer = make_optimizer(None)
     else:
         optimizer, history = run(
             model,
@@ -218,6 +233,7 @@ def forget(
             role=FORGET_SET,
             needs_inputs=needs_inputs,
             controller=control,
+            before_passes=teacher if isinstance(teacher, SameModel) else None,
         )
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)

@@ -6,7 +6,6 @@ of a weight is that of a fresh initialisation, 1 / sqrt(fan_in) (LeCun, Bottou, 
 section 4.6), not the size of the trained one, which weight decay may have shrunk.
 """
 
-import torch
 from torch import Tensor, nn
 
 from .modules import learnable
@@ -54,9 +53,3 @@ def _fan_in(p: Tensor, owner: nn.Module) -> int | None:
     if type(owner).__name__ == "Conv1D":  # transformers': (inputs, outputs)
         return weight.shape[0]
     return weight.numel() // weight.shape[0] if isinstance(owner, _WEIGHTED) else None
-
-
-def initial_stds(model: nn.Module) -> dict[str, Tensor]:
-    """`initial_std` as tensors that are placed as the parameters are."""
-    stds = initial_std(model)
-    return {n: torch.full_like(p.detach(), stds[n], dtype=torch.float32) for n, p in learnable(model).items()}

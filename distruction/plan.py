@@ -38,20 +38,22 @@ class Options:
 
     Attributes:
         batch_size: examples in a forward pass.
-        mc_samples: Monte Carlo samples of an update; an antithetic pair keeps the statistics m1, more of them m2 too.
+        mc_samples: Monte Carlo samples of an update. One, as of Gauss-Newton, or none, as of forgetting at the means,
+            keeps no statistics; an antithetic pair m1, more of them m2 too.
         release_gradients: see `distruction.BGD`.
         prior_std, prior_mean: how the prior of `forget` is kept; see `distruction.Posterior.compress`.
         offload_prior: the prior stays in the CPU's memory.
-        objective: of `forget`, a name in `distruction.objectives.REGISTRY`; some hold a copy of the model.
+        objective: of `forget`, a name in `distruction.objectives.REGISTRY`; some hold other weights for
+            the whole model.
     """
 
     batch_size: int = 64
-    mc_samples: int = 2
+    mc_samples: int = 1
     release_gradients: bool = False
     prior_std: str = "float32"
     prior_mean: str = "float32"
     offload_prior: bool = False
-    objective: str = "uniform-others"
+    objective: str = objectives.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,12 @@ def plan(
     batch_size: int = 64,
     num_classes: int = 1000,
     dtype: str = "float32",
-    mc_samples: int = 2,
+    mc_samples: int = 1,
     release_gradients: bool = False,
     prior_std: str = "float32",
     prior_mean: str = "float32",
     offload_prior: bool = False,
-    objective: str = "uniform-others",
+    objective: str = objectives.DEFAULT,
     device: str = "cpu",
     available: int | None = None,
 ) -> Plan:
@@ -216,8 +218,12 @@ def _phases(
         "prior std": sum(_kept(k, options.prior_std) for k in elements),
     }
     copied = resident["parameters"] + resident["buffers"]
-    teacher = {"teacher": copied} if objectives.entry(options.objective).copies else {}
+    objective = objectives.entry(options.objective)
+    teacher = {"teacher": copied} if objective.copies else {}
     streamed = options.offload_prior and device.type != "cpu"
+    # Means that are there as the parameters are serve a teacher's pass as they are.
+    as_they_are = options.prior_mean == "float32" and dtype == torch.float32 and not streamed
+    taught = n * dtype.itemsize if objective.teaches and not (objective.copies or as_they_are) else 0
     restored = _restored(elements, options, streamed)
     elsewhere = 0 if device.type == "cpu" else 8 * n  # the posterior on its way from or to a file
     return (
@@ -226,7 +232,7 @@ def _phases(
             "forget",
             resident | ({} if streamed else prior) | teacher,
             0 if options.release_gradients else gradients,
-            passing + (restored if options.release_gradients else 0),
+            passing + taught + (restored if options.release_gradients else 0),
             gradients + restored,
             elsewhere + (sum(prior.values()) if streamed else 0),
         ),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import distributed
 from .describe import described
 from .errors import UsageError
-from .initial import initial_stds
+from .initial import initial_std
 from .likelihood import Categorical, Given, Likelihood, signed
 from .loop import (
     TRAINING,
@@ -139,10 +139,13 @@ def prepare(
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
     require_suitable(learnable(model))
-    for name, value in (("std_init", std_init), ("evidence", evidence)):
-        if value != "auto" and not (isinstance(value, int | float) and 0 < value < math.inf):
-            what = "; it counts data points per training example" if name == "evidence" else ""
-            raise UsageError(f"{name} must be > 0 and finite, or 'auto', not {value!r}{what}")
+    if not _is_auto_or_positive(std_init):
+        raise UsageError(f"std_init must be > 0 and finite, not {std_init!r}; 'auto' goes by each tensor's own scale")
+    if not _is_auto_or_positive(evidence):
+        raise UsageError(
+            f"evidence must be > 0 data points, not {evidence!r}; they count per training example, and 'auto' goes by "
+            "the number of weights"
+        )
     check_loader(loader, TRAINING, steps)
     examples = examples_in(loader) if num_examples is None else num_examples
     if examples is None:
@@ -175,14 +178,11 @@ def prepare(
         "weights": weights,
     }
 
-    def start() -> float | Posterior:
-        return std_init if std_init != "auto" else Posterior.around(model, initial_stds(model))
-
     def make_optimizer(resumed: Posterior | None) -> BGD:
         return BGD(
             learnable(model).items(),
             lr=lr,
-            std_init=start() if resumed is None else resumed,
+            std_init=resumed or (initial_std(model) if std_init == "auto" else std_init),
             data_per_step=total,
             mc_samples=mc_samples,
             max_std=None if std_init == "auto" else std_init,
@@ -229,6 +229,10 @@ def prepare(
     }
     point.remove()
     return posterior
+
+
+def _is_auto_or_positive(value: object) -> bool:
+    return value == "auto" or (isinstance(value, int | float) and 0 < value < math.inf)
 
 
 def total_evidence(metadata: Mapping[str, Any]) -> float:

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Run = tuple[int, int, int]
-
-_ORDINARY = (Tensor, nn.Parameter)
+_ORDINARY = {Tensor, nn.Parameter}
 
 
 @functools.cache
@@ -43,6 +42,13 @@ def _is_dtensor(t: Any) -> "TypeGuard[DTensor]":
 def is_sharded(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor (replicated ones included)."""
     return _is_dtensor(t)
+
+
+def are_ordinary(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
+    if torch.compiler.is_compiling():  # torch 2.8 cannot trace sets of types
+        return not any(is_sharded(t) for t in tensors)
+    return set(map(type, tensors)) <= _ORDINARY
 
 
 def local(t: Tensor) -> Tensor:

@@ -4,11 +4,17 @@ Forgetting minimises U + KL / R, where R = (1 - lambda) * data_per_step / lambda
 the posterior, in data points. R is raised while the model still knows what it should forget and lowered where it has
 forgotten more than was asked for:
 
-    log R += 0.2 * clip(log(v / level), -2, 2)    after each step,
+    log R += rate * clip(log(v / aim), -2, 2)    after each step,
 
 v being the mean probability of what is to be forgotten *at the means*, which are what will be used: at samples it says
-little about them. This is gradient ascent on the multiplier of the constraint v <= level (Boyd, Vandenberghe, "Convex
-Optimization", 2004, section 5.4), in logarithms.
+little about them. This is gradient ascent on the multiplier of the constraint v <= aim (Boyd, Vandenberghe, "Convex
+Optimization", 2004, section 5.4), in logarithms. The trust region limits how fast the means can follow, so that R would
+run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
+integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
+as fast as it is raised.
+
+The steps come in cycles, in each of which the step size decays to zero, and the run ends with the first cycle that ends
+at or below the level.
 """
 
 import math
@@ -31,13 +37,15 @@ from .sharding import reshard
 
 EXAMPLES = 256
 """Of the forget set, at most, at which v is looked at."""
-STEPS_BETWEEN_LOOKS = 5
-WINDOW = 20
-"""Steps whose mean KL is compared with that of as many before."""
-SETTLED = 0.03
-"""Relative difference of the two at which the run is done, once the level holds."""
-RATE, CLIP = 0.2, 2.0
-LARGEST_WEIGHT = 0.9
+STEPS_BETWEEN_LOOKS = 3
+CYCLE = 50
+"""Steps in which the step size decays to zero."""
+MARGIN = 0.7
+"""What the ascent aims at, as a share of the odds of the level: v ends within about a third of it."""
+FALLING = 0.8
+"""v falls by itself where it is below this share of what it was at the look before."""
+RATE_UP, RATE_DOWN, CLIP = 0.2, 0.4, 2.0
+LARGEST_WEIGHT = 0.99
 SMALLEST_WEIGHT = 0.01
 """Bounds of lambda: under the smaller one means would take hundreds of steps to settle, so that from there on a larger
 R is a larger ``data_per_step``."""
@@ -86,14 +94,14 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
                 keys, targets = torch.cat([kept[0], keys]), torch.cat([kept[2], targets])
                 inputs = _joined(kept[1], inputs)
             best = keys.topk(min(EXAMPLES, len(keys))).indices.sort().values
-            kept = (
-                keys[best],
-                apply(lambda t, best=best: t[best.to(t.device)], inputs),
-                targets[best.to(targets.device)],
-            )
+            kept = keys[best], _rows(inputs, best), targets[best.to(targets.device)]
     if kept is None:
         raise UsageError("the forget set is empty, so there is nothing to forget")
     return ForgetSet(records, dict(sorted(counts.items())), kept[1], kept[2], batch_size)
+
+
+def _rows(inputs: Inputs, rows: Tensor | slice) -> Inputs:
+    return apply(lambda t: t[rows if isinstance(rows, slice) else rows.to(t.device)], inputs)
 
 
 def _joined(a: Inputs, b: Inputs) -> Inputs:
@@ -128,7 +136,7 @@ class Probability:
         values = []
         for start in range(0, len(self._data.targets), self._data.batch_size):
             rows = slice(start, start + self._data.batch_size)
-            inputs = apply(lambda t, rows=rows: t[rows], self._data.inputs)
+            inputs = _rows(self._data.inputs, rows)
             logits = distributed.by_rows(lambda part: logits_of(call(self._model, part)), inputs)
             p = self._checked(logits).double().softmax(dim=-1)
             own = self._data.targets[rows, None]
@@ -162,24 +170,26 @@ class DualAscent:
     """Steers a run so that ``probability`` ends at ``level`` (a `distruction.loop.Controller`).
 
     Args:
-        probability: v, looked at every `STEPS_BETWEEN_LOOKS` steps, at the means.
+        probability: v, looked at every `STEPS_BETWEEN_LOOKS` steps and at the end of each cycle, at the means.
         level: in (0, 1), what v should be at most.
         data_per_step: weight of the objective in data points to start from, with lambda = 1/2.
         most: upper bound of R, in data points.
 
     Attributes:
         value: v at the last look.
-        settled: whether the run ended because the level held and the KL had settled.
+        settled: whether the run ended at the end of a cycle because the level held.
         at_bound: whether R is at its upper bound.
     """
 
     def __init__(self, probability: Probability, *, level: float, data_per_step: float, most: float) -> None:
         self._probability, self.level = probability, level
+        odds = MARGIN * level / (1 - level)
+        self._aim = odds / (1 + odds)
         self._data_per_step = data_per_step
         self._least = math.log(data_per_step * (1 - LARGEST_WEIGHT) / LARGEST_WEIGHT)
         self._most = math.log(most)
         self.log_ratio = math.log(data_per_step)
-        self.value = 1.0
+        self.value = self._before = 1.0
         self.settled = False
 
     @property
@@ -202,27 +212,29 @@ class DualAscent:
             group["kl_weight"], group["data_per_step"] = weight, data
 
     def after_step(self, optimizer: BGD, history: list[Step]) -> bool:
-        """One step of the ascent; whether the level holds and the KL has settled."""
-        if len(history) % STEPS_BETWEEN_LOOKS == 0:
-            self.value = self._probability()
-        excess = math.log(max(self.value, 1e-30) / self.level)
-        self.log_ratio += RATE * min(max(excess, -CLIP), CLIP)
+        """One step of the ascent; whether a cycle ends here and the level holds."""
+        ends = len(history) % CYCLE == 0
+        if ends or len(history) % STEPS_BETWEEN_LOOKS == 0:
+            self._before, self.value = self.value, self._probability()
+        excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
+        if excess < 0:
+            self.log_ratio += RATE_DOWN * excess
+        elif self.value >= FALLING * self._before:
+            self.log_ratio += RATE_UP * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
-        looked = len(history) % STEPS_BETWEEN_LOOKS == 0
-        self.settled = looked and self.value <= self.level and _is_settled([step.kl for step in history])
+        self.settled = ends and self.value <= self.level
         return self.settled
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"log_ratio": self.log_ratio, "value": self.value, "settled": self.settled}
+        return {
+            "log_ratio": self.log_ratio,
+            "value": self.value,
+            "value_before": self._before,
+            "settled": self.settled,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         self.log_ratio, self.value, self.settled = state["log_ratio"], state["value"], state["settled"]
-
-
-def _is_settled(kls: Sequence[float]) -> bool:
-    if len(kls) < 2 * WINDOW:
-        return False
-    last, before = (math.fsum(part) / WINDOW for part in (kls[-WINDOW:], kls[-2 * WINDOW : -WINDOW]))
-    return abs(last - before) <= SETTLED * before
+        self._before = state["value_before"]

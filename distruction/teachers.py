@@ -20,7 +20,7 @@ from .posterior import Posterior
 from .sharding import is_sharded, local, reshard
 
 
-class _SameModel(ABC):
+class SameModel(ABC):
     """The model with weights that a subclass gives, which its parameters may not hold."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +47,7 @@ class _SameModel(ABC):
         """Logits of these rows."""
 
 
-class AtMeans(_SameModel):
+class AtMeans(SameModel):
     """What the model predicts at the means of a posterior, such as before it forgot, whatever its parameters hold now.
 
     An ordinary model is called with the means in the place of its parameters (``torch.func.functional_call``): no
@@ -68,6 +68,7 @@ class AtMeans(_SameModel):
         self._posterior = posterior
 
     def _answer(self, inputs: Inputs) -> Tensor:
+        reshard(self._model)
         params = learnable(self._model)
         if any(is_sharded(p) for p in params.values()):
             with holding_means(self._model, self._posterior):
@@ -82,7 +83,7 @@ class AtMeans(_SameModel):
         return self._with(weights, inputs)
 
 
-class Randomised(_SameModel):
+class Randomised(SameModel):
     """What the model predicts with random weights, drawn from a fixed seed: an incompetent teacher.
 
     They take as much memory as the model's. Modules draw theirs by ``reset_parameters``; a parameter that this leaves
@@ -115,16 +116,16 @@ class Randomised(_SameModel):
 @contextmanager
 def holding_means(model: nn.Module, posterior: Posterior) -> Iterator[None]:
     """The parameters hold the posterior's means inside, and what they held before outside, whatever happens inside."""
-    held = {name: local(p.detach()).clone() for name, p in learnable(model).items()}
     reshard(model)
+    held = {name: local(p.detach()).clone() for name, p in learnable(model).items()}
     try:
         posterior.mean_(model)
         yield
     finally:
+        reshard(model)  # its parameters are the shards again
         with torch.no_grad():
             for name, p in learnable(model).items():
                 local(p).copy_(held[name])
-        reshard(model)
 
 
 @torch.no_grad()

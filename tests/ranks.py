@@ -46,6 +46,7 @@ from distruction.sharding import Pieces
 QUIET = {"progress": False}
 PREPARE = {"steps": 12, "std_init": 0.1, **QUIET}
 FORGET = {"steps": 8, "kl_weight": 0.1, **QUIET}
+AUTOMATIC = {"steps": 12, "request": "class", **QUIET}
 
 
 def make_model(seed=0):
@@ -483,11 +484,29 @@ def check_objectives_that_draw_or_need_the_inputs(world, folder):
         result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=objective, **FORGET)
         assert_near(result.posterior, expected[objective])
     model = wrap(make_model(), "fsdp")
-    with pytest.raises(UsageError, match="bad-teacher and masked-teacher copy the model, which is sharded"):
+    with pytest.raises(UsageError, match="bad-teacher draws new weights for the whole model, which is sharded"):
         forget(model, Posterior.around(model, 0.1), make_loader(), objective="bad-teacher", **FORGET)
-    teacher = MaskedTeacher(wrap(make_model(), "fsdp"))
+    result = forget(model, Posterior.around(model, 0.1), make_loader(), objective="masked-teacher", **FORGET)
+    assert_near(result.posterior.gathered(), expected["masked-teacher"])
+    model, teacher = wrap(make_model(), "fsdp"), MaskedTeacher(wrap(make_model(), "fsdp"))
     result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=teacher, **FORGET)
     assert_near(result.posterior.gathered(), expected["masked-teacher"])
+
+
+def one_class():
+    x, y = examples()
+    return [(x[y == 1], y[y == 1])]
+
+
+def check_strength_found_is_that_of_one_process(world, folder):
+    expected = torch.load(folder / "alone", weights_only=False)["strength"]
+    for how in ("plain", "ddp", "fsdp"):
+        model = wrap(make_model(), how)
+        result = forget(model, Posterior.around(model, 0.1), one_class(), **AUTOMATIC)
+        assert_near(result.posterior.gathered(), expected.posterior)
+        assert result.probability == pytest.approx(expected.probability, rel=1e-3)
+        for ours, theirs in zip(result.history, expected.history, strict=True):
+            assert ours.kl_weight == pytest.approx(theirs.kl_weight, rel=1e-4)
 
 
 def check_a_distributed_sampler_makes_the_batch_of_its_parts(world, folder):
@@ -629,6 +648,8 @@ def write_what_one_process_does(folder):
         model = make_model()
         result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=objective, **FORGET)
         facts[objective] = dict(result.posterior)
+    model = make_model()
+    facts["strength"] = forget(model, Posterior.around(model, 0.1), one_class(), **AUTOMATIC)
     x, y = examples(3)
     batches = [(x[i : i + 1], y[i : i + 1]) for i in range(3)]
     facts["one by one"] = dict(prepare(make_model(), batches, evidence=100.0, **PREPARE))

@@ -51,7 +51,21 @@ def test_train_prepare_forget_evaluate(distruction, tmp_path):
     for command in (
         ("train", "--out", model, "--epochs", 1),
         ("prepare", "--model", model, "--out", posterior, "--steps", 3),
-        ("forget", "--model", model, "--posterior", posterior, "--out", unlearned, "--class", 3, "--steps", 3),
+        (
+            "forget",
+            "--model",
+            model,
+            "--posterior",
+            posterior,
+            "--out",
+            unlearned,
+            "--class",
+            3,
+            "--steps",
+            3,
+            "--kl-weight",
+            0.1,
+        ),
     ):
         status, out, err = distruction(*command, "--no-progress")
         assert (status, err) == (0, "")
@@ -64,6 +78,26 @@ def test_train_prepare_forget_evaluate(distruction, tmp_path):
     prior.check(trained, same_weights=True)
     assert not torch.equal(trained.head.weight, forgotten.head.weight)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "p", "u"]
+
+
+def test_one_request_after_another(distruction, files, tmp_path):
+    common = ("--posterior", files / "posterior", "--steps", 3, "--no-progress")
+    first, second = tmp_path / "q1", tmp_path / "q2"
+    for command in (
+        ("--model", files / "model", "--class", 3, "--out", tmp_path / "u1", "--posterior-out", first),
+        ("--model", tmp_path / "u1", "--class", 8, "--out", tmp_path / "u2", "--previous", first,
+         "--posterior-out", second),
+    ):  # fmt: skip
+        status, out, _ = distruction("forget", *command, *common)
+        assert status == 0
+        assert "is not reached: the 3 steps ended" in " ".join(out.split())
+    requests = Posterior.load(second).metadata["forgotten"]
+    assert [list(r["labels"]) for r in requests] == [["3"], ["8"]]
+    status, _, err = distruction(
+        "forget", "--model", files / "model", "--class", 0, "--out", tmp_path / "u", "--kl-weight", "much", *common
+    )
+    assert status != 0
+    assert "not much, or 'auto'" in " ".join(err.split())
 
 
 def test_a_compressed_posterior_takes_a_byte_per_parameter(distruction, files, tmp_path):
@@ -122,7 +156,21 @@ def test_the_data_set_is_found_and_remembered(distruction, tmp_path):
     for command in (
         ("train", "--out", model, "--dataset", "cifar20", *vit, "--epochs", 1, "--crop", 4, "--flip"),
         ("prepare", "--model", model, "--out", posterior, "--steps", 2),
-        ("forget", "--model", model, "--posterior", posterior, "--out", unlearned, "--class", "rocket", "--steps", 2),
+        (
+            "forget",
+            "--model",
+            model,
+            "--posterior",
+            posterior,
+            "--out",
+            unlearned,
+            "--class",
+            "rocket",
+            "--steps",
+            2,
+            "--kl-weight",
+            0.1,
+        ),
     ):
         status, _, err = distruction(*command, "--data", root, "--no-progress")
         assert (status, err) == (0, "")

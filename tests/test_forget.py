@@ -25,6 +25,7 @@ from distruction import (
     prepare,
 )
 from distruction.errors import DistructionError
+from distruction.initial import initial_std
 from distruction.plan import plan
 
 QUIET = {"progress": False}
@@ -72,8 +73,9 @@ def test_prepare_leaves_the_model_as_it_was():
     assert model.drop.training
     assert sorted(posterior) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
     assert all(p.grad is None for p in model.parameters())
-    assert all((std <= 0.1).all() for std in posterior.stds.values())
-    assert any((std < 0.1).any() for std in posterior.stds.values())
+    widest = initial_std(model)
+    assert all((std <= widest[n]).all() for n, std in posterior.stds.items())
+    assert any((std < widest[n]).any() for n, std in posterior.stds.items())
 
 
 def test_the_posterior_stands_for_its_evidence():

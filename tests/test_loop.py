@@ -301,7 +301,7 @@ def test_a_label_out_of_range_in_a_later_batch(tmp_path, monkeypatch, label, wha
     def run():
         if what == "prepare":
             return prepare(model, batches, **options)
-        return forget(model, Posterior.around(model, 0.05), batches, objective=what, **options)
+        return forget(model, Posterior.around(model, 0.05), batches, objective=what, kl_weight=0.1, **options)
 
     with pytest.raises(UsageError, match=rf"labels run from .*{label}.* step 3, .* 3 classes \(0 to 2\)") as caught:
         run()
@@ -325,7 +325,7 @@ def test_losses_that_are_not_one_mean():
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     with pytest.raises(UsageError, match=r"must return one mean loss.*\(8,\).*mean\(\)"):
-        forget(model, Posterior.around(model, 0.05), loader, objective=per_example, steps=3, **QUIET)
+        forget(model, Posterior.around(model, 0.05), loader, objective=per_example, kl_weight=0.1, steps=3, **QUIET)
     with pytest.raises(UsageError, match=r"must return one mean loss.*\(8,\).*mean\(\)"):
         prepare(model, loader, loss_fn=per_example, method="bgd", steps=2, **QUIET)
     with pytest.raises(UsageError, match="must return one mean loss, not a float"):
@@ -366,13 +366,14 @@ def test_a_callback_stops_the_run_and_keeps_the_result(tmp_path, what):
         options |= {"steps": 9, "callback": callback, **QUIET}
         if what == "prepare":
             return prepare(model, loader, **options), model
-        return forget(model, Posterior.around(model, 0.05), loader, **options).posterior, model
+        return forget(model, Posterior.around(model, 0.05), loader, kl_weight=0.1, **options).posterior, model
 
     stopped, model = run(lambda step: step.step == 4, checkpoint=path, keep_checkpoint=True)
     assert stopped.metadata["steps_done"] == 4
     stopped.check(model, same_weights=True)
-    again, _ = run(lambda step: pytest.fail("a stopped run went on"), checkpoint=path)
+    again, model = run(lambda step: pytest.fail("a stopped run went on"), checkpoint=path)
     assert_same(again, stopped)
+    again.check(model, same_weights=True)
     assert not path.exists()
     seen = []
     run(seen.append)
@@ -457,10 +458,12 @@ def test_checkpoints_know_objects_by_their_parameters(tmp_path):
     model = make()
     posterior = Posterior.around(model, 0.05)
     with pytest.raises(KeyboardInterrupt):
-        forget(model, posterior, loader, objective=BoundedCrossEntropy(0.1), callback=interrupt, **options)
+        forget(
+            model, posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.1), callback=interrupt, **options
+        )
     with pytest.raises(UsageError, match=r"objective: .*0\.1.* there, .*0\.2.* here"):
-        forget(make(), posterior, loader, objective=BoundedCrossEntropy(0.2), **options)
-    forget(make(), posterior, loader, objective=BoundedCrossEntropy(0.1), **options)
+        forget(make(), posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.2), **options)
+    forget(make(), posterior, loader, kl_weight=0.1, objective=BoundedCrossEntropy(0.1), **options)
 
     def smooth(amount):
         return nn.CrossEntropyLoss(label_smoothing=amount)

@@ -238,8 +238,8 @@ def test_every_modules_mode_is_restored(measure, fails):
     model = partly_frozen()
     modes = [module.training for module in model.modules()]
     state = {n: t.clone() for n, t in model.state_dict().items()}
-    before = torch.get_rng_state()
     batches = list(loader(one_pixel([1, 0, 1]), batch_size=2))
+    before = torch.get_rng_state()
     if fails:
         with pytest.raises(RuntimeError):
             measure(model, [*batches, (torch.zeros(1, 9), torch.zeros(1, dtype=torch.int64))])

@@ -63,6 +63,8 @@ def run_until(step, what, checkpoint, **options):
 
     model, loader = make()
     options |= {"checkpoint": checkpoint, "steps": 8, "callback": interrupt, **QUIET}
+    if what == "forget":
+        options["kl_weight"] = 0.1
     arguments = (model, loader) if what == "prepare" else (model, Posterior.around(model, 0.05), loader)
     with pytest.raises(KeyboardInterrupt):
         {"prepare": prepare, "forget": forget}[what](*arguments, **options)
@@ -93,7 +95,7 @@ def test_with_released_gradients_the_checkpoint_and_the_result_are_the_same(tmp_
     results = []
     for release in (False, True):
         model, loader = make()
-        result = forget(model, posterior, loader, steps=5, release_gradients=release, **QUIET)
+        result = forget(model, posterior, loader, kl_weight=0.1, steps=5, release_gradients=release, **QUIET)
         results.append(values(result.posterior))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -118,7 +120,7 @@ def test_a_checkpoint_of_another_prior_is_refused(tmp_path):
     before = checkpoint.read_bytes()
     model, loader = make()
     with pytest.raises(UsageError, match=r"is of another run \(prior: "):
-        forget(model, Posterior.around(model, 0.04), loader, steps=8, checkpoint=checkpoint, **QUIET)
+        forget(model, Posterior.around(model, 0.04), loader, kl_weight=0.1, steps=8, checkpoint=checkpoint, **QUIET)
     assert checkpoint.read_bytes() == before
 
 

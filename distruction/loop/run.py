@@ -51,6 +51,7 @@ def run(
     labels: bool = True,
     shown: Callable[[Tensor, Tensor], Tensor] | None = None,
     controller: Controller | None = None,
+    before_passes: Callable[[Inputs], object] | None = None,
 ) -> tuple[BGD, list[Step]]:
     """Take ``steps`` BGD steps, resuming from the checkpoint where there is one.
 
@@ -63,6 +64,8 @@ def run(
         labels: the targets are class numbers, whose range is checked.
         shown: ``(logits, targets) -> mean loss`` to report where it is not the one that is minimised.
         controller: steers the run; it is asked after ``schedule``.
+        before_passes: called with each batch's inputs (of the whole batch where ``needs_inputs``) before the model's
+            passes, whose activations a call of the same model in between could change.
 
     Returns:
         The optimizer, in eval mode, and the history. The model holds the means, also when an exception leaves here.
@@ -77,6 +80,8 @@ def run(
     optimizer = make_optimizer(resumed[0] if resumed else None)
     history = [Step(**s) for s in resumed[1]["history"]] if resumed else []
     stop = len(history) if resumed and resumed[1].get("stopped") else steps
+    if resumed and stop == len(history):
+        resumed[0].mean_(model)  # no step will put the means in
     device = next(model.parameters()).device
     if not distributed.agree(len(history), device):
         raise UsageError(f"the ranks see different checkpoints at {checkpoint.path}; put it on a shared file system")
@@ -102,6 +107,8 @@ def run(
                 schedule(optimizer, history)
                 if controller is not None:
                     controller.before_step(optimizer, history)
+                if before_passes is not None:
+                    before_passes(batch.whole_inputs)
                 sampled = Sampled(model, batch, loss_fn, gradients, role, len(history) + 1, labels, shown)
 
                 def closure(sampled: Sampled = sampled) -> Tensor:

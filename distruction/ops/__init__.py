@@ -403,8 +403,8 @@ The gradient of the last sample is in ``grad``; ``m1`` and ``m2`` hold the sums 
 completes an antithetic pair, whose first gradient is in ``m1``. ``prior_mean`` and ``prior_std`` are empty lists when
 there is no prior. ``lr`` and ``kl_weight`` are scalar tensors, so that a schedule needs no recompilation;
 ``loss_scale`` multiplies the gradient. An element whose statistics or update are not finite keeps its mean and std, and
-``counters[2]`` becomes 1. The KL, of the updated posterior, is a float64 scalar tensor (zero without a prior).
-The formulas are in `distruction.ops.reference.step`.
+``counters[2]`` becomes 1. The KL, of the updated posterior, is a float64 scalar tensor (zero without a prior). The
+formulas are in `distruction.ops.reference.step`.
 """
 
 gauss_newton = torch.ops.distruction.gauss_newton

@@ -35,11 +35,13 @@ class BGD(Groups):
 
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
-            ``prior``, for a posterior as ``std_init``, and for `posterior`). A group may have each option of its own
-            but ``prior``, ``sample_group``, ``release_gradients`` and ``statistic``, and lies on one device.
+            ``prior``, for a posterior or a mapping as ``std_init``, and for `posterior`). A group may have each option
+            of its own but ``prior``, ``sample_group``, ``release_gradients``, ``statistic`` and ``at_means``; it is on
+            one device.
         lr: step size of the mean, float or scalar tensor, >= 0 (BGD's eta; 1 is the natural step). A CUDA graph of the
             step reads a tensor on the device at each replay and keeps a float; so with ``kl_weight``.
-        std_init: standard deviation that every parameter starts from, or a `Posterior` to start from.
+        std_init: standard deviation that every parameter starts from; one for each parameter by name; or a `Posterior`
+            to start from.
         statistic: ``"bgd"``, or ``"gauss-newton"``: 1/std**2 += data_per_step * g**2 at the sample, exactly and
             elementwise (`distruction.ops.gauss_newton`). The loss is then the signed one,
             sum_n s_n loss_n / sqrt(batch) with s_n = +-1 and targets drawn from the model's own prediction, so that
@@ -62,6 +64,8 @@ class BGD(Groups):
         max_std: cap on std; ``None`` is the (largest) initial one, infinity is off. The published rule is
             ``max_mean_step=max_log_std_step=max_std=math.inf``; alone it tends to diverge.
         learn_mean, learn_std: whether to update them.
+        at_means: take the gradients at the means: the parameters hold them in ``train()`` mode as well, and nothing is
+            sampled. The stds scale the steps and are kept, so that it needs ``learn_std=False``.
         stochastic_rounding: round samples stochastically into bfloat16 parameters.
         maximize: ascend the loss.
         seed: 64-bit key of the generator; draws depend on (seed, parameter's position, draw number) alone, so all
@@ -98,7 +102,7 @@ class BGD(Groups):
         params: Iterable[Any],
         lr: float | Tensor = 1.0,
         *,
-        std_init: float | Posterior = 0.05,
+        std_init: float | dict[str, float] | Posterior = 0.05,
         statistic: str = "bgd",
         data_per_step: float = 1.0,
         mc_samples: int = 1,
@@ -110,6 +114,7 @@ class BGD(Groups):
         max_std: float | None = None,
         learn_mean: bool = True,
         learn_std: bool = True,
+        at_means: bool = False,
         stochastic_rounding: bool = False,
         maximize: bool = False,
         seed: int = 0,
@@ -131,6 +136,7 @@ class BGD(Groups):
             "max_std": max_std,
             "learn_mean": learn_mean,
             "learn_std": learn_std,
+            "at_means": at_means,
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
             "seed": seed,
@@ -177,7 +183,7 @@ class BGD(Groups):
                 "part in all of them: add it after the step that completes the update"
             )
         initial = param_group.get("std_init", self._std_init)
-        common = {k: self.defaults[k] for k in ("statistic",)}
+        common = {k: self.defaults[k] for k in ("statistic", "at_means")}
         common |= {"release_gradients": self._release_gradients, "sample_group": self._sample_group}
         options.check_own(param_group, common)
         options.check_values({k: v for k, v in param_group.items() if v is not None or k != "max_std"})
@@ -189,7 +195,7 @@ class BGD(Groups):
         try:
             group["kl_weight"] = options.check_weight(group["kl_weight"], self._prior)
             given = {**group, "prior": self._prior, "sample_group": self._sample_group}
-            options.check_statistic(group["statistic"], given)
+            options.check_kind(given)
             sources = {"a posterior as std_init": initial, "prior": self._prior}
             options.check_parameters(group, sources, self._sample_group)
         except UsageError:
@@ -467,8 +473,10 @@ class BGD(Groups):
         self.raise_if_nonfinite()
 
 
-def _largest(std_init: float | Posterior) -> float:
-    return std_init.largest_std() if isinstance(std_init, Posterior) else float(std_init)
+def _largest(std_init: float | dict[str, float] | Posterior) -> float:
+    if isinstance(std_init, Posterior):
+        return std_init.largest_std()
+    return max(std_init.values()) if isinstance(std_init, dict) else float(std_init)
 
 
 def _another(seed: int, number: int) -> int:

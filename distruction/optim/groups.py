@@ -28,7 +28,7 @@ class Groups(torch.optim.Optimizer):
     last update and the positions that they are of; ``looks``, uses of samples for prediction since the last step.
     """
 
-    _initial: list[float | Posterior]
+    _initial: list[float | dict[str, float] | Posterior]
     _counters: list[Counters]
     _held: list[Held]
     _released: list[Released]
@@ -249,7 +249,7 @@ class Groups(torch.optim.Optimizer):
     def _members(self, index: int, params: list[Tensor]) -> Members:
         group = self.param_groups[index]
         streams = [group["first_stream"] + self._position[p] for p in params]
-        states = [self._state(index, p) for p in params]
+        states = [self.state[p] or self._state(index, p) for p in params]
         return Members(group, params, states, streams, self._counters[index].in_pairs)
 
     def _state(self, index: int, p: Tensor) -> dict[str, Tensor]:
@@ -261,7 +261,8 @@ class Groups(torch.optim.Optimizer):
                 state["mean"], state["std"] = shard_like(mean, p).clone(), shard_like(std, p).clone()
             else:
                 state["mean"] = torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format).copy_(p)
-                state["std"] = torch.full_like(state["mean"], initial)
+                start = initial[group["param_names"][self._position[p]]] if isinstance(initial, dict) else initial
+                state["std"] = torch.full_like(state["mean"], start)
         return state
 
     def _fill_state(self) -> None:

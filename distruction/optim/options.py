@@ -49,6 +49,12 @@ def _is_positive(value: Any) -> bool:
     return bool(value > 0)
 
 
+def _is_initial_std(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(0 < std < math.inf for std in value.values())
+    return isinstance(value, Posterior) or 0 < value < math.inf
+
+
 _TRUTH = "True or False"
 STATISTICS = ("bgd", "gauss-newton")
 
@@ -56,7 +62,7 @@ OPTIONS = {
     option.name: option
     for option in (
         Option("lr", _scalar(lambda v: 0 <= v < math.inf), ">= 0 and finite"),
-        Option("std_init", lambda v: isinstance(v, Posterior) or 0 < v < math.inf, "> 0 and finite"),
+        Option("std_init", _is_initial_std, "> 0 and finite"),
         Option("data_per_step", _is_positive, "> 0"),
         Option("mc_samples", lambda v: _is_integer(v) and v >= 1, "an integer >= 1"),
         Option("antithetic", _is_flag, _TRUTH),
@@ -67,6 +73,7 @@ OPTIONS = {
         Option("max_std", _is_positive, "> 0"),
         Option("learn_mean", _is_flag, _TRUTH),
         Option("learn_std", _is_flag, _TRUTH),
+        Option("at_means", _is_flag, _TRUTH, of_group=False),
         Option("stochastic_rounding", _is_flag, _TRUTH),
         Option("maximize", _is_flag, _TRUTH),
         Option("seed", lambda v: _is_integer(v) and -(2**63) <= v < 2**63, "an integer of 64 bits, signed"),
@@ -150,17 +157,24 @@ def check_weight(weight: float | Tensor | None, prior: Posterior | None) -> floa
     return weight
 
 
-def check_statistic(statistic: str, options: Mapping[str, Any]) -> None:
-    """Refuse what does not go with the Gauss-Newton statistic, which learns stds alone from one gradient a step."""
-    if statistic == "bgd":
-        return
-    needs = {"learn_mean": False, "learn_std": True, "mc_samples": 1, "prior": None, "sample_group": None}
+_GAUSS_NEWTON = {"learn_mean": False, "learn_std": True, "mc_samples": 1, "prior": None, "sample_group": None}
+_AT_MEANS = {"statistic": "bgd", "learn_std": False, "mc_samples": 1, "sample_group": None}
+
+
+def check_kind(options: Mapping[str, Any]) -> None:
+    """Refuse what does not go with the Gauss-Newton statistic, or with gradients at the means."""
+    if options["statistic"] == "gauss-newton":
+        reason = "it learns the stds around given means, from one gradient a step"
+        _check_needs('statistic="gauss-newton"', _GAUSS_NEWTON, options, f'{reason}; statistic="bgd" has the rest')
+    if options["at_means"]:
+        reason = "a gradient at the means says nothing about the stds, and there is one of it"
+        _check_needs("at_means", _AT_MEANS, options, f"{reason}; leave at_means out for samples")
+
+
+def _check_needs(what: str, needs: Mapping[str, Any], options: Mapping[str, Any], why: str) -> None:
     for name, needed in needs.items():
         if name in options and options[name] != needed:
-            raise UsageError(
-                f'statistic="gauss-newton" needs {name}={needed}: it learns the stds around given means, from one '
-                'gradient a step; statistic="bgd" has the rest'
-            )
+            raise UsageError(f"{what} needs {name}={needed!r}: {why}")
 
 
 def check_parameters(group: Mapping[str, Any], sources: Mapping[str, Any], sample_group: Any) -> None:
@@ -179,6 +193,9 @@ def check_parameters(group: Mapping[str, Any], sources: Mapping[str, Any], sampl
             for name, p in zip(names, params, strict=True):
                 if p.requires_grad and source.shapes.get(name) != p.shape:
                     raise UsageError(f"{what} has no parameter {name} of shape {tuple(p.shape)}; is it of this model?")
+        elif isinstance(source, dict) and (names is None or not set(names) <= set(source)):
+            lacking = next((name for name in names or () if name not in source), "names in its parameters")
+            raise UsageError(f"stds by name as std_init want a named parameter each: there is none for {lacking}")
     for label, p in zip(labels_of(group), params, strict=True):
         if p.is_complex():
             raise UsageError(f"parameter {label} is complex; BGD is defined for real weights")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, UsageError
-from ..sharding import is_sharded, local
+from ..sharding import are_ordinary, is_sharded, local
 from .options import PROGRESS, STATISTICS, labels_of
 
 
@@ -46,9 +46,7 @@ class Held:
 
 
 def _versions(params: Sequence[Tensor]) -> list[int]:
-    if any(map(is_sharded, params)):
-        params = [local(p) for p in params]
-    return [p._version for p in params]
+    return [p._version for p in (params if are_ordinary(params) else map(local, params))]
 
 
 def take_over(label: str, p: Tensor, expected: Tensor, mean: Tensor, *, strict: bool) -> None:

@@ -10,7 +10,7 @@ from torch import distributed as dist
 from .. import ops
 from ..distributed import all_reduce_
 from ..posterior import Posterior
-from ..sharding import Pieces, is_sharded, layout, local
+from ..sharding import Pieces, are_ordinary, is_sharded, layout, local
 from .counters import advance
 
 STREAMED_ELEMENTS = 2**24
@@ -41,17 +41,21 @@ class Members:
         self.pieces = Pieces(params, streams)
         self.mean = self.pieces.of([s["mean"] for s in states])
         self.std = self.pieces.of([s["std"] for s in states])
-        self._held = [local(p) for p in params]
-        self._buffers = [_contiguous(t) for t in self._held]
+        self._ordinary = are_ordinary(params)
+        self._held = params if self._ordinary else [local(p) for p in params]
+        self._buffers = self._held if _are_contiguous(self._held) else [_contiguous(t) for t in self._held]
         self.outs = self.pieces.of(self._buffers)
 
     def sample(self, counters: Tensor) -> None:
         """Write the sample of the current draw into the parameters."""
-        ops.sample(self.outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
+        if not self.group["at_means"]:
+            ops.sample(self.outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
         self._copy_back()
 
     def expected(self, counters: Tensor) -> list[Tensor]:
         """What `sample` would write into each parameter, and has written unless somebody else did since."""
+        if self.group["at_means"]:
+            return [local(s["mean"]).to(t.dtype) for s, t in zip(self._states, self._held, strict=True)]
         made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self._held]
         outs = self.pieces.of(made)
         ops.sample(outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
@@ -60,7 +64,7 @@ class Members:
     def accumulate(self, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Take the gradients into the statistics and write the next sample."""
         m1, m2 = self._statistics()
-        grads = self.pieces.of([gradient(p) for p in self.params])
+        grads = self._gradients()
         ops.accumulate(
             self.outs,
             m1,
@@ -97,7 +101,7 @@ class Members:
         group = self.group
         m1, m2 = self._statistics() if group["mc_samples"] > 1 or sample_group is not None else ([], [])
         if sample_group is None:
-            grads = self.pieces.of([gradient(p) for p in self.params])
+            grads = self._gradients()
         else:
             # All samples are in the statistics; the step takes one more gradient, so it gets a zero.
             all_reduce_([*m1, *m2], sample_group)
@@ -137,7 +141,7 @@ class Members:
         ops.gauss_newton(
             self.outs,
             self.std,
-            self.pieces.of([gradient(p) for p in self.params]),
+            self._gradients(),
             self.mean,
             self.group["data_per_step"],
             *self._generator(counters),
@@ -174,7 +178,20 @@ class Members:
         m1 = self.pieces.of([s["m1"] for s in self._states])
         return m1, [] if in_pairs else self.pieces.of([s["m2"] for s in self._states])
 
+    def _gradients(self) -> list[Tensor]:
+        if self._ordinary:
+            grads = [p.grad.detach() for p in self.params if p.grad is not None]
+            if len(grads) == len(self.params):
+                return grads if _are_contiguous(grads) else [g.contiguous() for g in grads]
+        return self.pieces.of([_gradient(p) for p in self.params])
+
     def _copy_back(self) -> None:
+        if self.group["at_means"]:
+            if self._held:
+                torch._foreach_copy_(list(self._held), [local(s["mean"]) for s in self._states])
+            return
+        if self._buffers is self._held:
+            return
         for held, buffer in zip(self._held, self._buffers, strict=True):
             if buffer is not held:
                 held.copy_(buffer)
@@ -182,7 +199,7 @@ class Members:
 
 def by_layout(params: Sequence[Tensor]) -> list[list[Tensor]]:
     """The parameters in lists that are spread over ranks in one way, so that a sum over each list has one meaning."""
-    if not any(map(is_sharded, params)):
+    if are_ordinary(params):
         return [list(params)] if params else []
     lists: dict[Any, list[Tensor]] = {}
     for p in params:
@@ -203,14 +220,12 @@ def streamed(params: list[Tensor]) -> list[list[Tensor]]:
     return lists
 
 
-def gradient(p: Tensor) -> Tensor:
+def _gradient(p: Tensor) -> Tensor:
     """What this rank holds of the gradient, contiguous and without history; zero where there is none."""
     if p.grad is None:
         return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
-    if not is_sharded(p):
-        return p.grad.detach().contiguous()
     grad: Any = p.grad.detach()
-    if layout(grad) != layout(p):
+    if is_sharded(p) and layout(grad) != layout(p):
         grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
     return local(grad).contiguous()
 
@@ -220,6 +235,10 @@ def add_statistics(state: dict[str, Tensor], in_pairs: bool) -> None:
     for name in ("m1",) if in_pairs else ("m1", "m2"):
         if name not in state:
             state[name] = torch.zeros_like(state["mean"])
+
+
+def _are_contiguous(tensors: Sequence[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors))
 
 
 def _contiguous(t: Tensor) -> Tensor:

@@ -1,0 +1,251 @@
+"""Objectives: what is never a target, teachers without a copy, and outputs that an objective cannot mean."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distruction import Posterior, UsageError, forget, objectives
+from distruction.teachers import AtMeans, Randomised
+
+CLASSES = 5
+
+
+def logits_and_labels(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(6, CLASSES, generator=g, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 2])
+
+
+# --- labels of earlier requests -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", objectives.REGISTRY)
+def test_no_objective_asks_for_what_was_forgotten(name):
+    """Plain descent on the logits ends with (nearly) nothing on the forgotten labels, wherever it began."""
+    torch.manual_seed(0)
+    model, forgotten = nn.Linear(4, CLASSES), [1, 3]
+    inputs, labels = torch.randn(6, 4), torch.tensor([0, 2, 4, 0, 2, 4])
+    objective = objectives.resolve(name, model, Posterior.around(model, 0.1), forgotten)
+    logits = model(inputs).detach().requires_grad_(True)
+    optimizer = torch.optim.Adam([logits], 0.1)
+    extra = (inputs,) if getattr(objective, "needs_inputs", False) else ()
+    for _ in range(400):
+        optimizer.zero_grad()
+        objective(logits, labels, *extra).backward()
+        optimizer.step()
+    p = logits.detach().softmax(dim=1)
+    masked = p[:, forgotten].sum(dim=1) + (p.gather(1, labels[:, None])[:, 0] if name == "bounded-ce" else 0)
+    assert (masked < (0.11 if name == "bounded-ce" else 0.02)).all()
+
+
+def test_uniform_over_what_is_left_against_categorical_distributions():
+    logits, labels = logits_and_labels()
+    found = objectives.uniform_others(logits, labels, forgotten=[1])
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, label in zip(logits, labels.tolist(), strict=True):
+        log_p = torch.distributions.Categorical(logits=row).logits
+        left = [c for c in range(CLASSES) if c not in (label, 1)]
+        expected -= log_p[left].mean() / len(logits)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("forgotten", [[], [1, 3]])
+def test_random_labels_are_uniform_over_what_is_left(forgotten):
+    """The mean gradient with respect to the logits is softmax - frequency of the drawn labels."""
+    torch.manual_seed(0)
+    count = 20_000
+    logits = torch.zeros(count, CLASSES, dtype=torch.float64, requires_grad=True)
+    objectives.random_labels(logits, torch.full((count,), 2), forgotten=forgotten).backward()
+    frequency = 1 / CLASSES - logits.grad.sum(dim=0)
+    left = [c for c in range(CLASSES) if c != 2 and c not in forgotten]
+    expected = torch.zeros(CLASSES, dtype=torch.float64)
+    expected[left] = 1 / len(left)
+    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-12).all()
+
+
+def test_nothing_left_to_predict():
+    logits, labels = logits_and_labels()
+    with pytest.raises(UsageError, match=r"\[0, 1, 2, 3\] forgotten no class is left"):
+        objectives.uniform_others(logits, labels, forgotten=[0, 1, 2, 3])
+    objectives.uniform_others(logits, labels.clamp(max=3), forgotten=[0, 1, 2, 3])
+
+
+# --- one class of distillation --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("weight", [1.0, -4.0])
+def test_distillation_is_kl_of_torch_distributions(temperature, weight):
+    torch.manual_seed(0)
+    teacher, inputs = nn.Linear(4, CLASSES).double(), torch.randn(6, 4, dtype=torch.float64)
+    logits, labels = logits_and_labels()
+    loss = objectives.Distillation(teacher, temperature=temperature, weight=weight)(logits, labels, inputs)
+    p, q = (torch.distributions.Categorical(logits=z / temperature) for z in (teacher(inputs), logits))
+    torch.testing.assert_close(loss, weight * torch.distributions.kl_divergence(p, q).mean(), rtol=1e-12, atol=0)
+    with pytest.raises(UsageError, match="temperature must be > 0, not 0"):
+        objectives.Distillation(teacher, temperature=0)
+
+
+# --- teachers without a copy ----------------------------------------------------------------------
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def with_a_lock():
+    model = plain()
+    model.lock = threading.Lock()  # which deepcopy refuses
+    return model
+
+
+def weight_normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+
+
+def spectrally_normed():
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+
+
+def weight_normed_by_hook():
+    with pytest.warns(FutureWarning):
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+
+
+def compiled_in_part():
+    model = plain()
+    model[0] = torch.compile(model[0], backend="eager")
+    return model
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def partly_frozen():
+    model = plain()
+    model[0].requires_grad_(False)
+    return model
+
+
+MODELS = [
+    plain,
+    with_a_lock,
+    weight_normed,
+    spectrally_normed,
+    weight_normed_by_hook,
+    compiled_in_part,
+    tied,
+    partly_frozen,
+]
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("stored", ["float32", "compressed", "bfloat16 model"])
+def test_the_model_as_it_was_teaches_without_a_copy(make, stored):
+    """The same bits as the model itself gave at its means, whatever its parameters hold and in either mode."""
+    torch.manual_seed(0)
+    model, inputs = make().eval(), torch.randn(7, 4)
+    if stored == "bfloat16 model":
+        model, inputs = model.to(torch.bfloat16), inputs.to(torch.bfloat16)
+    posterior = Posterior.around(model, 0.5)
+    with torch.no_grad():
+        expected = model(inputs)
+    teacher = AtMeans(model, posterior.compress() if stored == "compressed" else posterior)
+    posterior.sample_(model, seed=1)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    model.train()
+    assert torch.equal(teacher(inputs), expected)
+    assert model.training
+    assert not torch.equal(model.eval()(inputs), expected)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, state[name]), name
+
+
+def test_an_answer_is_kept_for_the_same_inputs_alone():
+    model, calls = plain().eval(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    teacher, inputs = AtMeans(model, Posterior.around(model, 0.1)), torch.randn(3, 4)
+    first = teacher(inputs)
+    assert teacher(inputs) is first
+    assert len(calls) == 1
+    inputs.add_(1)
+    assert not torch.equal(teacher(inputs), first)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_random_weights_are_random_and_leave_the_model_alone(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    for p in model.parameters():
+        p.data.mul_(1.5).add_(0.01 * torch.randn_like(p))
+    posterior, inputs = Posterior.around(model, 0.5), torch.randn(7, 4)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        known = model(inputs)
+    answer = Randomised(model, posterior)(inputs)
+    assert not torch.allclose(answer, known, atol=0.05)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    posterior.sample_(model, seed=3)
+    assert torch.equal(Randomised(model, posterior)(inputs), answer)
+
+
+# --- outputs --------------------------------------------------------------------------------------
+
+
+def binary(columns):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 1))
+    if not columns:
+        model.append(nn.Flatten(0))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[4.0, 0.0]]))
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    x[:, 0] = x[:, 0].abs() + 0.5
+    return model, [(x, torch.ones(64, dtype=torch.int64))]
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("name", objectives.REGISTRY)
+@pytest.mark.parametrize("kl_weight", [0.1, "auto"])
+def test_one_logit_is_refused(columns, name, kl_weight):
+    model, loader = binary(columns)
+    with pytest.raises(UsageError, match=r"one logit per example|shape \(64,( 1)?\)"):
+        forget(model, Posterior.around(model, 0.1), loader, objective=name, kl_weight=kl_weight, progress=False)
+    assert torch.equal(model[0].weight.detach(), torch.tensor([[4.0, 0.0]]))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_remedy_for_one_logit_forgets(columns):
+    model, loader = binary(columns)
+    model.register_forward_hook(lambda module, inputs, z: F.pad(z.reshape(-1, 1), (1, 0)))
+    before = model(loader[0][0]).softmax(dim=1)[:, 1].mean()
+    options = {"kl_weight": 0.01, "data_per_step": 1.0, "progress": False}
+    report = forget(model, Posterior.around(model, 1.0), loader, request="class", **options)
+    assert before > 0.9
+    assert report.probability < 0.5
+
+
+def test_outputs_of_several_dimensions_are_refused():
+    model = nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, (3, 4)))
+    loader = [(torch.randn(8, 2), torch.ones(8, dtype=torch.int64))]
+    with pytest.raises(UsageError, match=r"shape \(8, 3, 4\)"):
+        forget(model, Posterior.around(model, 0.1), loader, kl_weight=0.1, progress=False)
+
+
+def test_a_loss_for_each_example_is_refused():
+    model = nn.Linear(2, 3)
+    loader = [(torch.randn(8, 2), torch.ones(8, dtype=torch.int64))]
+    with pytest.raises(UsageError, match="must return one mean loss"):
+        forget(
+            model,
+            Posterior.around(model, 0.1),
+            loader,
+            objective=lambda logits, targets: F.cross_entropy(logits, targets, reduction="none"),
+            kl_weight=0.1,
+            progress=False,
+        )
