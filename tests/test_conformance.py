@@ -367,8 +367,8 @@ def graph_case(name, device, backend="auto"):
 def test_a_step_on_a_gpu_asks_nothing_of_it(name, monkeypatch):
     """What would wait for the device, and so cannot be captured, is an error for tensors without data."""
     # The prior is made before the loop, and looks at its values.
-    monkeypatch.setattr(posterior, "_fault", lambda *_: None)
-    monkeypatch.setattr(posterior, "_raise_together", lambda *_: None)
+    monkeypatch.setattr(posterior.posterior_file, "fault_of", lambda *_: None)
+    monkeypatch.setattr(posterior, "raise_together", lambda *_: None)
     with FakeTensorMode():
         try:
             torch.empty_like(torch.empty(2, device="cuda:0")).copy_(torch.empty(2, device="cuda:0"))
