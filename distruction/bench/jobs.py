@@ -33,7 +33,7 @@ from .grid import Grid, Scenario
 from .memory import Peak
 from .store import Store, canonical, file_hash, key_of
 
-FORMATS = {"model": 1, "posterior": 2}
+FORMATS = {"model": 1, "posterior": 3}
 """Raised when a job's result changes for the same facts, so that neither old entries nor their heirs are taken."""
 
 
@@ -177,7 +177,9 @@ def _cell(
     facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
     facts["retrained"] = {"model": model, "split": split}
     if methods.get(method).needs_posterior:
-        facts["posterior"] = {"format": FORMATS["posterior"], "model": model, "prepare": dict(grid.prepare)}
+        published = methods.get(method).preparation == "bgd"
+        settings_of_prepare = dict(grid.prepare) if published else {"method": "gauss-newton"}
+        facts["posterior"] = {"format": FORMATS["posterior"], "model": model, "prepare": settings_of_prepare}
     facts["measure"] = {**grid.measure, "brief": brief}
     if not brief:
         # Shared by every seed of the grid.

@@ -18,6 +18,7 @@ NAMES = {
     "scrub": "SCRUB",
     "delete": "DELETE",
     "distruction": "DiStruction",
+    "distruction-auto": "DiStruction, Gauss-Newton",
 }
 
 Mark = Callable[[str], str]

@@ -30,6 +30,7 @@ REGISTRY: dict[str, Method] = {
     "amnesiac+kl": amnesiac.WITH_KL,
     "scrub+kl": scrub.WITH_KL,
     "distruction": distruction.METHOD,
+    "distruction-auto": distruction.FOUND,
 }
 """In the order of the tables."""
 

@@ -145,6 +145,7 @@ class Method:
         run: ``(task, **settings)``; returns a report when it keeps one.
         reads: how much of the retain data it reads.
         needs_posterior: whether the task must hold the posterior of preparation.
+        preparation: how that is prepared: as published, or as `distruction.prepare` does by default.
         sweep: its main hyper-parameter, for trade-off curves; empty where there is none.
         scenarios: where it is defined.
     """
@@ -154,6 +155,7 @@ class Method:
     run: Callable[..., ForgetReport | None]
     reads: Literal["all", "part", "none"]
     needs_posterior: bool = False
+    preparation: Literal["bgd", "gauss-newton"] = "bgd"
     sweep: str = ""
     scenarios: tuple[str, ...] = field(default=("full-class", "sub-class", "random"))
 
@@ -197,9 +199,13 @@ def forget_with(
     kl_weight: float = 0.1,
     data_per_step: float = 100.0,
     lr: float = 1.0,
+    mc_samples: int = 2,
     batch_size: int = 64,
 ) -> ForgetReport:
-    """Minimise (1 - kl_weight) E_q[objective] + kl_weight KL(q || prior) on ``data``; see `distruction.forget`."""
+    """Minimise (1 - kl_weight) E_q[objective] + kl_weight KL(q || prior) on ``data``, as the paper does.
+
+    By samples of q, whose stds are learned as well; see `distruction.forget`.
+    """
     return forget(
         task.model,
         task.prior,
@@ -209,6 +215,7 @@ def forget_with(
         kl_weight=kl_weight,
         data_per_step=data_per_step,
         lr=lr,
+        mc_samples=mc_samples,
         seed=task.seed,
         backend=task.backend,
         progress=task.progress,

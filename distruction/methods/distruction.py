@@ -5,9 +5,9 @@ Dugue, "Machine Unlearning Without Repair using DiStruction", 2024.
 
 from typing import Any
 
-from ..forget import ForgetReport
+from ..forget import ForgetReport, forget
 from ..objectives import DEFAULT
-from .base import Method, Task, forget_with
+from .base import Method, Task, batches, forget_with
 
 
 def distruction(task: Task, *, objective: str = DEFAULT, **settings: Any) -> ForgetReport:
@@ -27,4 +27,37 @@ METHOD = Method(
     reads="none",
     needs_posterior=True,
     sweep="kl_weight",
+)
+
+
+def found(
+    task: Task, *, objective: str = DEFAULT, level: float | None = None, data_per_step: float = 100.0
+) -> ForgetReport:
+    """The same from a Gauss-Newton posterior, with lambda found during the run: `distruction.forget` as it is.
+
+    Args:
+        objective: a name in `distruction.objectives.REGISTRY`.
+        level, data_per_step: see `distruction.forget`.
+    """
+    return forget(
+        task.model,
+        task.prior,
+        batches(task.forget, batch_size=64),
+        objective=objective,
+        level=level,
+        data_per_step=data_per_step,
+        seed=task.seed,
+        backend=task.backend,
+        progress=task.progress,
+    )
+
+
+FOUND = Method(
+    "distruction from a Gauss-Newton posterior, at the means, with lambda found",
+    "this library; the objective: Dugue 2024",
+    found,
+    reads="none",
+    needs_posterior=True,
+    preparation="gauss-newton",
+    sweep="level",
 )
