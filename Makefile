@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow lint docs setup clean
 
 setup: $(READY)
 
@@ -36,6 +36,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in site/: a warning is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-build-isolation -e ".[docs]" "$(TORCH)"
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,4 +1,4 @@
-"""The command line: ``distruction train | plan | prepare | forget | evaluate | demo | bench``."""
+"""The command line: ``distruction train | plan | prepare | forget | evaluate | demo | bench | doctor``."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from . import bench as benches
 from . import demo as demos
-from . import distributed, models, objectives, ops, report
+from . import distributed, doctor, models, objectives, ops, report
 from . import plan as plans
 from .compression import STORAGE
 from .data import Images, detect, forget_split, load, loader
@@ -537,6 +537,12 @@ def bench(
         console.print(f"failed: {title}: {message.splitlines()[-1]}", style="red", markup=False)
     if outcome.failures:
         raise typer.Exit(1)
+
+
+@app.command("doctor", cls=Command)
+def doctor_() -> None:
+    """Print versions, and which backend serves which device, to paste into a bug report."""
+    typer.echo(doctor.report())
 
 
 def main() -> None:

@@ -125,7 +125,9 @@ def test_names_exist_after_the_import():
         name
         for page in PAGES
         for name in re.findall(
-            r"(?<![\w/`.-])`?(distruction(?:\.[A-Za-z_]\w*)+)(?![\w/]*\.(?:md|py|toml))", page.read_text()
+            # The API page names places in the source, which the site's build resolves.
+            r"(?<!::: )(?<![\w/`.-])`?(distruction(?:\.[A-Za-z_]\w*)+)(?![\w/]*\.(?:md|py|toml))",
+            page.read_text(),
         )
     }
     found = sorted(n for n in found if not n.endswith((".kernels",)) and not re.search(r"\.(git|toml|whl)$", n))

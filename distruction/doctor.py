@@ -1,0 +1,32 @@
+"""What a bug report should say of the machine: versions, and which backend serves which device."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .ops import backends
+
+PACKAGES = ("distruction", "torch", "triton", "numpy", "safetensors", "timm", "torchvision", "transformers")
+
+
+def report() -> str:
+    """Lines to paste into a bug report; nothing in them names a user or a path outside of the package."""
+    lines = [f"python {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    found = torch.cuda.is_available()
+    kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    lines.append(f"PyTorch is built for {kind if torch.version.hip or torch.version.cuda else 'the CPU alone'}")
+    lines.append(f"GPU: {torch.cuda.get_device_name() if found else 'none found'}")
+    for device, names in backends.AUTO.items():
+        reasons = {name: backends.unavailable(name, device) for name in names}
+        if device != "cpu" and not found:
+            lines.append(f"{device}: no device")
+        else:
+            lines.append(f"{device}: {next(name for name, reason in reasons.items() if reason is None)} serves")
+        lines += [f"  {name}: {reason or 'available'}" for name, reason in reasons.items()]
+    return "\n".join(lines)
