@@ -231,3 +231,15 @@ def test_metadata_old_and_new(tmp_path):
     assert total_evidence(facts) == 64.0
     # As version 0.1.0 wrote it: the total, and no examples.
     assert total_evidence({"method": "bgd", "steps": 1000, "evidence": 1_437_000.0}) == 1_437_000.0
+
+
+def test_backends_agree_on_what_they_prepare():
+    """Rounding is not amplified from step to step, as it is by BGD's statistic."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 5))
+    data = [(torch.randn(32, 20), torch.randint(5, (32,))) for _ in range(5)]
+    stds = []
+    for backend in ("reference", "auto"):
+        posterior = prepare(model, data, num_examples=160, backend=backend, **QUIET)
+        stds.append(torch.cat([s.flatten() for s in posterior.stds.values()]))
+    torch.testing.assert_close(stds[0], stds[1], rtol=1e-3, atol=0.0)
