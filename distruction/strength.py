@@ -167,19 +167,23 @@ class DualAscent:
         level: in (0, 1), what v should be at most.
         data_per_step: weight of the objective in data points to start from, with lambda = 1/2.
         most: upper bound of R, in data points.
+        gently: start from the smallest R, and end as soon as the level holds: what is not asked for is left undone.
 
     Attributes:
         value: v at the last look.
-        settled: whether the run ended because the level held and the KL had settled.
+        settled: whether the run ended because the level held and, unless gently, the KL had settled.
         at_bound: whether R is at its upper bound.
     """
 
-    def __init__(self, probability: Probability, *, level: float, data_per_step: float, most: float) -> None:
+    def __init__(
+        self, probability: Probability, *, level: float, data_per_step: float, most: float, gently: bool = False
+    ) -> None:
         self._probability, self.level = probability, level
         self._data_per_step = data_per_step
         self._least = math.log(data_per_step * (1 - LARGEST_WEIGHT) / LARGEST_WEIGHT)
         self._most = math.log(most)
-        self.log_ratio = math.log(data_per_step)
+        self._gently = gently
+        self.log_ratio = self._least if gently else math.log(data_per_step)
         self.value = 1.0
         self.settled = False
 
@@ -210,7 +214,8 @@ class DualAscent:
         self.log_ratio += RATE * min(max(excess, -CLIP), CLIP)
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
         looked = len(history) % STEPS_BETWEEN_LOOKS == 0
-        self.settled = looked and self.value <= self.level and _is_settled([step.kl for step in history])
+        self.settled = looked and self.value <= self.level
+        self.settled = self.settled and (self._gently or _is_settled([step.kl for step in history]))
         return self.settled
 
     def state_dict(self) -> dict[str, Any]:
