@@ -338,8 +338,9 @@ def forget(
         f"{out}: mean probability of the class {result.probability:.4f}, KL(q || p) {result.kl:.1f} nats after "
         f"{len(result.history)} steps in {result.seconds:.1f} s"
     )
-    if result.reached is False:
-        Console().print(f"The level {result.level} is not reached: {result.advice}.")
+    if result.advice:
+        state = "reached" if result.reached else "not reached"
+        Console().print(f"The level {result.level} is {state}: {result.advice}.")
 
 
 def _weight(value: str) -> float | Literal["auto"]:

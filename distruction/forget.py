@@ -42,7 +42,7 @@ class ForgetReport:
         level: what the probability should be at most; ``None`` where ``kl_weight`` was given.
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
-        advice: what to do where it is not reached.
+        advice: what to do where it is not reached, or where the run ended before the KL had settled.
     """
 
     posterior: Posterior
@@ -254,7 +254,7 @@ def forget(
     }
     point.remove()
     reached = None if level is None or value is None else value <= level
-    advice = _advice(control, len(history), steps) if control is not None and not reached else ""
+    advice = "" if control is None or idle or control.settled else _advice(control, bool(reached), len(history), steps)
     return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice)
 
 
@@ -304,7 +304,12 @@ def _largest_ratio(posterior: Posterior) -> float:
     return max(LARGEST_RATIO, total_evidence(posterior.metadata) if "evidence" in posterior.metadata else 0.0)
 
 
-def _advice(control: DualAscent, done: int, steps: int) -> str:
+def _advice(control: DualAscent, reached: bool, done: int, steps: int) -> str:
+    if reached:
+        return (
+            "the run ended before the KL had settled, so that more may be forgotten than the level asks for: allow more "
+            "steps"
+        )
     if control.at_bound:
         return (
             "the objective weighs as much against the posterior as it may and the level is not reached: the posterior "
