@@ -254,7 +254,8 @@ def forget(
     }
     point.remove()
     reached = None if level is None or value is None else value <= level
-    advice = "" if control is None or idle or control.settled else _advice(control, bool(reached), len(history), steps)
+    settled = control is None or idle or control.settled
+    advice = "" if control is None or settled else _advice(control, bool(reached), len(history), steps)
     return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice)
 
 
@@ -307,8 +308,8 @@ def _largest_ratio(posterior: Posterior) -> float:
 def _advice(control: DualAscent, reached: bool, done: int, steps: int) -> str:
     if reached:
         return (
-            "the run ended before the KL had settled, so that more may be forgotten than the level asks for: allow more "
-            "steps"
+            "the run ended before the KL had settled, so that more may be forgotten than the level asks for: allow "
+            "more steps"
         )
     if control.at_bound:
         return (
