@@ -34,9 +34,9 @@ EXAMPLES = 256
 """Of the forget set, at most, at which v is looked at."""
 STEPS_BETWEEN_LOOKS = 5
 WINDOW = 20
-"""Steps whose mean KL is compared with that of as many before."""
+"""Steps whose mean KL is compared with that of as many before, and that of its halves."""
 SETTLED = 0.03
-"""Relative difference of the two at which the run is done, once the level holds."""
+"""Relative difference of these means at which the run is done, once the level holds."""
 RATE, CLIP = 0.2, 2.0
 LARGEST_WEIGHT = 0.9
 SMALLEST_WEIGHT = 0.01
@@ -228,7 +228,9 @@ class DualAscent:
 
 
 def _is_settled(kls: Sequence[float]) -> bool:
+    """Whether the mean KL of two windows is the same, and of their halves, which tell a peak from rest."""
     if len(kls) < 2 * WINDOW:
         return False
-    last, before = (math.fsum(part) / WINDOW for part in (kls[-WINDOW:], kls[-2 * WINDOW : -WINDOW]))
-    return abs(last - before) <= SETTLED * before
+    half = WINDOW // 2
+    means = [math.fsum(kls[len(kls) - (i + 1) * half : len(kls) - i * half]) / half for i in range(4)]
+    return max(means) - min(means) <= SETTLED * max(means)
