@@ -202,7 +202,9 @@ def _run_class(
         prior.mean_(model)
         source = Counted(train_data)
         forget_loader = batches(Selected(source, forgotten.nonzero().squeeze(-1)), batch_size=64)
-        result = forget(model, prior, forget_loader, seed=run.seed, backend=backend, progress=progress)
+        result = forget(
+            model, prior, forget_loader, objective="uniform-others", seed=run.seed, backend=backend, progress=progress
+        )
         row = measure(model, train_data, test_data, run.forget_class)
         return result, {
             **row,

@@ -22,8 +22,8 @@ from .teachers import SameModel
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
-STEPS, MOST_STEPS = 150, 400
-"""Updates with a given lambda, and at most where lambda is found."""
+STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
+"""Updates with a given lambda, and at most where lambda is found: for a class, and for records."""
 LARGEST_RATIO = 1e5
 """Data points that the objective may weigh against the posterior, where that does not say how many it stands for."""
 
@@ -102,7 +102,8 @@ def forget(
             of the labels that the model knows.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
-        steps: BGD updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or 400 at most.
+        steps: BGD updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
+            for a class and 50 for records.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
@@ -141,9 +142,7 @@ def forget(
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:
         raise UsageError(f"lr must be > 0 and finite, not {lr}")
-    if steps is None:
-        steps = MOST_STEPS if automatic else STEPS
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise UsageError(f"steps must be >= 1, not {steps}")
     if not isinstance(mc_samples, int) or mc_samples < 0:
         raise UsageError(f"mc_samples must be an integer >= 0 (0: at the means), not {mc_samples!r}")
@@ -154,7 +153,13 @@ def forget(
     origin = posterior if previous is None else previous
     if isinstance(objective, str):
         objectives.entry(objective)
-    check_loader(loader, FORGET_SET, steps)
+    check_loader(loader, FORGET_SET, STEPS if steps is None else steps)
+    posterior.check(model)
+    data = examined(loader, next(model.parameters()).device, seed=seed)
+    kind = _kind(request, data, posterior, model)
+    if steps is None:
+        steps = (MOST_STEPS if kind == "class" else STEPS_FOR_RECORDS) if automatic else STEPS
+    cycle = min(CYCLE, steps) if automatic else steps
     settings = {
         "objective": objectives.name_of(objective),
         "steps": steps,
@@ -170,9 +175,7 @@ def forget(
         run_of["previous"] = previous.fingerprint()
     point = Checkpoint(checkpoint, run_of, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     origin.check(model, same_weights=point.load(model) is None)
-    data = examined(loader, next(model.parameters()).device, seed=seed)
     earlier = _labels_forgotten(origin)
-    kind = _kind(request, data, posterior, model)
     removed = sorted(data.counts) if kind == "class" else []
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
@@ -199,7 +202,7 @@ def forget(
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr * (cosine(len(history) % CYCLE, CYCLE) if automatic else cosine(len(history), steps))
+            group["lr"] = lr * cosine(len(history) % cycle, cycle)
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
     teacher = getattr(unlearn, "teacher", None)
@@ -210,7 +213,14 @@ def forget(
     start = time.perf_counter()
     control = None
     if level is not None:
-        control = DualAscent(probability, level=level, data_per_step=data_per_step, most=_largest_ratio(posterior))
+        control = DualAscent(
+            probability,
+            level=level,
+            data_per_step=data_per_step,
+            most=_largest_ratio(posterior),
+            cycle=cycle,
+            gently=kind == "records",
+        )
         if point.load(model) is None:
             with deterministic(model):
                 control.value = probability()

@@ -174,21 +174,33 @@ class DualAscent:
         level: in (0, 1), what v should be at most.
         data_per_step: weight of the objective in data points to start from, with lambda = 1/2.
         most: upper bound of R, in data points.
+        cycle: steps in which the step size decays to zero.
+        gently: start from the smallest R, aim at the level itself and end as soon as it holds: what is not asked for is
+            left undone.
 
     Attributes:
         value: v at the last look.
-        settled: whether the run ended at the end of a cycle because the level held.
+        settled: whether the run ended because the level held.
         at_bound: whether R is at its upper bound.
     """
 
-    def __init__(self, probability: Probability, *, level: float, data_per_step: float, most: float) -> None:
-        self._probability, self.level = probability, level
-        odds = MARGIN * level / (1 - level)
+    def __init__(
+        self,
+        probability: Probability,
+        *,
+        level: float,
+        data_per_step: float,
+        most: float,
+        cycle: int = CYCLE,
+        gently: bool = False,
+    ) -> None:
+        self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently
+        odds = (1.0 if gently else MARGIN) * level / (1 - level)
         self._aim = odds / (1 + odds)
         self._data_per_step = data_per_step
         self._least = math.log(data_per_step * (1 - LARGEST_WEIGHT) / LARGEST_WEIGHT)
         self._most = math.log(most)
-        self.log_ratio = math.log(data_per_step)
+        self.log_ratio = self._least if gently else math.log(data_per_step)
         self.value = self._before = 1.0
         self.settled = False
 
@@ -212,9 +224,10 @@ class DualAscent:
             group["kl_weight"], group["data_per_step"] = weight, data
 
     def after_step(self, optimizer: BGD, history: list[Step]) -> bool:
-        """One step of the ascent; whether a cycle ends here and the level holds."""
-        ends = len(history) % CYCLE == 0
-        if ends or len(history) % STEPS_BETWEEN_LOOKS == 0:
+        """One step of the ascent; whether the level holds, at the end of a cycle or, gently, at any look."""
+        ends = len(history) % self._cycle == 0
+        looks = ends or len(history) % STEPS_BETWEEN_LOOKS == 0
+        if looks:
             self._before, self.value = self.value, self._probability()
         excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
         if excess < 0:
@@ -222,7 +235,7 @@ class DualAscent:
         elif self.value >= FALLING * self._before:
             self.log_ratio += RATE_UP * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
-        self.settled = ends and self.value <= self.level
+        self.settled = (looks if self._gently else ends) and self.value <= self.level
         return self.settled
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SMALL = {
     "vit_huge_patch14_224": "test_vit",
     "data_per_step=50000": "data_per_step=24",
 }
-QUICK = {"prepare": ["--steps", "20", "--workers", "0"], "forget": ["--steps", "30", "--workers", "0"],
+QUICK = {"prepare": ["--steps", "20", "--workers", "0"], "forget": ["--steps", "200", "--workers", "0"],
          "evaluate": ["--workers", "0"]}  # fmt: skip
 
 
