@@ -429,7 +429,7 @@ def forget(
     if result.probability is not None:
         Console().print(f"mean probability of the forgotten labels: {result.probability:.2g}")
     if result.advice:
-        Console(stderr=True).print(f"not reached: {result.advice}", soft_wrap=True)
+        Console().print(f"The level {result.level} is not reached: {result.advice}.", soft_wrap=True)
 
 
 @app.command(cls=Command)

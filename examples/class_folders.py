@@ -29,9 +29,9 @@ def command_line(doc: str | None, *names: str) -> tuple[argparse.ArgumentParser,
         command.add_argument("--workers", type=int, default=4, help="processes that read images")
         if name in ("prepare", "forget"):
             command.add_argument("--posterior", type=Path, required=True)
-            command.add_argument("--steps", type=int, default=1000 if name == "prepare" else 150)
+            command.add_argument("--steps", type=int)
         if name == "prepare":
-            command.add_argument("--std-init", type=float, default=0.02, help="about the std of the model's weights")
+            command.add_argument("--method", choices=["gauss-newton", "bgd"], default="gauss-newton")
         if name == "forget":
             command.add_argument("--out", type=Path, required=True)
         if name == "evaluate":
@@ -74,7 +74,7 @@ def batches(data: ImageDataset, args: argparse.Namespace, *, shuffle: bool = Tru
 
 def prepare(model: nn.Module, data: ImageDataset, args: argparse.Namespace, **options: Any) -> distruction.Posterior:
     """Learn the posterior, and say how well its samples do: far worse than the model is a sign of too wide a std."""
-    posterior = distruction.prepare(model, batches(data, args), steps=args.steps, std_init=args.std_init, **options)
+    posterior = distruction.prepare(model, batches(data, args), method=args.method, steps=args.steps, **options)
     if distributed.rank() == 0:
         print(f"samples of the posterior: {posterior.metadata['sampled_accuracy']:.1f} % of the training images right")
     return posterior
