@@ -90,7 +90,7 @@ def _auto_or_number(text: str) -> float | str:
     try:
         return float(text)
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is neither a number nor auto") from error
+        raise typer.BadParameter(f"it must be a number, not {text}, or 'auto'") from error
 
 
 BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Examples per forward pass.")]

@@ -31,8 +31,10 @@ def command_line(doc: str | None, *names: str) -> tuple[argparse.ArgumentParser,
             command.add_argument("--posterior", type=Path, required=True)
             command.add_argument("--steps", type=int)
         if name == "prepare":
+            command.add_argument("--std-init", type=float, help="std to start from; default: each tensor's own scale")
             command.add_argument("--method", choices=["gauss-newton", "bgd"], default="gauss-newton")
         if name == "forget":
+            command.add_argument("--kl-weight", type=float, help="lambda; default: found by itself")
             command.add_argument("--out", type=Path, required=True)
         if name == "evaluate":
             command.add_argument("--forgotten", required=True, help="the class that was forgotten")
@@ -74,10 +76,25 @@ def batches(data: ImageDataset, args: argparse.Namespace, *, shuffle: bool = Tru
 
 def prepare(model: nn.Module, data: ImageDataset, args: argparse.Namespace, **options: Any) -> distruction.Posterior:
     """Learn the posterior, and say how well its samples do: far worse than the model is a sign of too wide a std."""
-    posterior = distruction.prepare(model, batches(data, args), method=args.method, steps=args.steps, **options)
+    posterior = distruction.prepare(
+        model,
+        batches(data, args),
+        method=args.method,
+        steps=args.steps,
+        std_init="auto" if args.std_init is None else args.std_init,
+        **options,
+    )
     if distributed.rank() == 0:
         print(f"samples of the posterior: {posterior.metadata['sampled_accuracy']:.1f} % of the training images right")
     return posterior
+
+
+def forget(
+    model: nn.Module, posterior: distruction.Posterior, data: ImageDataset, args: argparse.Namespace
+) -> distruction.ForgetReport:
+    """Forget the images, by a given lambda or by one that is found."""
+    weight = "auto" if args.kl_weight is None else args.kl_weight
+    return distruction.forget(model, posterior, batches(data, args), steps=args.steps, kl_weight=weight)
 
 
 def evaluate(model: nn.Module, data: ImageDataset, args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ Later, with images of what is to be forgotten alone (to_forget/LABEL/*), to a ne
 
 from functools import partial
 
-from class_folders import batches, command_line, device_of_rank, evaluate, images, prepare
+from class_folders import command_line, device_of_rank, evaluate, forget, images, prepare
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
@@ -42,7 +42,7 @@ def main() -> None:
         prepare(model, data, args).save(args.posterior)
     elif args.command == "forget":
         posterior = distruction.Posterior.load(args.posterior, model=model)
-        distruction.forget(model, posterior, batches(data, args), steps=args.steps)
+        forget(model, posterior, data, args)
         model.save_pretrained(args.out)
         processor.save_pretrained(args.out)
     else:

@@ -26,7 +26,7 @@ On several GPUs, for a model too large for one, each of them holds a part of eve
 from pathlib import Path
 
 import timm
-from class_folders import batches, command_line, device_of_rank, evaluate, images, prepare, save
+from class_folders import command_line, device_of_rank, evaluate, forget, images, prepare, save
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -62,7 +62,7 @@ def main() -> None:
         prepare(model, data, args).save(args.posterior)
     elif args.command == "forget":
         posterior = distruction.Posterior.load(args.posterior, model=model)
-        distruction.forget(model, posterior, batches(data, args), steps=args.steps)
+        forget(model, posterior, data, args)
         save(model, args.out)
     else:
         evaluate(model, data, args)
