@@ -67,7 +67,7 @@ def test_a_lost_rank_stops_the_others_and_the_checkpoint_resumes(tmp_path, how):
 def test_the_process_group_is_left_before_the_interpreter_ends(sharded):
     """Gloo's threads abort the process if they outlive it while they drop the tensors of a collective."""
     code = """
-import atexit, sys, torch, torch.distributed as dist
+import atexit, sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from torch.distributed.fsdp import fully_shard
 from distruction import distributed
@@ -81,6 +81,10 @@ def main():
     if sys.argv[1] == "True":
         fully_shard(model)
     model(torch.ones(1, 2)).sum().backward()
+    # A thread takes its name after it has started, which on a busy machine is not at once.
+    deadline = time.monotonic() + 20
+    while not threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert dist.is_initialized() and threads()
 
 atexit.register(lambda: print(dist.is_initialized(), threads()))  # the last to run
