@@ -102,7 +102,7 @@ def forget(
             of the labels that the model knows.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
-        steps: BGD updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
+        steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
             for a class and 50 for records.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
