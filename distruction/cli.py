@@ -12,21 +12,19 @@ import torch
 import typer
 from rich.console import Console
 
-from . import bench as benches
 from . import demo as demos
-from . import distributed, doctor, models, objectives, ops, report
-from . import plan as plans
+from . import distributed, doctor, experiments, models, objectives, ops, planning, report
 from .compression import STORAGE
 from .data import Images, detect, forget_split, load, loader
 from .data.raw import named
 from .data.sets import NAMES
 from .errors import UsageError
 from .files import check_writable, remove_leftovers
-from .forget import forget as forget_
+from .forgetting import forget as forget_
 from .posterior import Posterior
-from .prepare import prepare as prepare_
+from .preparation import prepare as prepare_
 from .terminal import Command, run
-from .train import train as train_
+from .training import train as train_
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -236,7 +234,7 @@ def plan(
     in_chans: Annotated[int, typer.Option(min=1, max=MOST, help="Channels of the images.")] = 3,
     num_classes: Annotated[int, typer.Option(min=1, max=MOST)] = 1000,
     batch_size: BatchSize = 64,
-    dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(plans.DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(planning.DTYPES)}.")] = "float32",
     mc_samples: Annotated[
         int, typer.Option(min=1, max=MOST, help="Samples per update; 1 also of forgetting at the means.")
     ] = 1,
@@ -255,7 +253,7 @@ def plan(
         config = models.config(model)
         model, num_classes = config["name"], config["num_classes"]
         in_chans, img_size = config["in_chans"], config["img_size"]
-    found = plans.plan(
+    found = planning.plan(
         model,
         (in_chans, img_size, img_size),
         batch_size=batch_size,
@@ -270,8 +268,8 @@ def plan(
         device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
         available=None if free_gib is None else int(free_gib * 2**30),
     )
-    Console().print(plans.table(found))
-    for line in plans.verdict(found):
+    Console().print(planning.table(found))
+    for line in planning.verdict(found):
         Console().print(line, soft_wrap=True, highlight=False)
     if found.fits is False:
         raise typer.Exit(1)
@@ -492,7 +490,7 @@ def demo(
 
 @app.command(cls=Command)
 def bench(
-    preset: Annotated[str | None, typer.Option(help=", ".join(benches.PRESETS))] = None,
+    preset: Annotated[str | None, typer.Option(help=", ".join(experiments.PRESETS))] = None,
     grid: Annotated[Path | None, typer.Option(help="TOML file of scenarios, methods and seeds.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/bench/NAME.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where results are kept; default OUT/store.")] = None,
@@ -510,8 +508,8 @@ def bench(
     """Run the paper's experiments: scenarios x methods x seeds. Start it again to resume."""
     _alone("bench")
     if (preset is None) == (grid is None):
-        raise UsageError(f"pass either --preset ({', '.join(benches.PRESETS)}) or --grid FILE.toml")
-    experiment = benches.preset(preset) if preset else benches.read(grid or Path())
+        raise UsageError(f"pass either --preset ({', '.join(experiments.PRESETS)}) or --grid FILE.toml")
+    experiment = experiments.preset(preset) if preset else experiments.read(grid or Path())
     if "" in (str(out or "x").strip(". "), str(store or "x").strip(". ")):
         raise UsageError("--out and --store must name a folder of their own")
     if all(scenario.data == "digits" for scenario in experiment.scenarios):
@@ -522,10 +520,10 @@ def bench(
     for name in devices:
         ops.resolve(backend, torch.device(name).type)
     each = workers or (1 if devices != ["cpu"] else os.cpu_count() or 1)
-    _, outcome = benches.run(
+    _, outcome = experiments.run(
         experiment,
         out,
-        benches.Context(store or out / "store", data, pretrained, backend=backend, skip_unreadable=skip_unreadable),
+        experiments.Context(store or out / "store", data, pretrained, backend=backend, skip_unreadable=skip_unreadable),
         devices=devices * each,
         threads=threads,
         command=shlex.join(["distruction", *sys.argv[1:]]),

@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from distruction import Posterior, UsageError, bench, fisher, methods, prepare
-from distruction.bench import grid
+from distruction import Posterior, UsageError, experiments, fisher, methods, prepare
 from distruction.data import Images
+from distruction.experiments import grid
 from distruction.methods import REGISTRY, Counted, Task, amnesiac, scrub, ssd, teacher, unsir
 from distruction.methods.base import Mixed, batches
 from distruction.objectives import Distillation
@@ -528,8 +528,8 @@ distruction = { steps = 40 }
 @pytest.mark.slow
 def test_the_numbers_on_digits_are_plausible(tmp_path):
     """Every method on real images: not just finite, but in the order that is known of the methods."""
-    context = bench.Context(tmp_path / "store")
-    found, outcome = bench.run(grid.parse(DIGITS, "digits"), tmp_path, context, devices=["cpu"], progress=False)
+    context = experiments.Context(tmp_path / "store")
+    found, outcome = experiments.run(grid.parse(DIGITS, "digits"), tmp_path, context, devices=["cpu"], progress=False)
     assert outcome.failures == {}
     numbers = {c.method: c.numbers for c in found}
     assert set(numbers) == set(REGISTRY)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forget import ForgetReport
+from ..forgetting import ForgetReport
 from .base import Method, Mixed, Task, batches, fit, forget_with, learnable_parameters
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from ..data import Images
 from ..errors import NonFiniteError, UsageError
-from ..forget import ForgetReport, forget
+from ..forgetting import ForgetReport, forget
 from ..objectives import Objective
 from ..posterior import Posterior
 

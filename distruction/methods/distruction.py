@@ -5,7 +5,7 @@ Dugue, "Machine Unlearning Without Repair using DiStruction", 2024.
 
 from typing import Any
 
-from ..forget import ForgetReport, forget
+from ..forgetting import ForgetReport, forget
 from ..objectives import DEFAULT
 from .base import Method, Task, batches, forget_with
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forget import ForgetReport
+from ..forgetting import ForgetReport
 from ..objectives import Distillation
 from .base import Method, Task, batches, fit, forget_with, learnable_parameters
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forget import ForgetReport
+from ..forgetting import ForgetReport
 from ..objectives import Distillation, divergence
 from .base import Method, Mixed, Selected, Task, batches, fit, forget_with, learnable_parameters
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..errors import UsageError
-from ..forget import ForgetReport
+from ..forgetting import ForgetReport
 from .base import Method, Mixed, Selected, Task, batches, fit, forget_with, learnable_parameters
 
 

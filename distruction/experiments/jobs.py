@@ -21,13 +21,13 @@ from torch.utils.data import Dataset
 from .. import __version__, methods, models, scenarios
 from ..data import Images, grouped, hold_out, load, loader
 from ..errors import UsageError
-from ..forget import ForgetReport
+from ..forgetting import ForgetReport
 from ..methods import Counted, Task
 from ..metrics import predict
 from ..posterior import Posterior
-from ..prepare import prepare
+from ..preparation import prepare
 from ..seeds import seed_of
-from ..train import RECIPES
+from ..training import RECIPES
 from . import measure
 from .grid import Grid, Scenario
 from .memory import Peak

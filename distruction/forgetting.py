@@ -16,7 +16,7 @@ from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader,
 from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
-from .prepare import total_evidence
+from .preparation import total_evidence
 from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
 from .teachers import SameModel
 

@@ -27,12 +27,12 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score
 from torch import nn
 
-from distruction import UsageError, bench, scenarios
-from distruction.bench import grid, jobs, measure, results, runner, tables
-from distruction.bench.jobs import Context
-from distruction.bench.results import Summary, summarise
-from distruction.bench.store import Store
+from distruction import UsageError, experiments, scenarios
 from distruction.data import load
+from distruction.experiments import grid, jobs, measure, results, runner, tables
+from distruction.experiments.jobs import Context
+from distruction.experiments.results import Summary, summarise
+from distruction.experiments.store import Store
 
 TINY = """
 title = "tiny"
@@ -115,9 +115,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 # --- grid ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", bench.PRESETS)
+@pytest.mark.parametrize("name", experiments.PRESETS)
 def test_presets_are_grids(name):
-    found = bench.preset(name)
+    found = experiments.preset(name)
     assert {s.name for s in found.scenarios} == {"full-class", "sub-class", "random"}
     assert len(found.seeds) == 3
 
@@ -148,9 +148,9 @@ def test_grid_errors_name_the_place(text, message):
 
 def test_missing_files_and_names():
     with pytest.raises(UsageError, match="no grid file"):
-        bench.read("nowhere.toml")
+        experiments.read("nowhere.toml")
     with pytest.raises(UsageError, match="choose digits"):
-        bench.preset("digit")
+        experiments.preset("digit")
 
 
 def test_cells_and_their_keys(tmp_path):
@@ -202,7 +202,7 @@ def test_settings_are_chosen_without_the_test_set(tmp_path, monkeypatch):
 
 
 def test_unsir_has_no_random_cells(tmp_path):
-    cells = jobs.cells(bench.preset("digits"), Context(tmp_path))
+    cells = jobs.cells(experiments.preset("digits"), Context(tmp_path))
     scenarios = {c.facts["split"]["scenario"] for c in cells if c.facts["method"].startswith("unsir")}
     assert scenarios == {"full-class", "sub-class"}
 
@@ -211,7 +211,7 @@ def test_unsir_has_no_random_cells(tmp_path):
 
 
 def run(out, text=TINY):
-    return bench.run(
+    return experiments.run(
         grid.parse(text, "tiny"), out, Context(out / "store"), devices=["cpu", "cpu"], command="c", progress=False
     )
 
