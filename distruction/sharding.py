@@ -9,13 +9,14 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import PosteriorError, UsageError
 
 if TYPE_CHECKING:
@@ -161,6 +162,16 @@ def reshard(model: nn.Module) -> None:
 def gather(t: Tensor) -> Tensor:
     """The whole tensor on each rank; every rank that holds a part has to call it."""
     return t.full_tensor() if _is_dtensor(t) else t
+
+
+def gather_on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors in the CPU's memory of rank 0, one gathered after another; nothing on the other ranks."""
+    whole = {}
+    for name, t in tensors.items():
+        gathered = gather(t)
+        if distributed.rank() == 0:
+            whole[name] = gathered.cpu()
+    return whole
 
 
 def sum_over_shards(value: Tensor, of: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def _prepare(facts: Mapping[str, Any], context: Context) -> None:
     start = time.perf_counter()
     posterior = prepare(
         model,
-        methods.base.batches(train, batch_size=batch_size),
+        loader(train, batch_size=batch_size),
         seed=facts["model"]["seed"],
         backend=context.backend,
         progress=False,
