@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from . import distributed, ops, posterior_file
 from .compression import STORAGE, Restored, Stored, restore, store, stored
-from .errors import PosteriorError, UsageError
-from .modules import check_same, covered, difference, fingerprint, learnable, require_suitable
+from .errors import UsageError
+from .modules import check_same, covered, fingerprint, learnable, require_suitable
 from .predictive import Inputs, Prediction, predict
 from .sharding import (
     Pieces,
@@ -56,14 +56,6 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     def __init__(
         self, means: Mapping[str, Tensor], stds: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
     ) -> None:
-        if not means:
-            raise PosteriorError(
-                "a posterior needs at least one parameter; does the model have any that requires_grad?"
-            )
-        if list(means) != list(stds):
-            raise PosteriorError(
-                f"means and stds name different parameters: {difference(means, stds)}; give both for each name"
-            )
         raise_together(posterior_file.fault_of(means, stds), means.values())
         # The ops take contiguous tensors; those of a channels_last model are not.
         self._means, self._stds = (

@@ -216,6 +216,7 @@ def contiguous(t: Tensor) -> Tensor:
 def raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
     """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
     tensors = list(tensors)
-    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
+    device = tensors[0].device if tensors else None
+    flag = torch.tensor(fault is not None, dtype=torch.int32, device=device)
     if largest(flag, groups_of(tensors)).item():
         raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")
