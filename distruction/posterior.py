@@ -293,18 +293,10 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         here = self._beside(params)
         pieces = Pieces(list(params.values()), list(range(len(params))))
         held, outs = zip(*(writable(p) for p in params.values()), strict=True)
-        ops.sample(
-            pieces.of(outs),
-            pieces.of([here.means[n] for n in params]),
-            pieces.of([here.stds[n] for n in params]),
-            pieces.offsets,
-            pieces.streams,
-            seed,
-            torch.tensor([draw, 0, 0], device=next(iter(params.values())).device),
-            False,
-            False,
-            backend,
-        )
+        state = ops.State(pieces.of([here.means[n] for n in params]), pieces.of([here.stds[n] for n in params]))
+        counters = torch.tensor([draw, 0, 0], device=next(iter(params.values())).device)
+        draws = ops.Draws(pieces.offsets, pieces.streams, seed, counters)
+        ops.sample(pieces.of(outs), state, draws, backend=backend)
         for out, t in zip(outs, held, strict=True):
             if out is not t:
                 t.copy_(out)
