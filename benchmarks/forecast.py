@@ -32,8 +32,8 @@ def run(name: str, root: Path | None, seed: int) -> dict[str, Any]:
     whole, test = load(name, root)
     fit, held = hold_out(whole, 0.2)
     torch.manual_seed(seed)
-    shape = {"in_chans": fit.images.shape[1], "img_size": fit.images.shape[-1]}
-    model = models.create(name="vit-micro", num_classes=len(fit.classes), **shape)
+    channels, side = fit.images.shape[1], fit.images.shape[-1]
+    model = models.create(name="vit-micro", num_classes=len(fit.classes), in_chans=channels, img_size=side)
     train(model, fit, epochs=EPOCHS[name], seed=seed, progress=False)
     batches = loader(fit, batch_size=64, shuffle=True)
     posterior = prepare(model, batches, seed=seed, progress=False)
