@@ -109,8 +109,7 @@ def test_step(backend, options):
     check_step(backend, make_model("cpu"), options)
 
 
-@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize(
+TYPES = pytest.mark.parametrize(
     ("param", "grad", "stochastic"),
     [
         (torch.float32, torch.float32, False),
@@ -120,6 +119,11 @@ def test_step(backend, options):
         (torch.float32, torch.bfloat16, False),
     ],
 )
+ALIGNMENTS = pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+
+
+@ALIGNMENTS
+@TYPES
 def test_step_in_every_type(backend, param, grad, stochastic, misaligned):
     model = make_model("cpu", param=param, grad=grad)
     check_step(backend, model, Options(stochastic_rounding=stochastic), misaligned)
@@ -203,17 +207,8 @@ def test_gauss_newton(backend, options):
     check_gauss_newton(backend, make_model("cpu"), options)
 
 
-@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize(
-    ("param", "grad", "stochastic"),
-    [
-        (torch.float32, torch.float32, False),
-        (torch.bfloat16, torch.bfloat16, False),
-        (torch.bfloat16, torch.bfloat16, True),
-        (torch.float16, torch.float16, False),
-        (torch.float32, torch.bfloat16, False),
-    ],
-)
+@ALIGNMENTS
+@TYPES
 def test_gauss_newton_in_every_type(backend, param, grad, stochastic, misaligned):
     model = make_model("cpu", param=param, grad=grad)
     check_gauss_newton(backend, model, Options(stochastic_rounding=stochastic), misaligned)
@@ -306,7 +301,7 @@ def test_gauss_newton_writes_nothing_outside_a_tensor(backend, n, param):
         assert torch.equal(t, before[name][0]) == (name not in ("param", "std")), name
 
 
-@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@ALIGNMENTS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_gauss_newton_keeps_the_std_of_an_element_whose_gradient_is_not_finite(backend, value, misaligned):
     before = make_model("cpu", (100, 33))
