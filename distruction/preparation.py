@@ -27,6 +27,7 @@ from .loop import (
     run,
 )
 from .loop.batches import unpack
+from .loop.counts import label_counts
 from .modules import fingerprint, learnable, require_suitable
 from .optim import BGD
 from .posterior import Posterior
@@ -111,7 +112,8 @@ def prepare(
         progress: show a progress bar.
 
     Returns:
-        The posterior, on the model's device. Its metadata has the settings, ``examples`` and ``steps_done``.
+        The posterior, on the model's device. Its metadata has the settings, ``examples``, ``steps_done`` and, where
+        `distruction.loop.counts` can tell them, ``label_counts``: the training examples of each label.
 
     Raises:
         UsageError: an argument is out of range, the loader cannot be repeated, is empty or not labelled.
@@ -201,6 +203,8 @@ def prepare(
             group["lr"] = lr * cosine(len(history), steps)
             group["data_per_step"] = total * shares[len(history)]
 
+    labelled = likelihood is None or isinstance(likelihood, Categorical)
+    counts = label_counts(loader) if labelled else None
     point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     optimizer, history = run(
         model,
@@ -214,7 +218,7 @@ def prepare(
         callback=callback,
         progress=progress,
         role=TRAINING,
-        labels=likelihood is None or isinstance(likelihood, Categorical),
+        labels=labelled,
         shown=loss.shown if gauss_newton else None,
     )
     posterior = optimizer.posterior(copy=False)
@@ -227,6 +231,9 @@ def prepare(
         "sampled_loss": sum(s.loss for s in tail) / len(tail),
         "sampled_accuracy": None if math.isnan(accuracy) else accuracy,
     }
+    # A caller who gives another number has more data than the loader shows.
+    if counts is not None and num_examples in (None, sum(counts.values())):
+        posterior.metadata["label_counts"] = counts
     point.remove()
     return posterior
 
