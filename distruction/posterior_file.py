@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .compression import BLOCK, LogCodes, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
-from .files import load_tensors, save_tensors
+from .files import load_facts, load_tensors, save_tensors
 from .modules import covered, difference, fingerprint
 from .sharding import gather, local
 
@@ -67,6 +67,14 @@ def read(
     if means is None:
         means = _means_of(model, path, names, stds, facts["means"], map_location)
     return means, stds, metadata
+
+
+def metadata_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of the file, without its tensors."""
+    try:
+        return dict(load_facts(path, format=FORMAT)["metadata"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PosteriorError(f"{path} cannot be read as a posterior: {error}") from error
 
 
 def _means_of(

@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from .errors import DataWarning, DistructionError
+from .loop.step import Terminated
 
 TRACEBACK = "DISTRUCTION_TRACEBACK"
 """The environment variable that lets the traceback of an error through."""
@@ -31,7 +32,7 @@ class Command(TyperCommand):
 
 
 def run(app: Callable[[], object]) -> None:
-    """Run a command line: an error ends with one line and a status other than 0, Ctrl-C with status 130.
+    """Run a command line: an error ends with one line and a status other than 0, Ctrl-C with status 130, SIGTERM with 143.
 
     The status is 2 where the library or the operating system refused something, 1 for an error that neither foresaw.
     """
@@ -42,6 +43,8 @@ def run(app: Callable[[], object]) -> None:
             app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Terminated:
+        sys.exit(143)
     except (DistructionError, OSError) as error:
         _fail(f"error: {error}", 2, error)
     except Exception as error:
