@@ -22,6 +22,7 @@ from ..errors import NonFiniteError, RankError, UsageError
 from ..modules import deterministic, logits_of
 from ..optim import BGD
 from ..posterior import Posterior
+from ..progress import bar
 from ..sharding import reshard
 from .batches import Batch, Batches, Batching, Inputs, call, seeded_batches
 from .checkpoint import Checkpoint
@@ -94,13 +95,8 @@ def run(
     batching = Batching(loader, device, needs_inputs=needs_inputs, role=role)
     reshard(model)
     saved, saved_at = time.monotonic(), len(history)
-    # Here, so that `import distruction` and its optimizer need PyTorch, NumPy and safetensors alone.
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not progress or distributed.rank() > 0
-    with deterministic(model), Progress(*columns, disable=hidden, transient=True) as bar:
-        task = bar.add_task(role.title, total=steps, completed=len(history))
+    with deterministic(model), bar(role.title, steps, completed=len(history), hidden=hidden) as show:
         try:
             for loaded in seeded_batches(loader, seed=seed, start=len(history), stop=stop, role=role):
                 batch = batching(loaded)
@@ -127,7 +123,7 @@ def run(
                     reshard(model)
                 if callback is not None and callback(history[-1]) is True:
                     done = True
-                bar.update(task, completed=len(history), description=f"{role.title} loss {history[-1].loss:.3f}")
+                show(len(history), f"{role.title} loss {history[-1].loss:.3f}")
                 if checkpoint.path is not None and len(history) < steps:
                     due = distributed.rank() == 0 and checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
                     # Shards are gathered by all ranks together; else rank 0 needs nobody.
