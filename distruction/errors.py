@@ -25,5 +25,9 @@ class BackendUnavailable(DistructionError, RuntimeError):
     """An explicitly chosen backend cannot serve the device."""
 
 
+class MissingPackage(DistructionError, ModuleNotFoundError):
+    """A package is not installed that an extra of this library brings."""
+
+
 class DataWarning(UserWarning):
     """A part of a data set was left out, or is missing and not needed."""

@@ -10,14 +10,17 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from .data import Examples, loader
 from .errors import UsageError
+from .extras import needed
 from .modules import deterministic, logits_of
+
+with needed("vision"):
+    from scipy.stats import binomtest
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score, roc_curve
 
 
 @torch.no_grad()

@@ -5,15 +5,18 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .extras import needed
 from .files import load_facts, load_tensors, save_tensors
+
+with needed("vision"):
+    import timm
+    from timm.models import load_state_dict
+    from timm.models.vision_transformer import VisionTransformer
 
 FORMAT = "distruction-model-1"
 

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.table import Table
-
 from .data import Images
 from .errors import UsageError
+from .extras import needed
 from .files import write_atomically
 from .loop import Step
+
+with needed("cli"):
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 
 @contextmanager

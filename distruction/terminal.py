@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from typer.core import TyperCommand
-
 from .errors import DataWarning, DistructionError
+from .extras import needed
 from .loop.step import Terminated
+
+with needed("cli"):
+    from rich.console import Console
+    from typer.core import TyperCommand
 
 TRACEBACK = "DISTRUCTION_TRACEBACK"
 """The environment variable that lets the traceback of an error through."""

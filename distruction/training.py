@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 
 from .augment import augment
 from .data import Examples, loader
 from .errors import NonFiniteError, UsageError
+from .progress import bar
 
 
 def train(
@@ -125,9 +125,9 @@ def _epochs(
     device = next(model.parameters()).device
     batches = loader(data, batch_size=batch_size, shuffle=True)
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), bar("train", epochs, hidden=not progress) as show:
         torch.manual_seed(seed)
-        for epoch in track(range(epochs), "train", disable=not progress, transient=True):
+        for epoch in range(epochs):
             for inputs, targets in batches:
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(perturb(inputs.to(device))), targets.to(device))
@@ -138,6 +138,7 @@ def _epochs(
                 optimizer.step()
                 after_step()
             after_epoch()
+            show(epoch + 1, "train")
     model.eval()
 
 

@@ -108,6 +108,10 @@ def test_one_wheel_serves_every_python_and_pytorch(tree):
     linked = [line.split()[0] for line in run(["ldd", str(library(tree / "installed"))], tree).stdout.splitlines()]
     assert [name for name in linked if name.startswith("libc.")]
     assert not [name for name in linked if re.search("torch|python|c10", name)]
+    pytest.importorskip("auditwheel")
+    shown = run([sys.executable, "-m", "auditwheel", "show", str(path)], tree)
+    # A tag of PEP 600 means that nothing is linked but what every distribution of that age has.
+    assert re.search(r'platform tag:\s+"manylinux_2_\d+_', shown.stdout), shown.stdout + shown.stderr
 
 
 def test_the_optimizer_needs_no_more_than_pytorch_numpy_and_safetensors(tmp_path):

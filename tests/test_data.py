@@ -20,6 +20,7 @@ from torchvision import datasets as peers
 
 from distruction import UsageError, scenarios
 from distruction.data import detect, forget_split, load, names, sets
+from distruction.errors import MissingPackage
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 
@@ -551,7 +552,10 @@ def test_parquet_without_rows(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"needs pyarrow to be read: pip install 'distruction\[parquet\]'"):
+    with pytest.raises(
+        MissingPackage,
+        match=r"train\.parquet needs pyarrow, which is not installed: pip install 'distruction\[parquet\]'",
+    ):
         load(".", tmp_path)
 
 

@@ -1,6 +1,9 @@
 """The command line: ``distruction train | plan | prepare | forget | evaluate | demo | bench | doctor``."""
 
-import typer
+from ..extras import needed
+
+with needed("cli"):
+    import typer
 
 from ..terminal import Command, run
 from . import bench, demo, doctor, evaluate, forget, plan, prepare, train

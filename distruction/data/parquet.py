@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..extras import needed
 from .raw import Raw, Source, decode, ignored, named
 
 _TEST = ("test", "val")
@@ -103,11 +104,9 @@ class _Shard:
 
 def _read(path: Path) -> _Shard:
     """Images, labels and, where the file says so, class names."""
-    try:
+    with needed("parquet", path):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(f"{path} needs pyarrow to be read: pip install 'distruction[parquet]'") from error
     try:
         schema = pyarrow.parquet.read_schema(path)
         image, label = (_column(path, schema.names, names) for names in (_IMAGES, _LABELS))

@@ -13,10 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps
 from torch import Tensor
 
 from ..errors import UsageError
+from ..extras import needed
+
+with needed("vision"):
+    from PIL import ExifTags, Image, ImageFile, ImageOps
 
 Part = tuple[Tensor, Tensor]
 """Images, uint8 (N, channels, height, width), and labels, int64 (N,)."""

@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..errors import DataWarning, UsageError
+from ..extras import needed
 from . import cifar, folder, idx, names, parquet
 from .images import Images, grouped
 from .raw import Format, Part, Raw
+
+with needed("vision"):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 ANY: tuple[Format, ...] = (folder, parquet)
 """The forms in which any data set may come."""

@@ -1,15 +1,20 @@
 """The experiments of the paper: scenarios x methods x seeds, resumable, with tables and figures."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..scenarios import write_indices
-from . import jobs, page, runner
+from . import jobs
 from .grid import PRESETS, Grid, preset, read
 from .materials import Context
-from .results import Cell
-from .runner import Outcome
 
-__all__ = ["PRESETS", "Cell", "Context", "Grid", "Outcome", "preset", "read", "run"]
+if TYPE_CHECKING:
+    from .results import Cell
+    from .runner import Outcome
+
+__all__ = ["PRESETS", "Context", "Grid", "preset", "read", "run"]
 
 
 def run(
@@ -36,7 +41,11 @@ def run(
 
     Raises:
         UsageError: a data set is missing, or another bench runs in the same folder.
+        MissingPackage: the extra ``experiments`` is not installed.
     """
+    # The command line imports this package for the presets' names alone.
+    from . import page, runner
+
     with runner.alone(context.store):
         cells = jobs.cells(grid, context)
         folder = out / "forget-sets"

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
+from ..extras import needed
 from ..methods import REGISTRY
 from .results import Cell
 from .tables import title
+
+with needed("experiments"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 _COLOURS = mpl.colormaps["tab20"]
 

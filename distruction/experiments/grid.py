@@ -9,12 +9,14 @@ from typing import Any
 
 from .. import methods, scenarios
 from ..errors import UsageError
+from ..extras import needed
 from ..training import RECIPES
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    with needed("cli"):
+        import tomli as tomllib
 
 PRESETS = ("digits", "fashion", "cifar")
 

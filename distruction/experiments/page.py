@@ -10,11 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
+from ..extras import needed
 from ..methods import REGISTRY
 from ..metrics import wilson_interval
 from ..report import examples, folder, write_json
@@ -26,6 +24,11 @@ from .results import COLUMNS, Cell, Contest, Table, collect, contest, summarise
 from .results import tables as summaries_of
 from .runner import Outcome
 from .store import Facts, Store
+
+with needed("experiments"):
+    import jinja2
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
 
 SCREEN_DPI = 96
 """A figure's pixels per inch on a page; files have twice as many."""

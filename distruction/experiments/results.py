@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
 
+from ..extras import needed
 from ..methods import REGISTRY
 from ..metrics import wilson_interval
 from . import published
 from .jobs import Job
 from .store import Store
+
+with needed("experiments"):
+    from scipy.stats import t as student_t
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import DataWarning, UsageError
+from ..extras import needed
 from .jobs import Job
 from .materials import Context
 from .store import Store
 from .work import execute
+
+with needed("experiments"):
+    from filelock import FileLock, Timeout
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ATTEMPTS = 2
 """Times that a job's worker process may die under it alone. A death takes the neighbours' jobs with it, so that only a

@@ -23,6 +23,7 @@ from ..errors import NonFiniteError, RankError, UsageError
 from ..modules import deterministic, logits_of
 from ..optim import BGD
 from ..posterior import Posterior
+from ..progress import bar
 from ..sharding import reshard
 from .batches import Batch, Batches, Batching, Inputs, call, seeded_batches
 from .checkpoint import Checkpoint
@@ -95,13 +96,8 @@ def run(
     batching = Batching(loader, device, needs_inputs=needs_inputs, role=role)
     reshard(model)
     saved, saved_at = time.monotonic(), len(history)
-    # Here, so that `import distruction` and its optimizer need PyTorch, NumPy and safetensors alone.
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not progress or distributed.rank() > 0
-    with deterministic(model), Progress(*columns, disable=hidden, transient=True) as bar:
-        task = bar.add_task(role.title, total=steps, completed=len(history))
+    with deterministic(model), bar(role.title, steps, completed=len(history), hidden=hidden) as show:
         try:
             for loaded in seeded_batches(loader, seed=seed, start=len(history), stop=stop, role=role):
                 batch = batching(loaded)
@@ -133,7 +129,7 @@ def run(
                     if checkpoint.path is not None and distributed.rank() == 0 and not gradients.sharded:
                         checkpoint.save(optimizer, history, controller=controller)
                     raise
-                bar.update(task, completed=len(history), description=f"{role.title} {history[-1]}")
+                show(len(history), f"{role.title} {history[-1]}")
                 if checkpoint.path is not None and len(history) < steps:
                     due = distributed.rank() == 0 and checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
                     # Shards are gathered by all ranks together; else rank 0 needs nobody.

@@ -1,8 +1,10 @@
 """A plan in words."""
 
-from rich.table import Table
-
+from ..extras import needed
 from .estimate import Plan
+
+with needed("cli"):
+    from rich.table import Table
 
 
 def table(found: Plan) -> Table:
