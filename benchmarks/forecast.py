@@ -68,6 +68,7 @@ def run(name: str, root: Path | None, seed: int) -> dict[str, Any]:
                     "forecast": report.forecast.damage,
                     "error": report.forecast.error,
                     "by": report.forecast.by,
+                    "retained": len(retained),
                 }
             )
     posterior.mean_(model)

@@ -5,10 +5,11 @@ has not seen, and keeps numbers: for each the damage, and what can be computed f
 alone (`disturbance`). A later request computes the latter again and reads the damage off the rehearsals' line
 (`forecast`).
 
-The line goes through the origin: nothing moved, nothing lost. Its error bar is the quantile of the errors that it makes
-on each rehearsal when it is fitted to the others (the jackknife of Barber et al., "Predictive inference with the
-jackknife+", 2021), which holds for a new request as far as that resembles the rehearsed ones; but not less than the
-chance error of a damage that is measured on so many held-out examples.
+The line goes through the origin: nothing moved, nothing lost. Its error bar has two parts, whose squares add up. One is
+the quantile of the errors that the line makes on each rehearsal when it is fitted to the others (the jackknife of
+Barber et al., "Predictive inference with the jackknife+", 2021); it holds for a new request as far as that resembles
+the rehearsed ones. The other is the chance error of a damage that is counted on so many examples: only those that the
+model calls something else than before can count, and their share is read off a line of its own.
 """
 
 import math
@@ -67,11 +68,6 @@ class Rehearsal:
         """Points of accuracy that the other classes lost."""
         return self.retained_before - self.retained
 
-    @property
-    def chance(self) -> float:
-        """Standard error of the damage in points: only examples that are called something else can count for it."""
-        return 100.0 * math.sqrt(self.changed / self.examples)
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -127,7 +123,6 @@ def forecast(metadata: Mapping[str, Any], moved: Mapping[str, float]) -> Forecas
     if len(rehearsals) < 3:
         return None
     damages = [r.damage for r in rehearsals]
-    chance = NORMAL_QUANTILE * sum(r.chance for r in rehearsals) / len(rehearsals)
     best: Forecast | None = None
     smallest = math.inf
     for name in moved:
@@ -142,7 +137,10 @@ def forecast(metadata: Mapping[str, Any], moved: Mapping[str, float]) -> Forecas
         if mean < smallest:
             smallest = mean
             bar = errors[min(len(errors), math.ceil(COVERAGE * (len(errors) + 1))) - 1]
-            best = Forecast(_slope(xs, damages) * moved[name], max(bar, chance), name, len(rehearsals))
+            share = _slope(xs, [r.changed for r in rehearsals]) * moved[name]
+            chance = 100.0 * math.sqrt(share / min(r.examples for r in rehearsals))
+            error = math.hypot(bar, NORMAL_QUANTILE * chance)
+            best = Forecast(_slope(xs, damages) * moved[name], error, name, len(rehearsals))
     return best
 
 

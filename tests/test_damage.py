@@ -75,11 +75,11 @@ def test_line_and_bar_are_numpys():
     assert found.error == pytest.approx(np.sort(errors)[7])
 
 
-def test_the_bar_is_no_smaller_than_chance():
-    metadata = {damage.KEY: [rehearsal(x, 0.0, changed=0.04) for x in (1.0, 2.0, 3.0)]}
-    found = damage.forecast(metadata, {"kl": 1.0})
+def test_the_bar_has_the_error_of_counting():
+    metadata = {damage.KEY: [rehearsal(x, 0.0, changed=0.02 * x) for x in (1.0, 2.0, 3.0)]}
+    found = damage.forecast(metadata, {"kl": 2.0})
     assert found.damage == 0.0
-    # 4 of 100 examples changed sides: a difference of that many signs has the standard deviation 2
+    # 4 of 100 examples change sides: a sum of that many signs has the standard deviation 2
     assert found.error == pytest.approx(1.2815515655446004 * 2.0)
 
 
