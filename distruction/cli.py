@@ -20,7 +20,7 @@ from .compression import STORAGE
 from .data import Images, detect, forget_split, load, loader
 from .data.raw import named
 from .data.sets import NAMES
-from .errors import UsageError
+from .errors import PosteriorError, UsageError
 from .files import check_writable, remove_leftovers
 from .forget import forget as forget_
 from .posterior import Posterior
@@ -139,6 +139,15 @@ def _done(checkpoint: Path | None) -> None:
     """Delete the checkpoint, now that the result is on the disk."""
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+
+
+def _holds(network: torch.nn.Module, posterior: Posterior) -> bool:
+    """Whether the weights are the posterior's means."""
+    try:
+        posterior.check(network, same_weights=True)
+    except PosteriorError:
+        return False
+    return True
 
 
 def _alone(command: str) -> None:
@@ -351,7 +360,11 @@ def forget(
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     previous: Annotated[
-        Path | None, typer.Option(help="Posterior that the request before this one left (--posterior-out).")
+        Path | None,
+        typer.Option(
+            help="Posterior that the request before this one left (--posterior-out); --model may then also be the "
+            "file that preparation was given, which a compressed --posterior needs."
+        ),
     ] = None,
     posterior_out: Annotated[
         Path | None, typer.Option(help="Also write what is left of the posterior, for a later request.")
@@ -394,13 +407,16 @@ def forget(
         _output(posterior_out, overwrite)
     network, config = models.load(model, device=_device(device))
     prior = Posterior.load(posterior, model=network)
+    earlier = None if previous is None else Posterior.load(previous, model=network)
+    if earlier is not None and _holds(network, prior):
+        earlier.mean_(network)  # what the earlier request made of it; the file of preparation serves as well
     parts = _data_of(config, dataset, data, need_test=False, skip_unreadable=skip_unreadable)
     forget_data, _ = forget_split(parts[0].to(_device(device)), forget_class)
     result = forget_(
         network,
         prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
         loader(forget_data, batch_size=batch_size, shuffle=True),
-        previous=None if previous is None else Posterior.load(previous, model=network),
+        previous=earlier,
         request="class",
         objective=objective,
         steps=steps,
