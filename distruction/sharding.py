@@ -47,7 +47,10 @@ def is_sharded(t: Tensor) -> bool:
 def are_ordinary(tensors: Iterable[Tensor]) -> bool:
     """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
     if torch.compiler.is_compiling():  # torch 2.8 cannot trace sets of types
-        return not any(is_sharded(t) for t in tensors)
+        for t in tensors:  # nor `any` of a generator
+            if is_sharded(t):
+                return False
+        return True
     return set(map(type, tensors)) <= _ORDINARY
 
 
@@ -149,13 +152,25 @@ def reshard(model: nn.Module) -> None:
 
     The next forward pass would use them in place of what an optimizer wrote into the shards since.
     """
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def average_by_dividing(model: nn.Module) -> None:
+    """Let ``fully_shard`` sum the gradients and divide them by the number of ranks.
+
+    torch 2.8 asks the backend for the average, and Gloo, which has none, gives the sum without a word.
+    """
+    for module in _sharded_modules(model):
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that ``fully_shard`` was applied to."""
     # A model can be sharded only where somebody has imported this.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not dist.is_available():
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    if fsdp is not None and dist.is_available():
+        yield from (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
 
 
 def gather(t: Tensor) -> Tensor:
