@@ -36,7 +36,8 @@ def _dtensor() -> type:
 
 
 def _is_dtensor(t: Any) -> "TypeGuard[DTensor]":
-    return type(t) not in _ORDINARY and isinstance(t, _dtensor())
+    # Not by the set, which torch 2.8 cannot trace.
+    return type(t) is not Tensor and type(t) is not nn.Parameter and isinstance(t, _dtensor())
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -46,11 +47,8 @@ def is_sharded(t: Tensor) -> bool:
 
 def are_ordinary(tensors: Iterable[Tensor]) -> bool:
     """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
-    if torch.compiler.is_compiling():  # torch 2.8 cannot trace sets of types
-        for t in tensors:  # nor `any` of a generator
-            if is_sharded(t):
-                return False
-        return True
+    if torch.compiler.is_compiling():  # torch 2.8 traces neither sets of types nor generators
+        return not [t for t in tensors if is_sharded(t)]
     return set(map(type, tensors)) <= _ORDINARY
 
 
