@@ -413,6 +413,7 @@ def check_distributed_checkpoint_resumes_on_any_number_of_ranks(world, folder):
     for sharded in (True, False):
         model = make_model(2)
         model = wrap(model, "fsdp") if sharded else model
+        average_by_dividing(model)
         opt = BGD(model.named_parameters(), **options)
         set_optimizer_state_dict(
             model, opt, copy.deepcopy(expected["whole"]), options=StateDictOptions(full_state_dict=True)
