@@ -101,8 +101,8 @@ def forget(
         request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
             these records alone go and their labels live on; the model is changed as little as possible, not at all
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
-            records of each of its labels as p says that there were, or, where p does not say, where it has at most half
-            of the labels that the model knows.
+            records of each of its labels as p says that there were, and not those of all labels, or, where p does not
+            say, where it has at most half of the labels that the model knows.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
@@ -305,7 +305,9 @@ def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module)
         return "class" if request == "auto" else request
     known: Mapping[str, int] | None = posterior.metadata.get("label_counts")
     if known:
-        return "class" if all(n >= known.get(str(c), 0) for c, n in data.counts.items()) else "records"
+        whole = all(n >= known.get(str(c), 0) for c, n in data.counts.items())
+        # Of all classes none would be left to predict.
+        return "class" if whole and len(data.counts) < len(known) else "records"
     classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
 

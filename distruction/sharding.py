@@ -37,7 +37,8 @@ def _dtensor() -> type:
 
 
 def _is_dtensor(t: Any) -> "TypeGuard[DTensor]":
-    return type(t) not in _ORDINARY and isinstance(t, _dtensor())
+    # Not by the set, which torch 2.8 cannot trace.
+    return type(t) is not Tensor and type(t) is not nn.Parameter and isinstance(t, _dtensor())
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -47,8 +48,8 @@ def is_sharded(t: Tensor) -> bool:
 
 def are_ordinary(tensors: Iterable[Tensor]) -> bool:
     """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
-    if torch.compiler.is_compiling():  # torch 2.8 cannot trace sets of types
-        return not any(is_sharded(t) for t in tensors)
+    if torch.compiler.is_compiling():  # torch 2.8 traces neither sets of types nor generators
+        return not [t for t in tensors if is_sharded(t)]
     return set(map(type, tensors)) <= _ORDINARY
 
 
@@ -150,13 +151,25 @@ def reshard(model: nn.Module) -> None:
 
     The next forward pass would use them in place of what an optimizer wrote into the shards since.
     """
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def average_by_dividing(model: nn.Module) -> None:
+    """Let ``fully_shard`` sum the gradients and divide them by the number of ranks.
+
+    torch 2.8 asks the backend for the average, and Gloo, which has none, gives the sum without a word.
+    """
+    for module in _sharded_modules(model):
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that ``fully_shard`` was applied to."""
     # A model can be sharded only where somebody has imported this.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not dist.is_available():
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    if fsdp is not None and dist.is_available():
+        yield from (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
 
 
 def gather(t: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from .options import (
     auto_or_number,
     done,
     find_examples,
+    holds,
     open_source,
     output,
 )
@@ -63,7 +64,11 @@ def forget(
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     previous: Annotated[
-        Path | None, typer.Option(help="Posterior that the request before this one left (--posterior-out).")
+        Path | None,
+        typer.Option(
+            help="Posterior that the request before this one left (--posterior-out); --model may then also be the "
+            "file that preparation was given, which a compressed --posterior needs."
+        ),
     ] = None,
     posterior_out: Annotated[
         Path | None, typer.Option(help="Also write what is left of the posterior, for a later request.")
@@ -115,6 +120,9 @@ def forget(
         output(posterior_out, overwrite)
     network = source.network
     prior = Posterior.load(posterior, model=network)
+    earlier = None if previous is None else Posterior.load(previous, model=network)
+    if earlier is not None and holds(network, prior):
+        earlier.mean_(network)  # what the earlier request made of it; the file of preparation serves as well
     source.agree_with(prior.metadata.get(SERVING), f"the posterior {posterior}")
     found = find_examples(source, dataset, data, wanted=forget_class, records=records, skip_unreadable=skip_unreadable)
     if records is None and not forget_class and len(found.counts) == len(found.classes):
@@ -133,7 +141,7 @@ def forget(
             network,
             prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
             batches(forget_data, batch_size=batch_size, shuffle=True, workers=workers),
-            previous=None if previous is None else Posterior.load(previous, model=network),
+            previous=earlier,
             request=request or ("records" if records else "class" if forget_class else "auto"),  # type: ignore[arg-type]
             objective=objective,
             steps=steps,

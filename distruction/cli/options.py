@@ -13,8 +13,9 @@ from ..data import sets
 from ..data.inputs import Pixels
 from ..data.requests import Selection, in_memory, load_quietly, of_model
 from ..data.sets import NAMES
-from ..errors import UsageError
+from ..errors import PosteriorError, UsageError
 from ..files import check_writable, remove_leftovers
+from ..posterior import Posterior
 
 SEEDS = 2**63 - 1
 """The largest seed."""
@@ -138,6 +139,15 @@ def done(checkpoint: Path | None) -> None:
     """Delete the checkpoint, now that the result is on the disk."""
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+
+
+def holds(network: torch.nn.Module, posterior: Posterior) -> bool:
+    """Whether the weights are the posterior's means."""
+    try:
+        posterior.check(network, same_weights=True)
+    except PosteriorError:
+        return False
+    return True
 
 
 def alone(command: str) -> None:
