@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from .. import distributed
 from ..errors import UsageError
 from .images import Images, loader
-from .raw import pixels, upright
+from .raw import pixels_of, upright
 
 IN_MEMORY = 2**28
 """Bytes of decoded images up to which they are read once and kept; more are read again in each epoch."""
@@ -39,7 +39,7 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images as `Images` holds them: cropped to the central square, resized (bicubic) to ``side``, (bytes - mean) / std.
+    """As `Images`: cropped to the central square, resized (bicubic) to ``side``, (bytes - mean) / std.
 
     Attributes:
         channels: 1 or 3.
@@ -168,7 +168,7 @@ def read_images(
         try:
             if isinstance(inputs, Pixels) and small:
                 path = files.paths[position]
-                array = pixels((str(path), path.read_bytes), inputs.channels, inputs.side)
+                array = pixels_of((str(path), path.read_bytes), inputs.channels, inputs.side)
                 return torch.from_numpy(np.ascontiguousarray(array))
             return files[position][0]
         except UsageError as error:
