@@ -42,6 +42,7 @@ _SUBMODULES = (
     "objectives",
     "ops",
     "planning",
+    "sources",
 )
 
 

@@ -169,7 +169,7 @@ def read_images(
             if isinstance(inputs, Pixels) and small:
                 path = files.paths[position]
                 array = pixels_of((str(path), path.read_bytes), inputs.channels, inputs.side)
-                return torch.from_numpy(np.ascontiguousarray(array))
+                return torch.from_numpy(array.copy())
             return files[position][0]
         except UsageError as error:
             reasons[position] = _unreadable(error, skip_unreadable)
