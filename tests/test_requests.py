@@ -27,6 +27,8 @@ from distruction.sources import open_model
 
 CLASSES = ["ant", "bee", "cat", "dog", "owl"]
 QUICK = ("--no-progress", "--workers", "0")
+STRONG = ("--steps", "40", "--kl-weight", "0.1")
+"""A given lambda, and few steps."""
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def distruction(capsys, monkeypatch):
     return run
 
 
-def export(root, *, train=24, test=8):
+def export(root, *, train=32, test=16):
     """Digits 0 to 4 as PNG files in folders of ``CLASSES``."""
     bunch = load_digits()
     for label, name in enumerate(CLASSES):
@@ -62,7 +64,7 @@ def made(tmp_path_factory):
     export(folder / "photos")
     patch = pytest.MonkeyPatch()
     for words in (
-        ["train", "--data", folder / "photos", "--out", folder / "model", "--epochs", 20, "--batch-size", 40],
+        ["train", "--data", folder / "photos", "--out", folder / "model", "--epochs", 40, "--batch-size", 40],
         ["prepare", "--model", folder / "model", "--data", folder / "photos", "--out", folder / "posterior",
          "--workers", 0, "--steps", 15],
     ):  # fmt: skip
@@ -111,7 +113,7 @@ def test_the_other_folders_and_the_test_part_may_go(distruction, made, here):
     shutil.rmtree(here / "photos/test")
     status, out, err = distruction(*forgets(made, here / "alone", *common))
     assert (status, err) == (0, "")
-    assert "to forget: 24 records of 1 class: 24 cat\n" in out
+    assert "to forget: 32 records of 1 class: 32 cat\n" in out
     # The same images in a flat folder, and in a folder of classes without train/.
     (here / "photos/train/cat").rename(here / "flat")
     assert distruction(*forgets(made, here / "third", "--class", "cat", "--data", here / "flat", "--steps", 3))[0] == 0
@@ -126,7 +128,9 @@ def test_a_class_is_forgotten_with_everything_else_deleted(distruction, made, he
     for name in CLASSES[1:]:
         shutil.rmtree(here / "photos/train" / name)
     before = accuracies(made, made / "model", ["ant"])
-    status, _, err = distruction(*forgets(made, here / "out", "--class", "ant", "--data", here / "photos/train", "--steps", 60))
+    status, _, err = distruction(
+        *forgets(made, here / "out", "--class", "ant", "--data", here / "photos/train", *STRONG)
+    )
     assert (status, err) == (0, "")
     after = accuracies(made, here / "out", ["ant"])
     assert min(before) >= 80
@@ -144,7 +148,7 @@ def test_what_the_model_takes_is_kept(made):
     assert source.inputs.mean == pytest.approx((pixels.mean().item(),))
     assert source.inputs.std == pytest.approx((pixels.std().item(),))
     assert Posterior.load(made / "posterior").metadata["serving"] == source.facts()
-    assert Posterior.load(made / "posterior").metadata["label_counts"] == {str(i): 24 for i in range(5)}
+    assert Posterior.load(made / "posterior").metadata["label_counts"] == {str(i): 32 for i in range(5)}
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 12), (30, 40)])
@@ -215,10 +219,10 @@ def test_two_classes_at_once(distruction, made, here):
     for name in ("bee", "cat", "dog"):
         shutil.rmtree(here / "photos/train" / name)
     (here / "photos/train/ant/notes.txt").write_text("x")
-    words = ("--class", "ant", "--class", "owl", "--data", here / "photos", "--steps", 60)
+    words = ("--class", "ant", "--class", "owl", "--data", here / "photos", *STRONG)
     status, out, err = distruction(*forgets(made, here / "out", *words))
     assert (status, err) == (0, "")
-    assert "to forget: 48 records of 2 classes: 24 ant, 24 owl; 1 file ignored: " in out
+    assert "to forget: 64 records of 2 classes: 32 ant, 32 owl; 1 file ignored: " in out
     before, after = (accuracies(made, m, ["ant", "owl"]) for m in (made / "model", here / "out"))
     assert after[0] >= before[0] - 10
     assert after[1] == 0
@@ -227,9 +231,9 @@ def test_two_classes_at_once(distruction, made, here):
 def test_without_a_name_the_folder_is_the_request(distruction, made, here):
     shutil.copytree(here / "photos/train/dog", here / "to_forget/dog")
     status, out, _ = distruction(*forgets(made, here / "out", "--data", here / "to_forget", "--dry-run"))
-    assert (status, out) == (0, "to forget: 24 records of 1 class: 24 dog\n")
+    assert (status, out) == (0, "to forget: 32 records of 1 class: 32 dog\n")
     status, _, err = distruction(*forgets(made, here / "out", "--data", here / "photos"))
-    assert (status, "the data holds every class of the model (120 records of 5 classes" in err) == (2, True)
+    assert (status, "the data holds every class of the model (160 records of 5 classes" in err) == (2, True)
 
 
 def _csv(here, text):
@@ -320,33 +324,35 @@ def test_a_posterior_of_other_images_is_refused(distruction, made, here, key, va
 # --- models of others -----------------------------------------------------------------------------------
 
 
-def fit(network, inputs, made, steps=60, lr=2e-3):
+def fit(network, inputs, made, lr=2e-3):
     """Train until the training images are known."""
     data = open_model(made / "model").select(made / "photos").read(inputs)
     x, y = data[list(range(len(data)))]
     optimizer = torch.optim.AdamW(network.parameters(), lr)
     network.eval()
-    for _ in range(steps):
+    for _ in range(400):
         optimizer.zero_grad()
         output = network(x)
         logits = getattr(output, "logits", output)
-        nn.functional.cross_entropy(logits, y).backward()
+        loss = nn.functional.cross_entropy(logits, y)
+        if loss < 0.03:
+            return network
+        loss.backward()
         optimizer.step()
-    assert (logits.argmax(dim=-1) == y).float().mean() > 0.97
-    return network
+    pytest.fail(f"the loss is still {loss.item()}")
 
 
 def prepare_and_forget(distruction, model, made, here, out, *more):
     """The two commands with the photos gone in between, all but those of the class bee."""
     words = ("--model", model, *more, *QUICK)
     posterior = here / "prior"
-    status, _, err = distruction("prepare", *words, "--data", here / "photos", "--out", posterior, "--steps", 20)
+    status, _, err = distruction("prepare", *words, "--data", here / "photos", "--out", posterior, "--steps", 30)
     assert (status, err) == (0, "")
     for name in CLASSES:
         if name != "bee":
             shutil.rmtree(here / "photos/train" / name)
     shutil.rmtree(here / "photos/test")
-    more_of_forget = ("--posterior", posterior, "--data", here / "photos", "--class", "bee", "--out", out, "--steps", 60)
+    more_of_forget = ("--posterior", posterior, "--data", here / "photos", "--class", "bee", "--out", out, *STRONG)
     status, text, err = distruction("forget", *words, *more_of_forget)
     assert (status, err) == (0, "")
     return text
@@ -453,7 +459,7 @@ def test_a_function_of_ones_own(distruction, made, here, monkeypatch):
     monkeypatch.syspath_prepend(str(here))
     (here / "my_nets.py").write_text(FACTORY)
     source = open_model("my_nets:make")
-    fit(source.network, source.inputs, made, steps=150, lr=1e-2)
+    fit(source.network, source.inputs, made, lr=1e-2)
     torch.save(source.network.state_dict(), here / "w.pt")
     before = accuracies(made, "my_nets:make", ["bee"], weights=here / "w.pt")
     prepare_and_forget(distruction, "my_nets:make", made, here, here / "o.safetensors", "--weights", here / "w.pt")

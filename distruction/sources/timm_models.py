@@ -9,6 +9,7 @@ import torch
 import yaml
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.class_map import load_class_map
+from timm.utils import natural_key
 from torch import Tensor, nn
 
 from ..data.folder import class_folders
@@ -84,13 +85,13 @@ def open_run(
     root = args.get("data_dir") or args.get("data")
     model.data = Path(root) if root else None
     model.origin = str(root or "")
-    model.classes = classes or _classes_of_run(args, model.data)
+    model.classes = classes or _classes_of_run(args, model.data, getattr(model.network, "num_classes", None))
     model.agree_with(facts, str(weights))
     return _checked(model)
 
 
-def _classes_of_run(args: Mapping[str, Any], root: Path | None) -> tuple[str, ...] | None:
-    """As train.py numbers them: its class map, or the folders in natural order."""
+def _classes_of_run(args: Mapping[str, Any], root: Path | None, outputs: int | None) -> tuple[str, ...] | None:
+    """As train.py numbers them: its class map, or the folders in natural order, as long as all of them are there."""
     if args.get("class_map"):
         try:
             found = load_class_map(args["class_map"], root or "")
@@ -101,9 +102,7 @@ def _classes_of_run(args: Mapping[str, Any], root: Path | None) -> tuple[str, ..
         return None
     folder = root / args.get("train_split", "train")
     names = class_folders(folder if folder.is_dir() else root)
-    from timm.utils import natural_key
-
-    return tuple(sorted(names, key=natural_key)) or None
+    return tuple(sorted(names, key=natural_key)) if len(names) == outputs else None
 
 
 def _size(state: Mapping[str, Tensor], module: Any, dimension: int, default: int) -> int:
