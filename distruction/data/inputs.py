@@ -22,13 +22,11 @@ IN_MEMORY = 2**28
 
 
 class Inputs(Protocol):
-    """What makes a model's input of an image.
+    """What makes a model's input of an image."""
 
-    Attributes:
-        channels: 1 or 3, of the image that it is given.
-    """
-
-    channels: int
+    @property
+    def channels(self) -> int:
+        """1 or 3, of the image that it is given."""
 
     def facts(self) -> dict[str, Any]:
         """JSON-able: two that make the same inputs have the same facts."""

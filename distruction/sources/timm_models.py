@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.class_map import load_class_map
 from timm.utils import natural_key
@@ -38,7 +38,7 @@ def open_name(
         raise UsageError(f"{spec} is a name of timm's: pass the file of its trained weights by --weights")
     state, facts = read_state(weights)
     with torch.device("meta"):
-        plain = timm.create_model(spec)
+        plain: Any = timm.create_model(spec)
     cfg: dict[str, Any] = plain.pretrained_cfg or {}
     arguments = {
         "num_classes": _size(state, cfg.get("classifier"), 0, plain.num_classes),
@@ -78,7 +78,7 @@ def open_run(
     arguments = {k: v for k, v in arguments.items() if v is not None}
     if read and "num_classes" not in arguments:
         with torch.device("meta"):
-            plain = timm.create_model(name)
+            plain: Any = timm.create_model(name)
         arguments["num_classes"] = _size(state, (plain.pretrained_cfg or {}).get("classifier"), 0, plain.num_classes)
     model = _opened(name, arguments, state if read else None, args, str(weights), device)
     model.name = str(folder)
