@@ -44,6 +44,7 @@ _SUBMODULES = (
     "objectives",
     "ops",
     "planning",
+    "sources",
 )
 
 

@@ -34,9 +34,10 @@ class Command(TyperCommand):
 
 
 def run(app: Callable[[], object]) -> None:
-    """Run a command line: an error ends with one line and a status other than 0, Ctrl-C with status 130, SIGTERM with 143.
+    """Run a command line: an error ends with one line and a status other than 0.
 
-    The status is 2 where the library or the operating system refused something, 1 for an error that neither foresaw.
+    Ctrl-C ends with status 130, SIGTERM inside of a run with 143. The status is 2 where the library or the operating
+    system refused something, 1 for an error that neither foresaw.
     """
     try:
         with warnings.catch_warnings():

@@ -15,20 +15,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from .. import distributed
 from ..errors import UsageError
 from .images import Images, loader
-from .raw import pixels, upright
+from .raw import pixels_of, upright
 
 IN_MEMORY = 2**28
 """Bytes of decoded images up to which they are read once and kept; more are read again in each epoch."""
 
 
 class Inputs(Protocol):
-    """What makes a model's input of an image.
+    """What makes a model's input of an image."""
 
-    Attributes:
-        channels: 1 or 3, of the image that it is given.
-    """
-
-    channels: int
+    @property
+    def channels(self) -> int:
+        """1 or 3, of the image that it is given."""
 
     def facts(self) -> dict[str, Any]:
         """JSON-able: two that make the same inputs have the same facts."""
@@ -39,7 +37,7 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images as `Images` holds them: cropped to the central square, resized (bicubic) to ``side``, (bytes - mean) / std.
+    """As `Images`: cropped to the central square, resized (bicubic) to ``side``, (bytes - mean) / std.
 
     Attributes:
         channels: 1 or 3.
@@ -168,8 +166,8 @@ def read_images(
         try:
             if isinstance(inputs, Pixels) and small:
                 path = files.paths[position]
-                array = pixels((str(path), path.read_bytes), inputs.channels, inputs.side)
-                return torch.from_numpy(np.ascontiguousarray(array))
+                array = pixels_of((str(path), path.read_bytes), inputs.channels, inputs.side)
+                return torch.from_numpy(array.copy())
             return files[position][0]
         except UsageError as error:
             reasons[position] = _unreadable(error, skip_unreadable)

@@ -143,7 +143,7 @@ def decode(
         pixels = np.empty((len(readable), channels, side, side), np.uint8)
 
         def fill(row: int) -> None:
-            found = attempt(readable[row], lambda source: pixels(source, channels, side if resize else None))
+            found = attempt(readable[row], lambda source: pixels_of(source, channels, side if resize else None))
             if found is not None:
                 pixels[row] = found
 
@@ -200,7 +200,7 @@ def _kind(source: Source) -> tuple[tuple[int, int], bool]:
         return (width, height), image.mode in ("1", "L")
 
 
-def pixels(source: Source, channels: int, side: int | None) -> np.ndarray:
+def pixels_of(source: Source, channels: int, side: int | None) -> np.ndarray:
     """An image as bytes, (channels, height, width), upright; cropped and resized to ``side`` where that is given.
 
     Raises:

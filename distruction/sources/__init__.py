@@ -1,12 +1,12 @@
 """Where models come from: one spelling for each kind, and the form in which the result is written.
 
-| spelling                                     | model                                         | result                          |
-|----------------------------------------------|-----------------------------------------------|---------------------------------|
-| a file that `distruction train` wrote        | ours                                          | such a file                     |
-| a timm name, with a file of weights          | `timm.create_model`                           | a state_dict that timm loads    |
-| a folder with ``args.yaml``                  | of timm's train.py: its best checkpoint's EMA | a state_dict that timm loads    |
-| a folder with ``config.json``                | of Hugging Face's ``save_pretrained``         | such a folder                   |
-| ``package.module:function``                  | what the function returns                     | a state_dict                    |
+| spelling                               | model                                         | result                 |
+|----------------------------------------|-----------------------------------------------|------------------------|
+| a file that `distruction train` wrote  | ours                                          | such a file            |
+| a timm name, with a file of weights    | `timm.create_model`                           | a state_dict for timm  |
+| a folder with ``args.yaml``            | of timm's train.py: its best checkpoint's EMA | a state_dict for timm  |
+| a folder with ``config.json``          | of Hugging Face's ``save_pretrained``         | such a folder          |
+| ``package.module:function``            | what the function returns                     | a state_dict           |
 
 Nothing is fetched from a network.
 """

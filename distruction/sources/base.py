@@ -11,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import distributed
 from ..data.inputs import Inputs
 from ..data.raw import named
 from ..data.requests import Selection, in_folder
 from ..errors import UsageError
 from ..files import write_atomically
+from ..sharding import gather
 
 SERVING = "serving"
 """The key of a posterior's metadata, and of a weights file's, under which `Model.facts` are kept."""
@@ -122,8 +124,13 @@ class Model:
 
 
 def write_state(network: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write the state_dict: safetensors with ``facts`` in its header, or, of a name in .pt or .pth, by `torch.save`."""
-    state = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    """Write the state_dict: safetensors with ``facts`` in its header, or, of a name in .pt or .pth, by `torch.save`.
+
+    All ranks of a sharded model call it together, and the first writes.
+    """
+    state = {name: gather(t.detach()).cpu().contiguous() for name, t in network.state_dict().items()}
+    if distributed.rank() > 0:
+        return
     if path.suffix in (".pt", ".pth", ".bin", ".tar"):
         write_atomically(path, lambda name: torch.save(state, name))
         return

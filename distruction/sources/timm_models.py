@@ -6,9 +6,10 @@ from typing import Any
 
 import timm
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.class_map import load_class_map
+from timm.utils import natural_key
 from torch import Tensor, nn
 
 from ..data.folder import class_folders
@@ -37,7 +38,7 @@ def open_name(
         raise UsageError(f"{spec} is a name of timm's: pass the file of its trained weights by --weights")
     state, facts = read_state(weights)
     with torch.device("meta"):
-        plain = timm.create_model(spec)
+        plain: Any = timm.create_model(spec)
     cfg: dict[str, Any] = plain.pretrained_cfg or {}
     arguments = {
         "num_classes": _size(state, cfg.get("classifier"), 0, plain.num_classes),
@@ -77,20 +78,20 @@ def open_run(
     arguments = {k: v for k, v in arguments.items() if v is not None}
     if read and "num_classes" not in arguments:
         with torch.device("meta"):
-            plain = timm.create_model(name)
+            plain: Any = timm.create_model(name)
         arguments["num_classes"] = _size(state, (plain.pretrained_cfg or {}).get("classifier"), 0, plain.num_classes)
     model = _opened(name, arguments, state if read else None, args, str(weights), device)
     model.name = str(folder)
     root = args.get("data_dir") or args.get("data")
     model.data = Path(root) if root else None
     model.origin = str(root or "")
-    model.classes = classes or _classes_of_run(args, model.data)
+    model.classes = classes or _classes_of_run(args, model.data, getattr(model.network, "num_classes", None))
     model.agree_with(facts, str(weights))
     return _checked(model)
 
 
-def _classes_of_run(args: Mapping[str, Any], root: Path | None) -> tuple[str, ...] | None:
-    """As train.py numbers them: its class map, or the folders in natural order."""
+def _classes_of_run(args: Mapping[str, Any], root: Path | None, outputs: int | None) -> tuple[str, ...] | None:
+    """As train.py numbers them: its class map, or the folders in natural order, as long as all of them are there."""
     if args.get("class_map"):
         try:
             found = load_class_map(args["class_map"], root or "")
@@ -101,9 +102,7 @@ def _classes_of_run(args: Mapping[str, Any], root: Path | None) -> tuple[str, ..
         return None
     folder = root / args.get("train_split", "train")
     names = class_folders(folder if folder.is_dir() else root)
-    from timm.utils import natural_key
-
-    return tuple(sorted(names, key=natural_key)) or None
+    return tuple(sorted(names, key=natural_key)) if len(names) == outputs else None
 
 
 def _size(state: Mapping[str, Tensor], module: Any, dimension: int, default: int) -> int:
