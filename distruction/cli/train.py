@@ -34,7 +34,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Model file to write.")],
     data: DataRoot = None,
     dataset: Dataset = None,
-    model: Annotated[str, typer.Option(help="vit-micro or a timm model.")] = "vit-micro",
+    model: Annotated[str, typer.Option(help="vit-micro, vit-micro-conv or a timm model.")] = "vit-micro",
     pretrained: Pretrained = None,
     img_size: Annotated[
         int | None,
