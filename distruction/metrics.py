@@ -186,7 +186,7 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def lira(confidences: Tensor, out_confidences: Tensor) -> Tensor:
-    """Likelihood-ratio attack: how much surer the model is of examples than models that were not trained on them.
+    """Likelihood-ratio attack: how much more confident a model is of examples than models not trained on them are.
 
     LiRA of Carlini et al. 2022 (arXiv 2112.03570) in its offline form, one variance for all examples, as they advise
     for few shadow models: 1 - Pr[N(mu_out, sigma**2) > confidence] orders examples as confidence - mu_out does.

@@ -407,7 +407,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         return self._beside(params) if any(map(is_sharded, params.values())) else self
 
     def _on_first_rank(self) -> "Posterior | None":
-        """The whole of a sharded posterior in the CPU's memory of rank 0; ``None`` elsewhere."""
+        """The whole of a sharded posterior in the CPU's memory of rank 0; ``None`` on the other ranks."""
         first = distributed.rank() == 0
         whole: list[dict[str, Stored]] = [{}, {}]
         for kept, tensors in zip(whole, (self.means, self.stds), strict=True):

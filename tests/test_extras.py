@@ -92,8 +92,9 @@ runpy.run_module("distruction", run_name="__main__")
          ("PIL", "vision"), ("PIL", "vision"), ("typer", "cli")],
         strict=False,
     ):  # fmt: skip
-        expected = f"needs {package}, which is not installed: pip install 'distruction[{extra}]'"
-        assert line == f"this part of distruction {expected}"
+        what = "the command line" if package == "typer" else "this part of distruction"
+        expected = f"{what} needs {package}, which is not installed: pip install 'distruction[{extra}]'"
+        assert line == expected
     assert [line for line in lines if line.startswith("cpu: ")]
 
 

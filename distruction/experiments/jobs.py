@@ -34,7 +34,7 @@ from .memory import Peak
 from .store import Store, canonical, file_hash, key_of
 
 FORMATS = {"model": 1, "posterior": 3}
-"""Raised when a job's result changes for the same facts, so that neither old entries nor their heirs are taken."""
+"""Raised when a job's result changes for the same facts, so that neither old entries nor what follows from them is taken."""
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
     task = _task(facts, split, context)
     before = copy.deepcopy(task.model)
     retrained = _load_model("retrained", facts["retrained"], context)
-    # Not the bad teacher's own: its pupil would be measured by its teacher.
+    # Not the bad teacher's own: the student would be measured by its teacher.
     incompetent = _fresh({**facts["model"], "seed": seed_of(facts["model"]["seed"], 6)}, context)
     report = None
     if facts["method"] == "retrain" and not facts["settings"]:
