@@ -39,8 +39,7 @@ lint: $(READY)
 
 # The site, in site/: a warning is an error.
 docs: $(READY)
-	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-build-isolation -e ".[docs]" "$(TORCH)"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # What is published, in dist/: the sources and one wheel for this architecture, for every Python and PyTorch.
 dist: $(READY)

@@ -1,4 +1,4 @@
-"""The peak that `distruction.planning` foretells against the one of a run on the CPU: ``python -m benchmarks.peak``.
+"""The peak that `distruction.planning` predicts against the one of a run on the CPU: ``python -m benchmarks.peak``.
 
 Resident memory of the process, beyond what libraries hold after a run of a small model. Random weights and images.
 """

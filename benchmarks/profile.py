@@ -1,6 +1,6 @@
 """What limits an op of the C++ backend on this CPU: ``python -m benchmarks.profile``.
 
-Two views. The same number of elements is worked off from memory and in portions that stay in a core's cache, beside a
+Two views. The same number of elements is processed from memory and in portions that stay in a core's cache, beside a
 triad of the op's bytes: where the time in the cache is near the whole, arithmetic is the limit, and where the triad's
 is, memory. And ``perf``, where it is installed, samples which functions of the kernels the time goes to; every stage
 is a function of its own.

@@ -1,4 +1,4 @@
-"""The KL penalty as a loss for anybody's (mean, std) parameters."""
+"""The KL penalty as a loss for (mean, std) parameters of any module."""
 
 from collections.abc import Mapping, Sequence
 

@@ -5,22 +5,92 @@ probabilities are 1 in float32 and its losses all tie at 0. Shares, accuracies a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Examples, loader
+from .data import Examples, Images, loader
 from .errors import UsageError
 from .extras import needed
 from .modules import deterministic, logits_of
+from .registry import Registry
 
 with needed("vision"):
     from scipy.stats import binomtest
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score, roc_curve
+
+
+# --- metrics of other packages -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric of another package is given of one finished cell of `distruction bench`.
+
+    Attributes:
+        model, before, retrained: after unlearning, as it was trained, and retrained without the forget set.
+        forget, retain, test: training examples to forget and to keep, and all test examples.
+    """
+
+    model: nn.Module
+    before: nn.Module
+    retrained: nn.Module
+    forget: Images
+    retain: Images
+    test: Images
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A metric of another package.
+
+    Attributes:
+        function: of a `Measured` to a number.
+        heading: short, for table heads.
+        meaning: one line.
+        better: ``high``, ``low``, or ``retrain`` where the value of retraining is the ideal.
+        group: the table that it stands in: ``accuracy``, ``distance`` or ``cost``.
+        digits: after the decimal point.
+    """
+
+    function: Callable[[Measured], float]
+    heading: str
+    meaning: str
+    better: Literal["high", "low", "retrain"]
+    group: Literal["accuracy", "distance", "cost"] = "accuracy"
+    digits: int = 1
+
+
+REGISTRY = Registry[Entry]("metric", {})
+"""Metrics of other packages by name, which `distruction bench` measures and tabulates beside its own."""
+
+
+def register(
+    name: str, heading: str, meaning: str, *, better: Literal["high", "low", "retrain"], **declared: Any
+) -> Callable[[Callable[[Measured], float]], Callable[[Measured], float]]:
+    """A decorator that adds a function of `Measured` as a metric under ``name``: see `distruction.registry`.
+
+    Args:
+        heading, meaning, better, declared: the attributes of `Entry`.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+
+    def add(function: Callable[[Measured], float]) -> Callable[[Measured], float]:
+        REGISTRY.add(name, Entry(function, heading, meaning, better, **declared))
+        return function
+
+    return add
+
+
+# --- predictions ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -116,7 +186,7 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def lira(confidences: Tensor, out_confidences: Tensor) -> Tensor:
-    """Likelihood-ratio attack: how much surer the model is of examples than models that were not trained on them.
+    """Likelihood-ratio attack: how much more confident a model is of examples than models not trained on them are.
 
     LiRA of Carlini et al. 2022 (arXiv 2112.03570) in its offline form, one variance for all examples, as they advise
     for few shadow models: 1 - Pr[N(mu_out, sigma**2) > confidence] orders examples as confidence - mu_out does.

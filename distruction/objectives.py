@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .modules import logits_of
 from .posterior import Posterior
+from .registry import Registry
 from .teachers import AtMeans, Randomised
 
 Objective = Callable[..., Tensor]
@@ -201,7 +202,7 @@ def _plain(function: Callable[..., Tensor]) -> Callable[[nn.Module, Posterior, L
     return lambda model, posterior, forgotten: partial(function, forgotten=tuple(forgotten))
 
 
-REGISTRY: dict[str, Entry] = {
+_OWN = {
     "masked-teacher": Entry(
         "the model from before teaches, with the true class masked out: keeps most (default)",
         lambda model, posterior, forgotten: MaskedTeacher(AtMeans(model, posterior), forgotten),
@@ -221,7 +222,30 @@ REGISTRY: dict[str, Entry] = {
         teaches=True,
     ),
 }
+REGISTRY = Registry[Entry]("objective", _OWN)
 """Objectives by name."""
+
+
+def register(
+    name: str, summary: str, *, of_model: bool = False, copies: bool = False, teaches: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds an objective under ``name``: see `Entry` and `distruction.registry`.
+
+    It decorates ``(logits, targets, forgotten=()) -> mean loss``.
+
+    Args:
+        of_model: it decorates ``(model, posterior, forgotten) -> objective`` instead.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        REGISTRY.add(name, Entry(summary, function if of_model else _plain(function), copies, teaches))
+        return function
+
+    return add
+
 
 DEFAULT = "masked-teacher"
 """The objective of `distruction.forget` where none is named."""
@@ -248,6 +272,4 @@ def entry(name: str) -> Entry:
     Raises:
         UsageError: there is none of that name.
     """
-    if name not in REGISTRY:
-        raise UsageError(f"objective {name!r} is unknown; choose {', '.join(REGISTRY)} or pass a callable")
-    return REGISTRY[name]
+    return REGISTRY.known(name, " or pass a callable")

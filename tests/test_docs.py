@@ -16,6 +16,7 @@ import torch
 import typer
 
 import distruction
+import mkdocs_errors
 from distruction import cli, rehearsal
 
 ROOT = Path(__file__).parents[1]
@@ -219,3 +220,52 @@ def test_command_lines_are_parsed(monkeypatch, words, whole):
         runpy.run_module(target, run_name="__main__") if module else runpy.run_path(
             str(ROOT / target), run_name="__main__"
         )
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+def anchors(page):
+    """What MkDocs and source browsers call the headings of a page."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+# --- the site ------------------------------------------------------------------------------------
+
+
+def test_every_error_of_the_library_is_in_the_table_of_errors():
+    """Counted by the words of the source, without its syntax tree."""
+    sources = [p.read_text() for p in (ROOT / "distruction").rglob("*.py")]
+    names = "|".join(mkdocs_errors.classes())
+    made = sum(len(re.findall(rf"\braise (?:{names})\(", text)) for text in sources)
+    found = list(mkdocs_errors.raised())
+    assert len(found) >= made > 200
+    assert {error for _, error, _ in found} >= {"UsageError", "PosteriorError", "NonFiniteError", "RankError"}
+    assert "steps must be >= 1, not {steps}" in {message for _, _, message in found}
+    table = mkdocs_errors.table()
+    assert "steps must be \\>= 1, not {steps}" in table
+    assert mkdocs_errors.MARK in (ROOT / "docs" / "troubleshooting.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("1/std**2 = a * b", r"1/std\*\*2 = a \* b"),
+        ("of ``a**2`` and `b*c`, d*e", r"of ``a**2`` and `b*c`, d\*e"),
+        ("Take *args.\n\n>>> 2 ** 3\n8", "Take \\*args.\n\n>>> 2 ** 3\n8"),
+    ],
+)
+def test_powers_in_docstrings_are_no_bold_type(text, shown):
+    griffe = pytest.importorskip("mkdocs_griffe")
+    assert griffe.escaped(text) == shown

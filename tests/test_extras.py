@@ -92,8 +92,9 @@ runpy.run_module("distruction", run_name="__main__")
          ("PIL", "vision"), ("PIL", "vision"), ("typer", "cli")],
         strict=False,
     ):  # fmt: skip
-        expected = f"needs {package}, which is not installed: pip install 'distruction[{extra}]'"
-        assert line == f"this part of distruction {expected}"
+        what = "the command line" if package == "typer" else "this part of distruction"
+        expected = f"{what} needs {package}, which is not installed: pip install 'distruction[{extra}]'"
+        assert line == expected
     assert [line for line in lines if line.startswith("cpu: ")]
 
 
@@ -107,7 +108,7 @@ def test_the_command_line_without_its_packages_is_one_line():
     code = "import runpy; sys.argv[1:] = ['forget']; runpy.run_module('distruction', run_name='__main__')"
     done = python(code)
     assert done.returncode == 2
-    said = "this part of distruction needs typer, which is not installed: pip install 'distruction[cli]'"
+    said = "the command line needs typer, which is not installed: pip install 'distruction[cli]'"
     assert done.stderr == f"error: {said}\n"
 
 

@@ -2,7 +2,7 @@
 
 from ..extras import needed
 
-with needed("cli"):
+with needed("cli", "the command line"):
     import typer
 
 from ..terminal import Command, run

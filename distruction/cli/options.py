@@ -99,7 +99,7 @@ ObjectiveName = Annotated[
     str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
 ]
 CheckpointFile = Annotated[
-    Path | None, typer.Option(help="Resume from this file and write it now and then; removed at the end.")
+    Path | None, typer.Option(help="Resume from this file and write it at intervals; removed at the end.")
 ]
 CheckpointSteps = Annotated[int | None, typer.Option(min=1, max=MOST, help="Also write it after so many steps.")]
 ReleaseGradients = Annotated[

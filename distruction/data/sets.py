@@ -43,7 +43,7 @@ class Known:
     system: str | None = None
 
     def tried(self, root: Path | None) -> Iterator[Path]:
-        """Where it may be, the likeliest first."""
+        """Where it may be, the most likely first."""
         if root is not None:
             yield from (root / place for place in self.places)
         if self.system is not None:

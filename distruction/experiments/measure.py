@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..data import Images, loader
+from ..errors import UsageError
 from ..forgetting import ForgetReport
 from ..scenarios import Split
 from ..seeds import seed_of
@@ -103,6 +104,11 @@ def measure(
         max_steps=options["relearn_steps"],
         probe=probe,
     )
+    seen = metrics.Measured(model, references.before, references.retrained, split.forget, split.retain, split.test)
+    for name, entry in metrics.REGISTRY.items():
+        if name in found:
+            raise UsageError(f"the metric {name!r} of another package has a name of the library's own: rename it there")
+        found[name] = float(entry.function(seen))
 
     classes = len(split.test.classes)
     value["confusion"] = torch.bincount(forget.argmax(dim=-1), minlength=classes).tolist()

@@ -12,7 +12,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 class Peak:
     """Context manager; ``mib`` is then the most memory that the block held beyond the ``before`` bytes, in MiB.
 
-    On CUDA it is of the allocator; elsewhere of resident memory, whose high-water mark Linux lets a process reset; NaN
+    On CUDA it is of the allocator; on the CPU of resident memory, whose high-water mark Linux lets a process reset; NaN
     where it cannot be known.
     """
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .. import metrics
 from ..extras import needed
 from ..methods import REGISTRY
-from ..metrics import wilson_interval
 from . import published
 from .jobs import Job
 from .store import Store
@@ -37,7 +37,7 @@ class Column:
     digits: int = 1
 
 
-COLUMNS: dict[str, Column] = {
+_OWN = {
     "retain": Column("D_r %", "accuracy on the retained test set", "high", "accuracy"),
     "forget": Column("D_f %", "accuracy on the forgotten set that the scenario measures", "retrain", "accuracy"),
     "forget_train": Column("D_f train %", "accuracy on the forgotten training examples", "retrain", "accuracy"),
@@ -60,6 +60,11 @@ COLUMNS: dict[str, Column] = {
     "retain_reads": Column("retain reads", "retain examples read, repetitions included", "low", "cost", 0),
     "retain_read_percent": Column("retain %", "share of the retain set read at least once", "low", "cost", 0),
 }
+
+COLUMNS = _OWN | {
+    name: Column(e.heading, e.meaning, e.better, e.group, e.digits) for name, e in metrics.REGISTRY.items()
+}
+"""The library's own metrics, then those of other packages."""
 
 GROUPS = {
     "accuracy": "Accuracy and membership inference",
@@ -101,7 +106,7 @@ class Cell:
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Wilson's 95 % intervals of the accuracies, in percent."""
         counts = self.value["counts"]
-        return {metric: wilson_interval(self.numbers[metric], n) for metric, n in counts.items() if n}
+        return {metric: metrics.wilson_interval(self.numbers[metric], n) for metric, n in counts.items() if n}
 
 
 def collect(jobs: Sequence[Job], store: Store) -> list[Cell]:
@@ -177,7 +182,7 @@ def summarise(
         half = float(student_t.ppf(0.975, n - 1)) * std / math.sqrt(n)
         low, high = mean - half, mean + half
     elif count and len(values) == 1:
-        low, high = wilson_interval(mean, count)
+        low, high = metrics.wilson_interval(mean, count)
     gap = float(np.mean(np.abs(np.subtract(values, references)))) if len(references) == len(values) else math.nan
     return Summary(mean, std, low, high, n, gap, tuple(means))
 

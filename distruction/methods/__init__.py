@@ -5,16 +5,18 @@ preparation (paper, section 3.2): it reads no retain example.
 """
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
 from ..errors import UsageError
 from ..forgetting import ForgetReport
+from ..registry import Registry
 from . import amnesiac, baseline, delete, distruction, finetune, retrain, scrub, ssd, teacher, unsir
 from .base import Counted, Method, Task, forget_with
 
-REGISTRY: dict[str, Method] = {
+_OWN = {
     "baseline": baseline.METHOD,
     "retrain": retrain.METHOD,
     "finetune": finetune.METHOD,
@@ -32,9 +34,29 @@ REGISTRY: dict[str, Method] = {
     "distruction": distruction.METHOD,
     "distruction-auto": distruction.FOUND,
 }
+REGISTRY = Registry[Method]("method", _OWN)
 """In the order of the tables."""
 
-__all__ = ["REGISTRY", "Counted", "Method", "Task", "check", "get", "run"]
+__all__ = ["REGISTRY", "Counted", "Method", "Task", "check", "get", "register", "run"]
+
+
+def register(
+    name: str, summary: str, *, paper: str, reads: Literal["all", "part", "none"], **declared: Any
+) -> Callable[[Callable[..., ForgetReport | None]], Callable[..., ForgetReport | None]]:
+    """A decorator that adds ``(task, **settings)`` as a method under ``name``: see `distruction.registry`.
+
+    Args:
+        summary, paper, reads, declared: the attributes of `Method`.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+
+    def add(function: Callable[..., ForgetReport | None]) -> Callable[..., ForgetReport | None]:
+        REGISTRY.add(name, Method(summary, paper, function, reads, **declared))
+        return function
+
+    return add
 
 
 def get(name: str) -> Method:
@@ -43,9 +65,7 @@ def get(name: str) -> Method:
     Raises:
         UsageError: there is none.
     """
-    if name not in REGISTRY:
-        raise UsageError(f"method {name!r} is unknown; choose {', '.join(REGISTRY)}")
-    return REGISTRY[name]
+    return REGISTRY.known(name)
 
 
 def check(name: str, settings: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ class Mixed(Dataset):
             if len(mine):
                 inputs.append(source[(where[mine] - start).tolist()][0])
                 places.append(mine)
-        # A method's own tensors, such as UNSIR's noise, may be elsewhere than the data's batches.
+        # A method's own tensors, such as UNSIR's noise, may be on another device than the data's batches.
         device = inputs[-1].device
         return torch.cat([i.to(device) for i in inputs])[torch.cat(places).argsort().to(device)], self.labels[where]
 

@@ -88,7 +88,7 @@ def unsir_kl(
     """BGD on the noise under the forgotten label; the KL penalty stands for the retain samples and the repair.
 
     Do not expect it to forget: UNSIR's impair epoch forgets because retained samples claim whatever is not the noise,
-    and nothing here draws the forgotten class's own images elsewhere. On digits D_f stays near 100 %.
+    and nothing here draws the forgotten class's own images to another class. On digits D_f stays near 100 %.
 
     ``settings`` are those of `base.forget_with`.
     """

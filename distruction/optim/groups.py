@@ -53,9 +53,9 @@ class Groups(torch.optim.Optimizer):
             )
         self._now["gradients_at_sample"] = False
         self._now["looks"] = 0
-        elsewhere: set[int] = set()
+        on_other_ranks: set[int] = set()
         if self._sample_group is not None:
-            overflow, elsewhere = self._agree(found_inf)
+            overflow, on_other_ranks = self._agree(found_inf)
             if overflow:
                 return
             found_inf = None
@@ -64,20 +64,20 @@ class Groups(torch.optim.Optimizer):
                 return
             found_inf = None
         if not (
-            elsewhere
+            on_other_ranks
             or any(p.grad is not None for group in self.param_groups for p in group["params"])
             or any(released.pending for released in self._released)
         ):
             return
         self._take_over()
         for index in range(len(self.param_groups)):
-            self._consume_group(index, grad_scale, found_inf, elsewhere)
+            self._consume_group(index, grad_scale, found_inf, on_other_ranks)
         on_cpu = all(c.tensor is None or c.tensor.device.type == "cpu" for c in self._counters)
         if on_cpu and not torch.compiler.is_compiling():
             self.raise_if_nonfinite()
 
     def _consume_group(
-        self, index: int, grad_scale: Tensor | None, found_inf: Tensor | None, elsewhere: set[int]
+        self, index: int, grad_scale: Tensor | None, found_inf: Tensor | None, on_other_ranks: set[int]
     ) -> None:
         """Take a group's gradients."""
         group, counters, held = self.param_groups[index], self._counters[index], self._held[index]
@@ -107,7 +107,7 @@ class Groups(torch.optim.Optimizer):
             and (
                 pulls
                 or params[i].grad is not None
-                or id(params[i]) in elsewhere
+                or id(params[i]) in on_other_ranks
                 or (several and "m1" in self.state[params[i]])
             )
         ]

@@ -214,16 +214,16 @@ def _phases(
     as_they_are = options.prior_mean == "float32" and dtype == torch.float32 and not streamed
     taught = n * dtype.itemsize if objective.teaches and not (objective.copies or as_they_are) else 0
     restored = _restored(elements, options, streamed)
-    elsewhere = 0 if device.type == "cpu" else 8 * n  # the posterior on its way from or to a file
+    host = 0 if device.type == "cpu" else 8 * n  # the posterior on its way from or to a file
     return (
-        Phase("prepare", resident, 0 if options.release_gradients else gradients, passing, gradients, elsewhere),
+        Phase("prepare", resident, 0 if options.release_gradients else gradients, passing, gradients, host),
         Phase(
             "forget",
             resident | ({} if streamed else prior) | teacher,
             0 if options.release_gradients else gradients,
             passing + taught + (restored if options.release_gradients else 0),
             gradients + restored,
-            elsewhere + (sum(prior.values()) if streamed else 0),
+            host + (sum(prior.values()) if streamed else 0),
         ),
     )
 
