@@ -51,12 +51,13 @@ int main(int argc, char** argv) {
   for (int64_t i = 0; i < n; ++i) std.pointer[i] *= prior_std.pointer[i];
   void* const param_list = param.pointer;
   const void* const grad_list = grad.pointer;
-  const float *const prior_mean_list = prior_mean.pointer, *const prior_std_list = prior_std.pointer;
+  const void* const prior_mean_list = prior_mean.pointer;
+  const float* const prior_std_list = prior_std.pointer;
   int64_t counters[3] = {atoll(argv[5]), 0, 0};
   Model m = {};
   m.tensors = 1;
   m.numel = &n;
-  m.offset = m.stream = m.param_type = m.grad_type = &zero;
+  m.offset = m.stream = m.param_type = m.grad_type = m.prior_mean_type = &zero;
   m.mean = &mean.pointer;
   m.std = &std.pointer;
   m.param = &param_list;

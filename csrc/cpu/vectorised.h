@@ -4,6 +4,7 @@
 // generator blocks and so independent of where a tensor or a shard begins, then one pass over the arrays.
 #include "normals.h"  // first: the templates of the next find its vectors
 
+#include "../codes.h"
 #include "../kl.h"
 #include "kernels.h"
 
@@ -73,6 +74,14 @@ DISTRUCTION_NOINLINE void widen(const uint16_t* p, int64_t type, int n, float* _
     });
 }
 
+// Standard deviations of codes that share a block.
+DISTRUCTION_NOINLINE void restore(const uint8_t* codes, float low, float rate, int n, float* __restrict out) {
+  for_each_vector(n, [=](auto access, int i) {
+    const Float code = to_float(access.load(codes + i, Byte{}));
+    access.store(out + i, decode(code, splat<Float>(low), splat<Float>(rate)));
+  });
+}
+
 // Samples in 16 bits; `words`, where given, round them stochastically.
 DISTRUCTION_NOINLINE void narrow(
     uint16_t* p, int64_t type, int n, const float* __restrict theta, const uint32_t* __restrict words) {
@@ -110,9 +119,9 @@ DISTRUCTION_FN void for_each_piece(const Model& m, Range r, F f) {
 }
 
 // The buffers of a piece; the lead is less than a block, and a piece with a lead is shorter than kPiece by it. The
-// gradient and the samples pass through theirs if they have 16 bits.
+// gradient and the samples pass through theirs if they have 16 bits, a prior if it has fewer than 32.
 struct alignas(64) Buffers {
-  float eps[kPiece], next[kPiece], grad[kPiece], theta[kPiece];
+  float eps[kPiece], next[kPiece], grad[kPiece], theta[kPiece], prior_mean[kPiece], prior_std[kPiece];
   uint32_t words[kPiece];
 };
 
@@ -166,6 +175,24 @@ DISTRUCTION_FN const float* gradient(const Model& m, int64_t t, const Piece& p, 
   if (m.grad_type[t] == kFloat32) return static_cast<const float*>(m.grad[t]) + p.index;
   widen(static_cast<const uint16_t*>(m.grad[t]) + p.index, m.grad_type[t], p.n, b.grad);
   return b.grad;
+}
+
+struct PriorPiece {
+  const float *mean, *std;
+};
+
+template <Prior prior>
+DISTRUCTION_FN PriorPiece prior_of(const Model& m, int64_t t, const Piece& p, Buffers& b) {
+  if (prior == Prior::kNone) return {nullptr, nullptr};
+  const bool wide = m.prior_mean_type[t] == kFloat32;
+  if (!wide)
+    widen(static_cast<const uint16_t*>(m.prior_mean[t]) + p.index, m.prior_mean_type[t], p.n, b.prior_mean);
+  const float* mean = wide ? static_cast<const float*>(m.prior_mean[t]) + p.index : b.prior_mean;
+  if (prior == Prior::kFloats) return {mean, m.prior_std[t] + p.index};
+  static_assert(kCodesPerBlock % kPiece == 0, "a piece's codes share a block");
+  const int64_t block = (p.index + m.offset[t]) / kCodesPerBlock;
+  restore(m.prior_codes[t] + p.index, m.prior_low[t][block], rate_of(m.prior_step[t][block]), p.n, b.prior_std);
+  return {mean, b.prior_std};
 }
 
 void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out) {
@@ -287,8 +314,9 @@ DISTRUCTION_NOINLINE void update_piece(
   for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
 }
 
-template <bool with_prior, Statistics statistics>
+template <Prior prior, Statistics statistics>
 double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  constexpr bool with_prior = prior != Prior::kNone;
   const int64_t t = r.tensor;
   double kl = 0;
   for_each_piece(m, r, [&](Piece p) {
@@ -297,14 +325,13 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
     const Samples samples{m, t, p, b};
     samples.generate_normals(draw, next);
     float *mean = m.mean[t] + i, *std = m.std[t] + i;
-    const float* prior_mean = with_prior ? m.prior_mean[t] + i : nullptr;
-    const float* prior_std = with_prior ? m.prior_std[t] + i : nullptr;
+    const PriorPiece at = prior_of<prior>(m, t, p, b);
     update_piece<with_prior, statistics>(
         p.n, u, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, samples.theta(), samples.streamed(), mean, std,
         statistics == Statistics::kNone ? nullptr : m.m1[t] + i,
-        statistics == Statistics::kSums ? m.m2[t] + i : nullptr, prior_mean, prior_std, finite);
+        statistics == Statistics::kSums ? m.m2[t] + i : nullptr, at.mean, at.std, finite);
     // A second pass over the cached piece: one loop's chain of operations would be too long to overlap with the next's.
-    if (with_prior) kl += kl_piece<false>(p.n, mean, std, prior_mean, prior_std, nullptr, nullptr);
+    if (with_prior) kl += kl_piece<false>(p.n, mean, std, at.mean, at.std, nullptr, nullptr);
     samples.finish();
   });
   end_of_stream();
@@ -312,8 +339,8 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
 }
 
 double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  return for_variant(m, [&](auto with_prior, auto statistics) {
-    return step_range<with_prior.value, statistics.value>(m, r, draw, next, u, finite);
+  return for_variant(m, [&](auto prior, auto statistics) {
+    return step_range<prior.value, statistics.value>(m, r, draw, next, u, finite);
   });
 }
 
@@ -350,10 +377,12 @@ double gaussian_kl(const Model& m, Range r) {
   const int64_t t = r.tensor;
   double kl = 0;
   for_each_piece(m, r, [&](Piece p) {
+    Buffers b;
     const int64_t i = p.index;
-    const float *mean = m.mean[t] + i, *std = m.std[t] + i, *pm = m.prior_mean[t] + i, *ps = m.prior_std[t] + i;
-    kl += m.grad_mean ? kl_piece<true>(p.n, mean, std, pm, ps, m.grad_mean[t] + i, m.grad_std[t] + i)
-                      : kl_piece<false>(p.n, mean, std, pm, ps, nullptr, nullptr);
+    const float *mean = m.mean[t] + i, *std = m.std[t] + i;
+    const PriorPiece at = m.prior_codes ? prior_of<Prior::kCodes>(m, t, p, b) : prior_of<Prior::kFloats>(m, t, p, b);
+    kl += m.grad_mean ? kl_piece<true>(p.n, mean, std, at.mean, at.std, m.grad_mean[t] + i, m.grad_std[t] + i)
+                      : kl_piece<false>(p.n, mean, std, at.mean, at.std, nullptr, nullptr);
   });
   return kl;
 }
