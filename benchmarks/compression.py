@@ -15,7 +15,7 @@ import typer
 
 from distruction import demo, forget, models, prepare, report
 from distruction.data import forget_split, load, loader
-from distruction.train import train
+from distruction.training import train
 
 from . import harness
 

@@ -1,4 +1,4 @@
-"""The table of docs/memory.md, computed by `distruction.plan`: ``python -m benchmarks.memory`` writes it there."""
+"""The table of docs/memory.md, computed by `distruction.planning`: ``python -m benchmarks.memory`` writes it there."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from distruction.files import write_atomically
-from distruction.plan import Plan, plan
+from distruction.planning import Plan, plan
 
 RESULTS = Path(__file__).parent / "results" / "memory"
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"

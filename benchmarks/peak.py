@@ -1,4 +1,4 @@
-"""The peak that `distruction.plan` foretells against the one of a run on the CPU: ``python -m benchmarks.peak``.
+"""The peak that `distruction.planning` foretells against the one of a run on the CPU: ``python -m benchmarks.peak``.
 
 Resident memory of the process, beyond what libraries hold after a run of a small model. Random weights and images.
 """
@@ -13,8 +13,8 @@ import torch
 import typer
 
 from distruction import Posterior, forget, models, prepare, report
-from distruction.bench.memory import Peak
-from distruction.plan import plan
+from distruction.experiments.memory import Peak
+from distruction.planning import plan
 
 from . import harness
 

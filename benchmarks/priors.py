@@ -32,7 +32,7 @@ from distruction.data import Images, forget_split, load, loader
 from distruction.demo import constant_std, fisher_std
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
-from distruction.train import train
+from distruction.training import train
 
 WIDTHS = {"0.2 M": (64, 4, 4), "2.7 M": (192, 6, 4)}
 """Embedding dimension, blocks and heads by the number of parameters."""

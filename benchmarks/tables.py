@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distruction.bench import tables
+from distruction.experiments import tables
 
 
 def main(folders: Annotated[list[Path], typer.Argument(help="Folders with a summary.csv.")]) -> None:

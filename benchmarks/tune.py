@@ -16,11 +16,11 @@ from typing import Annotated
 
 import typer
 
-from distruction import bench, methods, scenarios
-from distruction.bench import jobs, runner
-from distruction.bench.grid import tomllib
-from distruction.bench.results import Cell, collect
-from distruction.bench.store import Store
+from distruction import experiments, methods, scenarios
+from distruction.experiments import jobs, materials, runner
+from distruction.experiments.grid import tomllib
+from distruction.experiments.results import Cell, collect
+from distruction.experiments.store import Store
 
 VALIDATION = 0.2
 """Share of the training data that the settings are chosen on."""
@@ -43,13 +43,13 @@ def main(
 ) -> None:
     """Run the trials and print the best settings as TOML."""
     plan = tomllib.loads(plan_file.read_text())
-    base = bench.preset(plan["preset"])
+    base = experiments.preset(plan["preset"])
     found = [
         replace(s, targets=(plan["target"],) if s.name != "random" else s.targets)
         for s in base.scenarios
         if s.name in plan.get("scenarios", scenarios.NAMES)
     ]
-    context = jobs.Context(out, data)
+    context = materials.Context(out, data)
     cells = {}
     for scenario in found:
         for method, options in {"retrain": {}, **plan["trials"], **plan.get(scenario.name, {})}.items():

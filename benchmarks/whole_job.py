@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distruction import BGD, Posterior
 from distruction.files import write_atomically
-from distruction.forget import STEPS
-from distruction.prepare import METHODS
+from distruction.forgetting import STEPS
+from distruction.preparation import METHODS
 
 from . import harness
 

@@ -4,12 +4,13 @@ import importlib
 from types import ModuleType
 
 from .errors import DistructionError, NonFiniteError, PosteriorError, RankError, UsageError
-from .forget import ForgetReport, forget
+from .forgetting import ForgetReport, forget
 from .loop import Callback, Step
 from .loss import GaussianKL, gaussian_kl
 from .optim import BGD
 from .posterior import Posterior
-from .prepare import prepare
+from .preparation import prepare
+from .rehearsal import rehearse
 
 __version__ = "0.1.0"
 
@@ -28,10 +29,11 @@ __all__ = [
     "forget",
     "gaussian_kl",
     "prepare",
+    "rehearse",
 ]
 
 _SUBMODULES = (
-    "bench",
+    "experiments",
     "data",
     "demo",
     "distributed",
@@ -41,12 +43,12 @@ _SUBMODULES = (
     "models",
     "objectives",
     "ops",
-    "plan",
+    "planning",
 )
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``distruction.plan`` and the like without an import of their own, loaded when they are first named."""
+    """``distruction.planning`` and the like without an import of their own, loaded when they are first named."""
     if name in _SUBMODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,13 +15,13 @@ from . import models, ops, report
 from .data import Examples, Images, forget_split, load, loader
 from .errors import UsageError
 from .fisher import per_sample
-from .forget import ForgetReport, forget
+from .forgetting import ForgetReport, forget
 from .initial import initial_std
-from .methods.base import Counted, Selected, batches
+from .methods.base import Counted, Selected
 from .metrics import accuracy, entropy_mia, predict
 from .posterior import Posterior
-from .prepare import prepare, total_evidence
-from .train import train
+from .preparation import prepare, total_evidence
+from .training import train
 
 EPOCHS = 40
 MODEL: dict[str, Any] = {"name": "vit-micro", "num_classes": 10, "in_chans": 1, "img_size": 8}
@@ -201,7 +201,7 @@ def _run_class(
     def unlearned(prior: Posterior) -> tuple[ForgetReport, dict[str, float]]:
         prior.mean_(model)
         source = Counted(train_data)
-        forget_loader = batches(Selected(source, forgotten.nonzero().squeeze(-1)), batch_size=64)
+        forget_loader = loader(Selected(source, forgotten.nonzero().squeeze(-1)), batch_size=64, shuffle=True)
         result = forget(
             model, prior, forget_loader, objective="uniform-others", seed=run.seed, backend=backend, progress=progress
         )

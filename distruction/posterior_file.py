@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .compression import BLOCK, LogCodes, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
 from .files import load_tensors, save_tensors
-from .modules import covered, fingerprint
+from .modules import covered, difference, fingerprint
 from .sharding import gather, local
 
 FORMAT = "distruction-posterior-1"
@@ -113,6 +113,10 @@ def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
 
 def fault_of(means: Mapping[str, Tensor], stds: Mapping[str, Tensor]) -> str | None:
     """What is wrong with these tensors or, of sharded ones, with the parts on this rank."""
+    if not means:
+        return "a posterior needs at least one parameter; does the model have any that requires_grad?"
+    if list(means) != list(stds):
+        return f"means and stds name different parameters: {difference(means, stds)}; give both for each name"
     for name, mean in means.items():
         std = stds[name]
         if mean.shape != std.shape:

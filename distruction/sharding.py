@@ -9,13 +9,14 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import PosteriorError, UsageError
 
 if TYPE_CHECKING:
@@ -167,6 +168,16 @@ def gather(t: Tensor) -> Tensor:
     return t.full_tensor() if _is_dtensor(t) else t
 
 
+def gather_on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors in the CPU's memory of rank 0, one gathered after another; nothing on the other ranks."""
+    whole = {}
+    for name, t in tensors.items():
+        gathered = gather(t)
+        if distributed.rank() == 0:
+            whole[name] = gathered.cpu()
+    return whole
+
+
 def sum_over_shards(value: Tensor, of: Tensor) -> Tensor:
     """``value`` summed over the ranks that hold different parts of ``of``; replicas count once."""
     if _is_dtensor(of):
@@ -209,6 +220,7 @@ def contiguous(t: Tensor) -> Tensor:
 def raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
     """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
     tensors = list(tensors)
-    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
+    device = tensors[0].device if tensors else None
+    flag = torch.tensor(fault is not None, dtype=torch.int32, device=device)
     if largest(flag, groups_of(tensors)).item():
         raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")

@@ -38,7 +38,7 @@ from timm_train_bgd import register
 from torch import nn
 
 import distruction
-from distruction import plan
+from distruction import planning
 
 
 def trained(args: dict[str, Any], checkpoint: Path | str = "") -> nn.Module:
@@ -98,7 +98,7 @@ def show_plan(args: dict[str, Any], batch_size: int, device: torch.device) -> No
     """Print what prepare and forget need, and what to change where that is not free."""
     with torch.device("meta"):
         model = trained(args)
-    found = plan.plan(
+    found = planning.plan(
         model,
         resolve_data_config(args, model=model)["input_size"],
         batch_size=batch_size,
@@ -107,7 +107,7 @@ def show_plan(args: dict[str, Any], batch_size: int, device: torch.device) -> No
         offload_prior=True,
         device=str(device),
     )
-    Console().print(plan.table(found), *plan.verdict(found), sep="\n")
+    Console().print(planning.table(found), *planning.verdict(found), sep="\n")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch.distributions import Normal, kl_divergence
 
 from benchmarks import contestants, gpu, harness, memory, our_ops, profile
 from distruction import methods, scenarios
-from distruction.bench.grid import tomllib
+from distruction.experiments.grid import tomllib
 from distruction.ops import backends
 
 ROOT = Path(__file__).parents[1]

@@ -33,7 +33,7 @@ SHRINK = [
 
 @pytest.fixture(scope="module")
 def grid():
-    text = (resources.files("distruction.bench") / "presets/cifar.toml").read_text()
+    text = (resources.files("distruction.experiments") / "presets/cifar.toml").read_text()
     for pattern, replacement in SHRINK:
         text, count = re.subn(pattern, replacement, text)
         assert count > 0, pattern

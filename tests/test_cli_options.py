@@ -8,7 +8,7 @@ import torch
 import typer
 from dataset_files import write_tree
 
-from distruction import Posterior, UsageError, cli, models, terminal
+from distruction import Posterior, UsageError, cli, forgetting, models, terminal
 
 COMMANDS = {name: command.params for name, command in typer.main.get_command(cli.app).commands.items()}
 """Of each command, its options as they are declared."""
@@ -167,7 +167,7 @@ def test_several_classes_are_forgotten_together(distruction, files, tmp_path, mo
         seen["labels"] = sorted({int(y) for _, labels in loader for y in labels})
         raise UsageError("stop")
 
-    monkeypatch.setattr(cli, "forget_", forget)
+    monkeypatch.setattr(forgetting, "forget", forget)
     words = ["forget", "--model", files / "model", "--posterior", files / "posterior", "--out", tmp_path / "o"]
     _, _, err = distruction(*words, "--class", "3", "--class", "8")
     assert (seen["labels"], err) == ([3, 8], "error: stop\n")
@@ -181,7 +181,7 @@ def test_an_error_that_nobody_foresaw_is_one_line(distruction, files, monkeypatc
     def load(*_, **__):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(cli.models, "load", load)
+    monkeypatch.setattr(models, "load", load)
     words = ("evaluate", "--model", files / "model", "--class", "3")
     status, _, err = distruction(*words)
     assert (status, err) == (1, "error: RuntimeError: first (DISTRUCTION_TRACEBACK=1 shows where)\n")

@@ -131,7 +131,7 @@ def test_names_exist_after_the_import():
         )
     }
     found = sorted(n for n in found if not n.endswith((".kernels",)) and not re.search(r"\.(git|toml|whl)$", n))
-    assert "distruction.plan.plan" in found
+    assert "distruction.planning.plan" in found
     assert "distruction.data.grouped" in found
     code = "import distruction\n" + "\n".join(found)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -23,7 +23,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 from distruction import Posterior, UsageError
-from distruction.plan import plan
+from distruction.planning import plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLASSES = {"bird": (200, 40, 40), "cat": (40, 200, 40), "dog": (40, 40, 200)}

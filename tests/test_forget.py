@@ -26,7 +26,7 @@ from distruction import (
 )
 from distruction.errors import DistructionError
 from distruction.initial import initial_std
-from distruction.plan import plan
+from distruction.planning import plan
 
 QUIET = {"progress": False}
 
@@ -100,7 +100,7 @@ def test_the_posterior_stands_for_its_evidence():
 def test_prepare_hardly_amplifies_rounding():
     """Of the demo's model, one weight's last bit. With equal shares it changes stds by 4.6 % (median)."""
     from distruction.data import load, loader
-    from distruction.train import train
+    from distruction.training import train
 
     data, _ = load("digits")
     torch.manual_seed(0)

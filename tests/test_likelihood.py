@@ -9,7 +9,7 @@ from torch import nn
 
 from distruction import Posterior, UsageError, prepare
 from distruction.likelihood import Bernoulli, Categorical, Gaussian, Given, Likelihood, signed
-from distruction.prepare import total_evidence
+from distruction.preparation import total_evidence
 
 QUIET = {"progress": False}
 D = torch.distributions

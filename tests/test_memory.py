@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from distruction.bench.memory import Peak
+from distruction.experiments.memory import Peak
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is Linux's")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..forget import ForgetReport
+from ..forgetting import ForgetReport
 from . import amnesiac, baseline, delete, distruction, finetune, retrain, scrub, ssd, teacher, unsir
 from .base import Counted, Method, Task, forget_with
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..scenarios import write_indices
 from . import jobs, page, runner
 from .grid import PRESETS, Grid, preset, read
-from .jobs import Context
+from .materials import Context
 from .results import Cell
 from .runner import Outcome
 

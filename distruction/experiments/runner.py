@@ -22,8 +22,10 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import DataWarning, UsageError
-from .jobs import Context, Job, execute
+from .jobs import Job
+from .materials import Context
 from .store import Store
+from .work import execute
 
 ATTEMPTS = 2
 """Times that a job's worker process may die under it alone. A death takes the neighbours' jobs with it, so that only a

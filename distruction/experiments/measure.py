@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..data import Images, loader
-from ..forget import ForgetReport
+from ..forgetting import ForgetReport
 from ..scenarios import Split
 from ..seeds import seed_of
 from . import published

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import methods, scenarios
 from ..errors import UsageError
-from ..train import RECIPES
+from ..training import RECIPES
 
 if sys.version_info >= (3, 11):
     import tomllib

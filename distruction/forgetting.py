@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from . import distributed, objectives
+from . import damage, distributed, objectives
 from .describe import described
 from .errors import PosteriorError, UsageError
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
 from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
-from .prepare import total_evidence
+from .preparation import total_evidence
 from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
 from .teachers import SameModel
 
@@ -44,6 +44,8 @@ class ForgetReport:
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
         advice: what to do where it is not reached.
+        forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
+            and for records.
     """
 
     posterior: Posterior
@@ -55,6 +57,7 @@ class ForgetReport:
     probability: float | None
     reached: bool | None
     advice: str = ""
+    forecast: damage.Forecast | None = None
 
 
 def forget(
@@ -252,6 +255,12 @@ def forget(
     if data.counts:
         with deterministic(model):
             value = probability()
+    expected = None
+    if kind == "class" and damage.KEY in posterior.metadata:
+        labels = sorted({*earlier, *removed})
+        expected = damage.forecast(
+            posterior.metadata, damage.disturbance(model, posterior, data, labels, kl, seed=seed)
+        )
     found = {"labels": {str(c): n for c, n in data.counts.items()}, "records": data.records, "request": kind}
     result.metadata = {
         "method": "distruction",
@@ -266,7 +275,7 @@ def forget(
     point.remove()
     reached = None if level is None or value is None else value <= level
     advice = _advice(control, len(history), steps) if control is not None and not reached else ""
-    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice)
+    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice, expected)
 
 
 def _check_previous(previous: Posterior | None, identity: str) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from distruction import BGD, Posterior, UsageError, models, objectives, plan
+from distruction import BGD, Posterior, UsageError, models, objectives, planning
 from distruction.compression import BLOCK
+from distruction.optim import STREAMED_ELEMENTS
+from distruction.planning import free as free_
 
 SMALL = {"num_classes": 10, "in_chans": 3, "img_size": 64}
 MIB = 2**20
@@ -31,16 +33,16 @@ def held(opt):
 
 
 @pytest.mark.parametrize("mc_samples", [1, 2, 4])
-@pytest.mark.parametrize("dtype", plan.DTYPES)
+@pytest.mark.parametrize("dtype", planning.DTYPES)
 def test_what_stays_is_what_the_optimizer_and_the_posterior_hold(mc_samples, dtype):
-    model = convolutional().to(plan.DTYPES[dtype])
+    model = convolutional().to(planning.DTYPES[dtype])
     prior = Posterior.around(model, 0.05).compress(mean="bfloat16")
     opt = BGD(model.named_parameters(), mc_samples=mc_samples, prior=prior, kl_weight=0.1)
     opt.train()
     for _ in range(mc_samples):
-        model(torch.randn(4, 3, 8, 8, dtype=plan.DTYPES[dtype])).float().square().mean().backward()
+        model(torch.randn(4, 3, 8, 8, dtype=planning.DTYPES[dtype])).float().square().mean().backward()
         opt.step()
-    prepared, forgotten = plan.plan(
+    prepared, forgotten = planning.plan(
         model, (3, 8, 8), batch_size=4, dtype=dtype, mc_samples=mc_samples, prior_std="log8", prior_mean="bfloat16"
     ).phases
     state = held(opt)
@@ -73,8 +75,8 @@ def test_what_an_objective_holds(name):
         elif hasattr(held, "__dict__") and not isinstance(held, torch.nn.Module | Posterior | type):
             pending += vars(held).values()
     held = sum(size for at, size in found.items() if at not in {t.untyped_storage().data_ptr() for t in known})
-    prepared, forgotten = plan.plan(model, (3, 8, 8), objective=name).phases
-    before, after = plan.plan(model, (3, 8, 8), objective="uniform-others").phases
+    prepared, forgotten = planning.plan(model, (3, 8, 8), objective=name).phases
+    before, after = planning.plan(model, (3, 8, 8), objective="uniform-others").phases
     assert prepared == before
     assert forgotten.peak - after.peak == held
     assert (held > 0) == (name == "bad-teacher")
@@ -86,7 +88,7 @@ def test_a_teacher_at_means_that_must_be_restored():
     n = sum(p.numel() for p in model.parameters())
     for options, expected in (({}, 0), ({"prior_mean": "bfloat16"}, 4 * n), ({"dtype": "bfloat16"}, 2 * n)):
         taught, plain = (
-            plan.plan(model, (3, 8, 8), objective=name, **options).phases[1]
+            planning.plan(model, (3, 8, 8), objective=name, **options).phases[1]
             for name in ("masked-teacher", "uniform-others")
         )
         assert taught.passing - plain.passing == expected
@@ -97,21 +99,21 @@ def test_activations_of_a_closed_form():
     # at its end, all gradients, and the last gradient of an activation.
     width, batch = 300, 7
     model = nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh(), nn.Linear(width, width, bias=False))
-    peak = plan.peak_of_a_pass(model, (batch, width), dtype=torch.float32)
+    peak = planning.peak_of_a_pass(model, (batch, width), dtype=torch.float32)
     weights, activation = 4 * width * width, 4 * width * batch
     assert 2 * weights <= peak <= 2 * weights + 8 * activation
-    released = plan.peak_of_a_pass(model, (batch, width), dtype=torch.float32, release_gradients=True)
+    released = planning.peak_of_a_pass(model, (batch, width), dtype=torch.float32, release_gradients=True)
     assert weights <= released <= weights + 8 * activation
 
 
 @pytest.mark.parametrize("name", ["vit-micro", "resnet18", "vit_tiny_patch16_224"])
 def test_a_model_by_name_takes_no_memory_and_plans_like_a_real_one(name):
-    empty = plan.empty(name, **SMALL)
+    empty = planning.empty(name, **SMALL)
     assert all(t.device.type == "meta" for t in [*empty.parameters(), *empty.buffers()])
     real = models.create(name, **SMALL).train()
     modes = [m.training for m in real.modules()]
-    ours = plan.plan(name, (3, 64, 64), num_classes=10, batch_size=3)
-    theirs = plan.plan(real, (3, 64, 64), batch_size=3)
+    ours = planning.plan(name, (3, 64, 64), num_classes=10, batch_size=3)
+    theirs = planning.plan(real, (3, 64, 64), batch_size=3)
     assert ours.phases == theirs.phases
     assert [m.training for m in real.modules()] == modes
     assert all(p.grad is None and type(p) is nn.Parameter for p in real.parameters())
@@ -120,7 +122,7 @@ def test_a_model_by_name_takes_no_memory_and_plans_like_a_real_one(name):
 
 def test_activations_grow_with_the_batch_and_gradients_do_not():
     one, two, four = (
-        plan.plan("vit_tiny_patch16_224", (3, 224, 224), batch_size=b, release_gradients=True).phases[0].passing
+        planning.plan("vit_tiny_patch16_224", (3, 224, 224), batch_size=b, release_gradients=True).phases[0].passing
         for b in (8, 16, 32)
     )
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
@@ -128,12 +130,12 @@ def test_activations_grow_with_the_batch_and_gradients_do_not():
 
 def test_a_restored_prior_takes_a_piece_at_a_time():
     shape = {"batch_size": 1, "num_classes": 10}
-    whole = plan.plan("vit_base_patch16_224", (3, 224, 224), **shape).phases[1]
-    coded = plan.plan("vit_base_patch16_224", (3, 224, 224), prior_std="log8", **shape).phases[1]
+    whole = planning.plan("vit_base_patch16_224", (3, 224, 224), **shape).phases[1]
+    coded = planning.plan("vit_base_patch16_224", (3, 224, 224), prior_std="log8", **shape).phases[1]
     n = whole.resident["prior std"] // 4
     assert n + 8 * n // BLOCK <= coded.resident["prior std"] <= 1.01 * n
-    assert 4 * plan.STREAMED_ELEMENTS < coded.updating - whole.updating < 6 * plan.STREAMED_ELEMENTS
-    offloaded = plan.plan("vit_base_patch16_224", (3, 224, 224), offload_prior=True, device="cuda", **shape)
+    assert 4 * STREAMED_ELEMENTS < coded.updating - whole.updating < 6 * STREAMED_ELEMENTS
+    offloaded = planning.plan("vit_base_patch16_224", (3, 224, 224), offload_prior=True, device="cuda", **shape)
     assert "prior std" not in offloaded.phases[1].resident
     assert offloaded.phases[1].host == offloaded.phases[0].host + 8 * n
     assert offloaded.available is None or torch.cuda.is_available()
@@ -154,17 +156,17 @@ def test_planned_against_measured(release):
 
 
 def test_advice_until_it_fits():
-    full = plan.plan("vit_tiny_patch16_224", (3, 224, 224), batch_size=64, available=2**40)
+    full = planning.plan("vit_tiny_patch16_224", (3, 224, 224), batch_size=64, available=2**40)
     assert full.fits
     assert full.advice == ()
-    tight = plan.plan("vit_tiny_patch16_224", (3, 224, 224), batch_size=64, available=full.peak // 2)
+    tight = planning.plan("vit_tiny_patch16_224", (3, 224, 224), batch_size=64, available=full.peak // 2)
     peaks = [full.peak, *(peak for _, peak in tight.advice)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] <= full.peak // 2 < peaks[-2]
     # What the advice says holds: the same plan with its changes.
     last = tight.advice[-1][0]
     assert last.startswith("batch_size=")
-    again = plan.plan(
+    again = planning.plan(
         "vit_tiny_patch16_224",
         (3, 224, 224),
         batch_size=int(last.removeprefix("batch_size=")),
@@ -173,22 +175,22 @@ def test_advice_until_it_fits():
         available=2**40,
     )
     assert again.peak == peaks[-1]
-    impossible = plan.plan("vit_tiny_patch16_224", (3, 224, 224), available=1)
-    assert "It does not fit even so" in plan.verdict(impossible)[-1]
+    impossible = planning.plan("vit_tiny_patch16_224", (3, 224, 224), available=1)
+    assert "It does not fit even so" in planning.verdict(impossible)[-1]
 
 
 def test_free_memory(tmp_path, monkeypatch):
-    free = plan.free_memory(torch.device("cpu"))
+    free = planning.free_memory(torch.device("cpu"))
     if sys.platform.startswith("linux"):
         assert 64 * MIB < free < 2**50
     limit, usage = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(plan, "_GROUPS", ((limit, usage),))
+    monkeypatch.setattr(free_, "_GROUPS", ((limit, usage),))
     limit.write_text(f"{100 * MIB}\n")
     usage.write_text(f"{30 * MIB}\n")
-    assert plan.free_memory(torch.device("cpu")) == 70 * MIB
+    assert planning.free_memory(torch.device("cpu")) == 70 * MIB
     limit.write_text("max\n")
-    assert plan.free_memory(torch.device("cpu")) in (None, pytest.approx(free, rel=0.9))
-    assert plan.free_memory(torch.device("meta")) is None
+    assert planning.free_memory(torch.device("cpu")) in (None, pytest.approx(free, rel=0.9))
+    assert planning.free_memory(torch.device("meta")) is None
 
 
 @pytest.mark.parametrize(
@@ -210,11 +212,11 @@ def test_free_memory(tmp_path, monkeypatch):
 def test_bad_arguments(change, message):
     arguments = {"model": "vit-micro", "input_shape": (3, 8, 8), **change}
     with pytest.raises(UsageError, match=message):
-        plan.plan(arguments.pop("model"), arguments.pop("input_shape"), **arguments)
+        planning.plan(arguments.pop("model"), arguments.pop("input_shape"), **arguments)
 
 
 def test_the_plan_of_vit_h():
-    found = plan.plan("vit_huge_patch14_224", (3, 224, 224), batch_size=1)
+    found = planning.plan("vit_huge_patch14_224", (3, 224, 224), batch_size=1)
     # The published count of ViT-H/14 is 632 M (Dosovitskiy et al. 2020, table 1).
     assert found.parameters == pytest.approx(632e6, rel=0.001)
     assert found.phases[0].peak > 16 * found.parameters

@@ -27,12 +27,12 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score
 from torch import nn
 
-from distruction import UsageError, bench, scenarios
-from distruction.bench import grid, jobs, measure, results, runner, tables
-from distruction.bench.jobs import Context
-from distruction.bench.results import Summary, summarise
-from distruction.bench.store import Store
+from distruction import UsageError, experiments, scenarios
 from distruction.data import load
+from distruction.experiments import grid, jobs, materials, measure, results, runner, tables
+from distruction.experiments.materials import Context
+from distruction.experiments.results import Summary, summarise
+from distruction.experiments.store import Store
 
 TINY = """
 title = "tiny"
@@ -115,9 +115,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 # --- grid ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", bench.PRESETS)
+@pytest.mark.parametrize("name", experiments.PRESETS)
 def test_presets_are_grids(name):
-    found = bench.preset(name)
+    found = experiments.preset(name)
     assert {s.name for s in found.scenarios} == {"full-class", "sub-class", "random"}
     assert len(found.seeds) == 3
 
@@ -148,9 +148,9 @@ def test_grid_errors_name_the_place(text, message):
 
 def test_missing_files_and_names():
     with pytest.raises(UsageError, match="no grid file"):
-        bench.read("nowhere.toml")
+        experiments.read("nowhere.toml")
     with pytest.raises(UsageError, match="choose digits"):
-        bench.preset("digit")
+        experiments.preset("digit")
 
 
 def test_cells_and_their_keys(tmp_path):
@@ -178,21 +178,21 @@ def test_settings_are_chosen_without_the_test_set(tmp_path, monkeypatch):
     """A poisoned test set changes neither the data of a validation run nor what is measured."""
     train, test = load("digits")
     poisoned = replace(test, images=255 - test.images, labels=9 - test.labels)
-    monkeypatch.setattr(jobs, "load", lambda *_, **__: (train, poisoned))
+    monkeypatch.setattr(materials, "load", lambda *_, **__: (train, poisoned))
     tiny = replace(grid.parse(TINY, "tiny"), validation=0.25)
     found = []
-    for cache in (jobs._data, jobs._data_hash):
+    for cache in (materials._data, materials.data_hash):
         cache.cache_clear()
     context = Context(tmp_path)
     for cell in jobs.cells(tiny, context):
-        split = jobs.make_split(cell.facts["model"], cell.facts["split"], context)
+        split = materials.make_split(cell.facts["model"], cell.facts["split"], context)
         images = torch.cat([split.forget.images, split.retain.images, split.test.images])
         labels = torch.cat([split.forget.labels, split.retain.labels, split.test.labels])
         rows = [torch.cat([i.flatten(1), n[:, None].to(torch.uint8)], dim=1) for i, n in
                 ((images, labels), (train.images, train.labels))]  # fmt: skip
         assert sorted(rows[0].tolist()) == sorted(rows[1].tolist())
         found.append(split.test.labels.bincount())
-    for cache in (jobs._data, jobs._data_hash):
+    for cache in (materials._data, materials.data_hash):
         cache.cache_clear()
     expected = (0.25 * train.labels.bincount().double()).round().long()
     assert all(torch.equal(count, expected) for count in found)
@@ -202,7 +202,7 @@ def test_settings_are_chosen_without_the_test_set(tmp_path, monkeypatch):
 
 
 def test_unsir_has_no_random_cells(tmp_path):
-    cells = jobs.cells(bench.preset("digits"), Context(tmp_path))
+    cells = jobs.cells(experiments.preset("digits"), Context(tmp_path))
     scenarios = {c.facts["split"]["scenario"] for c in cells if c.facts["method"].startswith("unsir")}
     assert scenarios == {"full-class", "sub-class"}
 
@@ -211,7 +211,7 @@ def test_unsir_has_no_random_cells(tmp_path):
 
 
 def run(out, text=TINY):
-    return bench.run(
+    return experiments.run(
         grid.parse(text, "tiny"), out, Context(out / "store"), devices=["cpu", "cpu"], command="c", progress=False
     )
 

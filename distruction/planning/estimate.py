@@ -1,32 +1,21 @@
-"""How much memory `prepare` and `forget` will need, found before anything is allocated.
-
-What stays through a run is counted. What comes and goes, activations and gradients, is found by running a forward and a
-backward pass on fake tensors, which have shapes and lifetimes but no memory, and following the bytes alive.
-"""
+"""The bytes of each phase of a run: what stays is counted, what comes and goes is traced."""
 
 import functools
 import math
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from . import models, objectives
-from .compression import BLOCK, STORAGE
-from .errors import UsageError
-from .modules import learnable, logits_of
-from .optim import STREAMED_ELEMENTS
+from .. import objectives
+from ..compression import BLOCK, STORAGE
+from ..errors import UsageError
+from ..modules import learnable
+from ..optim import STREAMED_ELEMENTS
+from .free import free_memory
+from .tracing import empty, peak_of_a_pass
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of parameters by name."""
@@ -289,188 +278,3 @@ def _advice(
         if free is not None and now <= free:
             break
     return found
-
-
-# --- in words -------------------------------------------------------------------------------------
-
-
-def table(found: Plan) -> Table:
-    """The plan's bytes, a column for each phase."""
-    o = found.options
-    title = (
-        f"{found.model}, {found.parameters / 1e6:.1f} M parameters, batch of {o.batch_size}, K = {o.mc_samples}, "
-        f"on {found.device}"
-    )
-    shown = Table("", *(phase.name for phase in found.phases), title=title, title_justify="left")
-    rows: dict[str, list[int | None]] = {}
-    for i, phase in enumerate(found.phases):
-        parts = {
-            **phase.resident,
-            "activations and gradients of a pass": phase.passing,
-            "gradients and buffers of an update": phase.updating,
-            "peak": phase.peak,
-            "in the CPU's memory": phase.host or None,
-        }
-        for what, size in parts.items():
-            rows.setdefault(what, [None] * len(found.phases))[i] = size
-    # A part that the first phase lacks stands after the parts of both.
-    order = [*found.phases[1].resident, *(what for what in rows if what not in found.phases[1].resident)]
-    for what in order:
-        if any(rows[what]):
-            cells = ["" if size is None else _readable(size) for size in rows[what]]
-            shown.add_row(what, *cells, style="bold" if what == "peak" else None)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    return shown
-
-
-def verdict(found: Plan) -> list[str]:
-    """Whether it fits, and the advice, a line each."""
-    if found.available is None:
-        return [f"Needs {_readable(found.peak)}; what is free on {found.device} is not known here (--free GIB)."]
-    needs = f"{_readable(found.peak)} of {_readable(found.available)} free on {found.device}"
-    if found.fits:
-        return [f"Fits: {needs}."]
-    lines = [f"Does not fit: {needs}. One change after another:"]
-    lines += [f"  {change}: {_readable(peak)}" for change, peak in found.advice]
-    if not found.advice or found.advice[-1][1] > found.available:
-        lines.append("It does not fit even so: shard the model over several devices (fully_shard).")
-    return lines
-
-
-def _readable(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
-
-
-# --- a pass on fake tensors -----------------------------------------------------------------------
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that ops make, and the most alive at one time; ``present`` do not count."""
-
-    def __init__(self, present: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known = {t.untyped_storage()._cdata for t in present}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self._count(t.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def peak_of_a_pass(
-    model: nn.Module,
-    input_shape: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    release_gradients: bool = False,
-) -> int:
-    """Most bytes that inputs, activations and gradients hold at one time in a forward and backward pass.
-
-    The model is in eval mode, as `prepare` and `forget` run it; the loss is the cross entropy of its output. The ops
-    are the CPU's: autograd needs a real GPU for those of one, and they save the same (attention without its matrix).
-
-    Raises:
-        UsageError: the model cannot take such a batch.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def fake(t: Tensor) -> Tensor:
-            kind = dtype if t.is_floating_point() else t.dtype
-            like = torch.empty_strided(t.shape, t.stride(), dtype=kind, device="cpu")
-            return like.requires_grad_(t.requires_grad)
-
-        tensors = {n: fake(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        if release_gradients:
-            for t in tensors.values():
-                if t.requires_grad:
-                    t.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with _Alive(tensors.values()) as alive, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                inputs = torch.empty(tuple(input_shape), dtype=dtype)
-                targets = torch.zeros(input_shape[0], dtype=torch.int64)
-                output = torch.func.functional_call(model, tensors, (inputs,))
-                F.cross_entropy(logits_of(output), targets).backward()
-        except (RuntimeError, AssertionError, IndexError, ValueError) as error:
-            raise UsageError(
-                f"the model cannot take a batch of shape {tuple(input_shape)}: {str(error).splitlines()[0]}"
-            ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-    return alive.most
-
-
-class _ValuesOnTheCpu(TorchFunctionMode):
-    """Older versions of timm read a linspace, which has no values on the meta device, while they build a model."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.linspace:
-            kwargs.setdefault("device", "cpu")
-        return func(*args, **kwargs)
-
-
-def empty(name: str, *, num_classes: int, in_chans: int, img_size: int) -> nn.Module:
-    """A model by name (see `distruction.models.create`) whose tensors have shapes and no memory."""
-    with torch.device("meta"), _ValuesOnTheCpu():
-        return models.create(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
-
-
-# --- what is free ---------------------------------------------------------------------------------
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a device, or ``None`` where that cannot be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
-    if device.type != "cpu":
-        return None
-    limits = [_free_of_machine(), *(_free_of_group(*pair) for pair in _GROUPS)]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-_GROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
-"""Where the two versions of Linux's control groups keep a container's limit and its usage."""
-
-
-def _free_of_machine() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _free_of_group(limit: Path, usage: Path) -> int | None:
-    try:
-        return max(0, int(limit.read_text()) - int(usage.read_text()))
-    except (OSError, ValueError):  # no such group, or no limit ("max")
-        return None

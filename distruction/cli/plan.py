@@ -1,0 +1,59 @@
+"""``distruction plan``: the memory that a run will need."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from .. import models, objectives, planning
+from ..compression import STORAGE
+from .options import MOST, BatchSize, ObjectiveName, ReleaseGradients
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="vit-micro, a timm model, or a model file written by `train`.")],
+    img_size: Annotated[int, typer.Option(min=1, max=MOST, help="Side of the images in pixels.")] = 224,
+    in_chans: Annotated[int, typer.Option(min=1, max=MOST, help="Channels of the images.")] = 3,
+    num_classes: Annotated[int, typer.Option(min=1, max=MOST)] = 1000,
+    batch_size: BatchSize = 64,
+    dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(planning.DTYPES)}.")] = "float32",
+    mc_samples: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Samples per update; 1 also of forgetting at the means.")
+    ] = 1,
+    release_gradients: ReleaseGradients = False,
+    prior_std: Annotated[str, typer.Option(help=f"How the prior's std is kept: {', '.join(STORAGE)}.")] = "float32",
+    prior_mean: Annotated[str, typer.Option(help=f"How its mean is kept: {', '.join(STORAGE[:2])}.")] = "float32",
+    offload_prior: Annotated[bool, typer.Option(help="The prior stays in the CPU's memory.")] = False,
+    objective: ObjectiveName = objectives.DEFAULT,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU when there is one.")] = "auto",
+    free_gib: Annotated[
+        float | None, typer.Option("--free", min=0, max=MOST, help="GiB that are free there; default: ask it.")
+    ] = None,
+) -> None:
+    """Say how much memory prepare and forget will need, before anything is allocated."""
+    if Path(model).is_file():
+        config = models.config(model)
+        model, num_classes = config["name"], config["num_classes"]
+        in_chans, img_size = config["in_chans"], config["img_size"]
+    found = planning.plan(
+        model,
+        (in_chans, img_size, img_size),
+        batch_size=batch_size,
+        num_classes=num_classes,
+        dtype=dtype,
+        mc_samples=mc_samples,
+        release_gradients=release_gradients,
+        prior_std=prior_std,
+        prior_mean=prior_mean,
+        offload_prior=offload_prior,
+        objective=objective,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+        available=None if free_gib is None else int(free_gib * 2**30),
+    )
+    Console().print(planning.table(found))
+    for line in planning.verdict(found):
+        Console().print(line, soft_wrap=True, highlight=False)
+    if found.fits is False:
+        raise typer.Exit(1)
