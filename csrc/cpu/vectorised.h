@@ -184,11 +184,12 @@ struct PriorPiece {
 template <Prior prior>
 DISTRUCTION_FN PriorPiece prior_of(const Model& m, int64_t t, const Piece& p, Buffers& b) {
   if (prior == Prior::kNone) return {nullptr, nullptr};
-  const bool wide = m.prior_mean_type[t] == kFloat32;
-  if (!wide)
-    widen(static_cast<const uint16_t*>(m.prior_mean[t]) + p.index, m.prior_mean_type[t], p.n, b.prior_mean);
-  const float* mean = wide ? static_cast<const float*>(m.prior_mean[t]) + p.index : b.prior_mean;
+  const float* mean = static_cast<const float*>(m.prior_mean[t]) + p.index;
   if (prior == Prior::kFloats) return {mean, m.prior_std[t] + p.index};
+  if (m.prior_mean_type[t] != kFloat32) {
+    widen(static_cast<const uint16_t*>(m.prior_mean[t]) + p.index, m.prior_mean_type[t], p.n, b.prior_mean);
+    mean = b.prior_mean;
+  }
   static_assert(kCodesPerBlock % kPiece == 0, "a piece's codes share a block");
   const int64_t block = (p.index + m.offset[t]) / kCodesPerBlock;
   restore(m.prior_codes[t] + p.index, m.prior_low[t][block], rate_of(m.prior_step[t][block]), p.n, b.prior_std);
@@ -373,18 +374,23 @@ void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& fi
   end_of_stream();
 }
 
-double gaussian_kl(const Model& m, Range r) {
+template <Prior prior>
+double kl_range(const Model& m, Range r) {
   const int64_t t = r.tensor;
   double kl = 0;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
     const int64_t i = p.index;
     const float *mean = m.mean[t] + i, *std = m.std[t] + i;
-    const PriorPiece at = m.prior_codes ? prior_of<Prior::kCodes>(m, t, p, b) : prior_of<Prior::kFloats>(m, t, p, b);
+    const PriorPiece at = prior_of<prior>(m, t, p, b);
     kl += m.grad_mean ? kl_piece<true>(p.n, mean, std, at.mean, at.std, m.grad_mean[t] + i, m.grad_std[t] + i)
                       : kl_piece<false>(p.n, mean, std, at.mean, at.std, nullptr, nullptr);
   });
   return kl;
+}
+
+double gaussian_kl(const Model& m, Range r) {
+  return m.prior_codes ? kl_range<Prior::kCodes>(m, r) : kl_range<Prior::kFloats>(m, r);
 }
 
 }  // namespace
