@@ -84,7 +84,7 @@ def tensor(dtype, aligned):
 def type_of(name, choice):
     if name == "prior_codes":
         return "uint8"
-    return "bfloat16" if name == "prior_mean" and "bfloat16" in choice["prior"] else choice.get(name, "float32")
+    return "bfloat16" if name == "prior_mean" and "bfloat16" in choice.get("prior", "") else choice.get(name, "float32")
 
 
 def call(op, choice, *, seed=3, tensors=1, number=0.5, counters=None):
