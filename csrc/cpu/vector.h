@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#define DISTRUCTION_NOINLINE static __attribute__((noinline))
+
 namespace distruction {
 
 #if defined(__AVX512F__)
