@@ -138,8 +138,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         ``mean="bfloat16"``; codes are read by the update itself, with the bits of what they would be restored to.
 
         Args:
-            std: ``log8``, 8-bit codes on a log scale whose error `distruction.compression` bounds; ``bfloat16``
-                (relative error up to 0.4 %); or ``float32``.
+            std: ``log8``, 8-bit codes (`distruction.compression`); ``bfloat16`` (error up to 0.4 %); or ``float32``.
             mean: ``float32``, or ``bfloat16``: an error of up to 0.4 % of the mean, which may be many std.
 
         Raises:
@@ -162,25 +161,20 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
     def fetch_stored(self, name: str, device: torch.device) -> tuple[Stored, Stored]:
         """The ``(mean, std)`` of a parameter on ``device``, as they are stored."""
-        mean, std = (t[name].to(device, non_blocking=True) for t in (self._means, self._stds))
-        return mean, std
+        return self._means[name].to(device, non_blocking=True), self._stds[name].to(device, non_blocking=True)
 
     def is_in_codes(self) -> bool:
         """Whether a step reads it as it is stored: all stds in `LogCodes`, all means in one type."""
-        if not all(isinstance(t, LogCodes) for t in self._stds.values()):
-            return False
-        return len({getattr(t, "dtype", None) for t in self._means.values()}) == 1
+        types = {getattr(t, "dtype", None) for t in self._means.values()}
+        return len(types) == 1 and all(isinstance(t, LogCodes) for t in self._stds.values())
 
     def at_hand(self, device: torch.device) -> bool:
         """Whether a step takes no memory for it: all is on ``device``, in float32 or in codes."""
-        if not all(t.device == device for t in self._tensors()):
-            return False
         floats = all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in self._tensors())
-        return floats or self.is_in_codes()
+        return (floats or self.is_in_codes()) and all(t.device == device for t in self._tensors())
 
-    def _tensors(self) -> Iterator[Stored]:
-        yield from self._means.values()
-        yield from self._stds.values()
+    def _tensors(self) -> list[Stored]:
+        return [*self._means.values(), *self._stds.values()]
 
     def _map(self, function: Callable[[Stored], Stored]) -> "Posterior":
         mapped = copy.copy(self)
