@@ -38,7 +38,8 @@ ELEMENTS_PER_THREAD = 4
 _STEP = {
     "PARAM_TYPE": tl.float32,
     "GRAD_TYPE": tl.float32,
-    "PRIOR": True,
+    "PRIOR": 1,
+    "PRIOR_TYPE": tl.float32,
     "STATISTICS": 0,
     "BOUNDED": True,
     "LEARN_MEAN": True,
@@ -48,6 +49,7 @@ _STEP = {
     "grad_scale": None,
     "found_inf": None,
 }
+_CODES = {"PRIOR": 2}
 _BFLOAT16 = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.bfloat16}
 
 
@@ -56,12 +58,15 @@ class Variant:
     """A kernel with its compile-time options.
 
     Attributes:
-        arrays: bytes per element of the arrays that it must read or write once each (design: "physical limits").
+        bytes: per element, of the arrays that it must read or write once each.
+        same: bytes per element of a thread's accesses beyond those: of two numbers that all threads of a program read,
+            and that come from the cache.
     """
 
     kernel: Any
     options: dict[str, Any]
     bytes: int
+    same: int = 0
 
 
 def _options(kernel: Any, *given: str) -> dict[str, Any]:
@@ -77,10 +82,13 @@ VARIANTS = {
     "step, unbounded": Variant(step_kernel, {**_STEP, "BOUNDED": False}, 32),
     "step, grad_scale and found_inf": Variant(step_kernel, _options(step_kernel, "grad_scale", "found_inf"), 32),
     "step, pair": Variant(step_kernel, {**_STEP, "STATISTICS": 1}, 36),
+    "step, pair, codes of the prior": Variant(step_kernel, {**_STEP, **_CODES, "STATISTICS": 1}, 33, same=2),
+    "step, codes of the prior": Variant(step_kernel, {**_STEP, **_CODES}, 29, same=2),
+    "step, codes beside bfloat16": Variant(step_kernel, {**_STEP, **_CODES, "PRIOR_TYPE": tl.bfloat16}, 27, same=2),
     "step, K > 2": Variant(step_kernel, {**_STEP, "STATISTICS": 2}, 40),
     "step, fixed mean": Variant(step_kernel, {**_STEP, "LEARN_MEAN": False}, 28),
-    "step without prior": Variant(step_kernel, {**_STEP, "PRIOR": False}, 24),
-    "step without prior, fixed mean": Variant(step_kernel, {**_STEP, "PRIOR": False, "LEARN_MEAN": False}, 20),
+    "step without prior": Variant(step_kernel, {**_STEP, "PRIOR": 0}, 24),
+    "step without prior, fixed mean": Variant(step_kernel, {**_STEP, "PRIOR": 0, "LEARN_MEAN": False}, 20),
     "step, bfloat16": Variant(step_kernel, {**_STEP, **_BFLOAT16}, 28),
     "step, bfloat16, stochastic": Variant(step_kernel, {**_STEP, **_BFLOAT16, "STOCHASTIC": True}, 28),
     "gauss_newton": Variant(gauss_newton_kernel, _options(gauss_newton_kernel), 20),
@@ -116,7 +124,7 @@ class Budget:
         registers: per thread.
         spilled: bytes of stack per thread.
         instructions: per element: an iteration's, and the rest of the program over the elements of a full one.
-        bytes: per element, moved by an iteration between global memory and registers.
+        bytes: per element, moved by an iteration between global memory and registers, but for `Variant.same`.
         widths: bits of the loop's global accesses, per thread.
         barriers: in the loop: something passes through shared memory.
     """
@@ -207,7 +215,7 @@ def _nvidia(name: str, target: str, kernel: CompiledKernel) -> Budget:
 
 # --- AMD ---------------------------------------------------------------------------------------------
 
-_AMD_WIDTHS = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+_AMD_WIDTHS = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
 
 
 def _amd(name: str, target: str, kernel: CompiledKernel) -> Budget:
@@ -254,7 +262,7 @@ def _budget(
         registers,
         spilled,
         round(per_iteration / ELEMENTS_PER_THREAD, 1),
-        sum(widths) / 8 / ELEMENTS_PER_THREAD,
+        sum(widths) / 8 / ELEMENTS_PER_THREAD - VARIANTS[name].same,
         tuple(sorted(set(widths))),
         barriers,
     )

@@ -1,5 +1,5 @@
 // One call of a CPU kernel on one tensor, for `benchmarks.instructions`, which counts its instructions:
-//   instructions LIBRARY OP SET ELEMENTS DRAW ARRAYS      ARRAYS: letters of p (prior), 1 and 2 (statistics)
+//   instructions LIBRARY OP SET ELEMENTS DRAW ARRAYS      ARRAYS: letters of p (prior), c (its codes), 1 and 2 (statistics)
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,6 +30,24 @@ struct Array {
   }
 };
 
+// A prior's arrays, for the structure as it is and as older versions have it.
+template <class M>
+auto set_prior(M& m, const void* const* mean, const int64_t* type, const float* const* std, int)
+    -> decltype(m.prior_mean_type, void()) {
+  m.prior_mean = mean, m.prior_mean_type = type, m.prior_std = std;
+}
+template <class M>
+void set_prior(M& m, const void* const* mean, const int64_t*, const float* const* std, long) {
+  m.prior_mean = reinterpret_cast<const float* const*>(mean), m.prior_std = std;
+}
+template <class M>
+auto set_codes(M& m, const uint8_t* const* codes, const float* const* low, const float* const* step, int)
+    -> decltype(m.prior_codes, void()) {
+  m.prior_codes = codes, m.prior_low = low, m.prior_step = step, m.prior_std = nullptr;
+}
+template <class M>
+void set_codes(M&, const uint8_t* const*, const float* const*, const float* const*, long) {}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -51,7 +69,8 @@ int main(int argc, char** argv) {
   for (int64_t i = 0; i < n; ++i) std.pointer[i] *= prior_std.pointer[i];
   void* const param_list = param.pointer;
   const void* const grad_list = grad.pointer;
-  const float *const prior_mean_list = prior_mean.pointer, *const prior_std_list = prior_std.pointer;
+  const void* const prior_mean_list = prior_mean.pointer;
+  const float* const prior_std_list = prior_std.pointer;
   int64_t counters[3] = {atoll(argv[5]), 0, 0};
   Model m = {};
   m.tensors = 1;
@@ -61,7 +80,15 @@ int main(int argc, char** argv) {
   m.std = &std.pointer;
   m.param = &param_list;
   m.grad = &grad_list;
-  if (strchr(argv[6], 'p')) m.prior_mean = &prior_mean_list, m.prior_std = &prior_std_list;
+  std::vector<uint8_t> codes(static_cast<size_t>(n) + 64);
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(uniform(0, 256));
+  // Of all blocks: from 0.02 to 0.05.
+  const Array low(n, 0.02f, 0.02f), step(n, 0.0036f, 0.0036f);
+  const uint8_t* const codes_list = codes.data();
+  const float *const low_list = low.pointer, *const step_list = step.pointer;
+  const bool coded = strchr(argv[6], 'c');
+  if (coded || strchr(argv[6], 'p')) set_prior(m, &prior_mean_list, &zero, &prior_std_list, 0);
+  if (coded) set_codes(m, &codes_list, &low_list, &step_list, 0);
   if (strchr(argv[6], '1')) m.m1 = &m1.pointer, counters[1] = counters[0] & 1;
   if (strchr(argv[6], '2')) m.m2 = &m2.pointer;
   if (!strcmp(argv[2], "gaussian_kl")) m.grad_mean = &grad_mean.pointer, m.grad_std = &grad_std.pointer;

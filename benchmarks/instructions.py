@@ -28,6 +28,7 @@ CASES = {
     "accumulate, pair": ("accumulate", 0, "1"),
     "step": ("step", 1, "p"),
     "step, pair": ("step", 1, "p1"),
+    "step, pair, codes of the prior": ("step", 1, "c1"),
     "step, sums": ("step", 1, "p12"),
     "step without prior": ("step", 1, ""),
     "gauss_newton": ("gauss_newton", 1, ""),
@@ -80,12 +81,15 @@ def count(program: Path, library: Path, case: str, elements: int) -> int:
 def measure(source: Path = ROOT) -> dict[str, float]:
     """Instructions per element of every case that the source has, and of an update."""
     library = source / "distruction" / "ops" / "libdistruction_cpu.so"
-    new = any("Statistics" in header.read_text() for header in (source / "csrc").glob("*.h"))
+    headers = "".join(header.read_text() for header in (source / "csrc").glob("*.h"))
+    new = "Statistics" in headers
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         program = build(source, Path(folder))
         for case, (op, _, arrays) in CASES.items():
             if not new and (arrays in ("1", "p1") or op == "gauss_newton"):
+                continue
+            if "c" in arrays and "prior_codes" not in headers:
                 continue
             few, many = (count(program, library, case, n) for n in SIZES)
             found[case] = round((many - few) / (SIZES[1] - SIZES[0]), 2)

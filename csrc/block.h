@@ -2,6 +2,7 @@
 // of the CUDA kernels and the `scalar` instruction set of the CPU run the same functions.
 #pragma once
 
+#include "codes.h"
 #include "conversions.h"
 #include "kl.h"
 #include "model.h"
@@ -16,12 +17,14 @@ struct Entry {
   float* std;
   float* m1;  // gaussian_kl: dKL/dmean
   float* m2;  // gaussian_kl: dKL/dstd
-  const float* prior_mean;
-  const float* prior_std;
+  const void* prior_mean;
+  const void* prior_std;  // or its codes
+  const float* prior_low;
+  const float* prior_step;
   int64_t numel, offset;
   uint32_t stream;
   int32_t first_chunk;
-  uint8_t param_type, grad_type;
+  uint8_t param_type, grad_type, prior_mean_type;
   bool aligned;  // pointers and offset allow accesses of four elements at once
 };
 
@@ -37,7 +40,9 @@ static inline Entry entry_of(const Model& m, int64_t i) {
   if (m.m1) t.m1 = m.m1[i];
   if (m.m2) t.m2 = m.m2[i];
   if (m.grad_mean) t.m1 = m.grad_mean[i], t.m2 = m.grad_std[i];
-  if (m.prior_mean) t.prior_mean = m.prior_mean[i], t.prior_std = m.prior_std[i];
+  if (m.prior_mean) t.prior_mean = m.prior_mean[i], t.prior_mean_type = static_cast<uint8_t>(m.prior_mean_type[i]);
+  if (m.prior_std) t.prior_std = m.prior_std[i];
+  if (m.prior_codes) t.prior_std = m.prior_codes[i], t.prior_low = m.prior_low[i], t.prior_step = m.prior_step[i];
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   const uintptr_t any = address(t.param) | address(t.grad) | address(t.mean) | address(t.std) | address(t.m1) |
                         address(t.m2) | address(t.prior_mean) | address(t.prior_std);
@@ -80,14 +85,28 @@ DISTRUCTION_FN void store(T* p, const Group<n>& g, const T (&x)[n]) {
 }
 
 template <int n>
-DISTRUCTION_FN void load_grad(const Entry& t, const Group<n>& g, float (&x)[n]) {
-  if (t.grad_type == kFloat32) {
-    load(static_cast<const float*>(t.grad), g, x);
+DISTRUCTION_FN void load_as_float(const void* p, uint8_t type, const Group<n>& g, float (&x)[n]) {
+  if (type == kFloat32) {
+    load(static_cast<const float*>(p), g, x);
   } else {
     uint16_t bits[n];
-    load(static_cast<const uint16_t*>(t.grad), g, bits);
-    for (int j = 0; j < n; ++j)
-      x[j] = t.grad_type == kBFloat16 ? bfloat16_to_float(bits[j]) : float16_to_float(bits[j]);
+    load(static_cast<const uint16_t*>(p), g, bits);
+    for (int j = 0; j < n; ++j) x[j] = type == kBFloat16 ? bfloat16_to_float(bits[j]) : float16_to_float(bits[j]);
+  }
+}
+
+template <Prior prior, int n>
+DISTRUCTION_FN void load_prior(const Entry& t, const Group<n>& g, float (&mean)[n], float (&std)[n]) {
+  if (prior == Prior::kFloats) {
+    load(static_cast<const float*>(t.prior_mean), g, mean);
+    load(static_cast<const float*>(t.prior_std), g, std);
+  } else if (prior == Prior::kCodes) {
+    uint8_t codes[n];
+    load(static_cast<const uint8_t*>(t.prior_std), g, codes);
+    load_as_float(t.prior_mean, t.prior_mean_type, g, mean);
+    const int64_t block = 4 * g.block / kCodesPerBlock;
+    const float low = t.prior_low[block], rate = rate_of(t.prior_step[block]);
+    for (int j = 0; j < n; ++j) std[j] = decode(static_cast<float>(codes[j]), low, rate);
   }
 }
 
@@ -166,7 +185,7 @@ DISTRUCTION_FN void accumulate_group(
     const Entry& t, const Group<n>& g, const Draw& draw, const Draw& next, bool stochastic_rounding,
     const Accumulation& a) {
   float grad[n];
-  load_grad(t, g, grad);
+  load_as_float(t.grad, t.grad_type, g, grad);
   for (int j = 0; j < n; ++j) grad[j] *= a.grad_scale;
   if (pair) {
     store(t.m1, g, grad);
@@ -182,19 +201,17 @@ DISTRUCTION_FN void accumulate_group(
 }
 
 // Adds the KL of the updated posterior to `kl` and clears `finite` where an element was kept as it was.
-template <bool with_prior, Statistics statistics, int n>
+template <Prior prior, Statistics statistics, int n>
 DISTRUCTION_FN void step_group(
     const Entry& t, const Group<n>& g, const Draw& draw, const Draw& next, bool stochastic_rounding, const Update& u,
     double& kl, bool& finite) {
+  constexpr bool with_prior = prior != Prior::kNone;
   uint32_t words[n];
   float mean[n], std[n], prior_mean[n] = {}, prior_std[n] = {}, s1[n], s2[n], m1[n] = {}, m2[n] = {};
   load(t.mean, g, mean);
   load(t.std, g, std);
-  if (with_prior) {
-    load(t.prior_mean, g, prior_mean);
-    load(t.prior_std, g, prior_std);
-  }
-  load_grad(t, g, s1);
+  load_prior<prior>(t, g, prior_mean, prior_std);
+  load_as_float(t.grad, t.grad_type, g, s1);
   words_and_normals(draw, t.stream, g, words, s2);
   if (statistics != Statistics::kNone) load(t.m1, g, m1);
   if (statistics == Statistics::kSums) load(t.m2, g, m2);
@@ -220,7 +237,7 @@ DISTRUCTION_FN void gauss_newton_group(
   float mean[n], std[n], grad[n];
   load(t.mean, g, mean);
   load(t.std, g, std);
-  load_grad(t, g, grad);
+  load_as_float(t.grad, t.grad_type, g, grad);
   for (int j = 0; j < n; ++j) {
     bool is_finite;
     gauss_newton(grad[j], grad_scale, std[j], is_finite);
@@ -230,13 +247,12 @@ DISTRUCTION_FN void gauss_newton_group(
   write_sample(t, g, next, stochastic_rounding, mean, std);
 }
 
-template <bool with_gradients, int n>
+template <bool with_gradients, Prior prior, int n>
 DISTRUCTION_FN void kl_group(const Entry& t, const Group<n>& g, double& kl) {
   float mean[n], std[n], prior_mean[n], prior_std[n], grad_mean[n], grad_std[n];
   load(t.mean, g, mean);
   load(t.std, g, std);
-  load(t.prior_mean, g, prior_mean);
-  load(t.prior_std, g, prior_std);
+  load_prior<prior>(t, g, prior_mean, prior_std);
   for (int j = 0; j < n; ++j) {
     float value;
     kl_with_gradients(mean[j], std[j], prior_mean[j], prior_std[j], value, grad_mean[j], grad_std[j]);

@@ -27,8 +27,12 @@ struct Model {
   float* const* std;
   float* const* m1;
   float* const* m2;
-  const float* const* prior_mean;
+  const void* const* prior_mean;
+  const int64_t* prior_mean_type;
   const float* const* prior_std;
+  const uint8_t* const* prior_codes;  // in place of prior_std
+  const float* const* prior_low;      // of each block of codes of the whole parameter
+  const float* const* prior_step;
   float* const* grad_mean;  // outputs of gaussian_kl
   float* const* grad_std;
   int64_t* counters;  // draw number, samples accumulated, an update was refused
@@ -48,16 +52,17 @@ struct Options {
   int32_t learn_mean, learn_std;
 };
 
-// Calls f(with_prior, statistics) with what a step has to do, in types whose `value` is a constant.
+// Calls f(prior, statistics) with what a step has to do, in types whose `value` is a constant.
 template <class F>
 auto for_variant(const Model& m, F f) {
-  const auto with = [&](auto with_prior) {
+  const auto with = [&](auto prior) {
     using S = Statistics;
-    if (!m.m1) return f(with_prior, std::integral_constant<S, S::kNone>{});
-    return m.m2 ? f(with_prior, std::integral_constant<S, S::kSums>{})
-                : f(with_prior, std::integral_constant<S, S::kPair>{});
+    if (!m.m1) return f(prior, std::integral_constant<S, S::kNone>{});
+    return m.m2 ? f(prior, std::integral_constant<S, S::kSums>{}) : f(prior, std::integral_constant<S, S::kPair>{});
   };
-  return m.prior_mean ? with(std::true_type{}) : with(std::false_type{});
+  if (m.prior_codes) return with(std::integral_constant<Prior, Prior::kCodes>{});
+  return m.prior_std ? with(std::integral_constant<Prior, Prior::kFloats>{})
+                     : with(std::integral_constant<Prior, Prior::kNone>{});
 }
 
 // `samples` counts the gradient at hand and those in m1 and m2.

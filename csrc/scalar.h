@@ -21,6 +21,17 @@
 #define DISTRUCTION_UNROLL(times) DISTRUCTION_PRAGMA(GCC unroll times)
 #endif
 
+// A compiler may not know where x comes from.
+#if defined(__x86_64__) && defined(__AVX512F__)
+#define DISTRUCTION_OPAQUE(x) __asm__("" : "+v"(x))
+#elif defined(__x86_64__)
+#define DISTRUCTION_OPAQUE(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__)
+#define DISTRUCTION_OPAQUE(x) __asm__("" : "+w"(x))
+#else
+#define DISTRUCTION_OPAQUE(x) __asm__("" : "+m"(x))
+#endif
+
 namespace distruction {
 
 DISTRUCTION_FN float as_float(uint32_t word) {
@@ -46,6 +57,7 @@ DISTRUCTION_FN uint32_t as_word(float value) {
 DISTRUCTION_FN int32_t as_int(uint32_t word) { return static_cast<int32_t>(word); }
 DISTRUCTION_FN uint32_t as_word(int32_t value) { return static_cast<uint32_t>(value); }
 DISTRUCTION_FN float to_float(int32_t value) { return static_cast<float>(value); }
+DISTRUCTION_FN int32_t truncated(float value) { return static_cast<int32_t>(value); }
 DISTRUCTION_FN bool all_below(float value, float bound) { return value < bound; }
 DISTRUCTION_FN float square_root(float value) { return sqrtf(value); }
 DISTRUCTION_FN float reciprocal(float value) { return 1.0f / value; }
@@ -56,6 +68,17 @@ DISTRUCTION_FN float inverse(float value) {
   return __frcp_rn(value);
 #else
   return 1.0f / value;
+#endif
+}
+
+// a * b rounded by itself, which no compiler fuses with an addition.
+DISTRUCTION_FN float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  float x = a * b;
+  DISTRUCTION_OPAQUE(x);
+  return x;
 #endif
 }
 

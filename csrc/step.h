@@ -10,6 +10,9 @@ namespace distruction {
 // the sums of g and g * eps, in m1 and m2.
 enum class Statistics { kNone, kPair, kSums };
 
+// How a prior is kept: not at all, as means and stds, or as means, maybe of 16 bits, and codes of the stds.
+enum class Prior { kNone, kFloats, kCodes };
+
 struct Accumulation {
   float grad_scale;
   bool first;  // of an update: its statistics overwrite the last one's

@@ -7,6 +7,7 @@ A block of a positive tensor, consecutive elements of it, is kept as its smalles
 
 The code is the nearest, so that |log(x' / x)| <= step / 2: the relative error is at most exp(step / 2) - 1 (and some
 1e-6 of float32's rounding). Where the values of a block span a factor of 30 that is 0.7 %; a constant block is exact.
+Values below float32's smallest normal number count as that. The kernels read a prior's codes as they are.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-BLOCK = 1024
-"""Elements that share a range: 8 bytes for each block, 0.8 % of the codes."""
+from .ops.reference.codes import BLOCK, decode
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class LogCodes:
         codes = torch.empty(values.numel(), dtype=torch.uint8, device=values.device)
         lows, steps = [values.new_empty(0)], [values.new_empty(0)]
         for out, block in zip(_blocks(codes), _blocks(values.reshape(-1)), strict=True):
-            low = block.amin(dim=1)
+            low = block.amin(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
             # As a difference of logs, because the quotient of extreme values overflows.
-            step = (block.amax(dim=1).log() - low.log()) / 255
+            step = ((block.amax(dim=1).log() - low.log()) / 255).clamp(min=0)
             relative = block.log().sub_(low.log()[:, None]).div_(step.clamp(min=torch.finfo(step.dtype).tiny)[:, None])
             out.copy_(relative.round_().clamp_(0, 255))
             lows.append(low)
@@ -49,15 +49,7 @@ class LogCodes:
 
     def decode(self) -> Tensor:
         """The float32 tensor, in new memory."""
-        values = torch.empty(self.codes.numel(), dtype=torch.float32, device=self.codes.device)
-        start = 0
-        for out, codes in zip(_blocks(values), _blocks(self.codes.reshape(-1)), strict=True):
-            stop = start + len(out)
-            # The root of the factor, twice, because the whole may overflow where the value does not.
-            root = codes.float().mul_(self.step[start:stop, None] / 2).exp_()
-            torch.mul(root, self.low[start:stop, None], out=out).mul_(root)
-            start = stop
-        return values.view(self.codes.shape)
+        return decode(self.codes, self.low, self.step)
 
     @property
     def shape(self) -> torch.Size:

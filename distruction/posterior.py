@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, ops, posterior_file
-from .compression import STORAGE, Restored, Stored, restore, store, stored
+from .compression import STORAGE, LogCodes, Restored, Stored, restore, store, stored
 from .errors import UsageError
 from .modules import check_same, covered, fingerprint, learnable, require_suitable
 from .predictive import Inputs, Prediction, predict
@@ -134,12 +134,11 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     def compress(self, *, std: str = "log8", mean: str = "float32") -> "Posterior":
         """This posterior in fewer bytes, restored to float32 wherever it is read.
 
-        As the prior of `BGD` or `distruction.forget` it stays compressed: 5 bytes per parameter instead of 8, or 3 with
-        ``mean="bfloat16"``.
+        As the prior of `BGD` or `distruction.forget` it stays compressed, 5 bytes per parameter instead of 8, or 3 with
+        ``mean="bfloat16"``; codes are read by the update itself, with the bits of what they would be restored to.
 
         Args:
-            std: ``log8``, 8-bit codes on a log scale whose error `distruction.compression` bounds; ``bfloat16``
-                (relative error up to 0.4 %); or ``float32``.
+            std: ``log8``, 8-bit codes (`distruction.compression`); ``bfloat16`` (error up to 0.4 %); or ``float32``.
             mean: ``float32``, or ``bfloat16``: an error of up to 0.4 % of the mean, which may be many std.
 
         Raises:
@@ -157,16 +156,25 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
     def fetch(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """The ``(mean, std)`` of a parameter on ``device``: moved as they are stored, then restored there."""
-        mean, std = (t[name].to(device, non_blocking=True) for t in (self._means, self._stds))
+        mean, std = self.fetch_stored(name, device)
         return restore(mean), restore(std)
 
-    def at_hand(self, device: torch.device) -> bool:
-        """Whether `fetch` takes no memory: all is in float32 on ``device``."""
-        return all(isinstance(t, Tensor) and t.dtype == torch.float32 and t.device == device for t in self._tensors())
+    def fetch_stored(self, name: str, device: torch.device) -> tuple[Stored, Stored]:
+        """The ``(mean, std)`` of a parameter on ``device``, as they are stored."""
+        return self._means[name].to(device, non_blocking=True), self._stds[name].to(device, non_blocking=True)
 
-    def _tensors(self) -> Iterator[Stored]:
-        yield from self._means.values()
-        yield from self._stds.values()
+    def is_in_codes(self) -> bool:
+        """Whether a step reads it as it is stored: all stds in `LogCodes`, all means in one type."""
+        types = {getattr(t, "dtype", None) for t in self._means.values()}
+        return len(types) == 1 and all(isinstance(t, LogCodes) for t in self._stds.values())
+
+    def at_hand(self, device: torch.device) -> bool:
+        """Whether a step takes no memory for it: all is on ``device``, in float32 or in codes."""
+        floats = all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in self._tensors())
+        return (floats or self.is_in_codes()) and all(t.device == device for t in self._tensors())
+
+    def _tensors(self) -> list[Stored]:
+        return [*self._means.values(), *self._stds.values()]
 
     def _map(self, function: Callable[[Stored], Stored]) -> "Posterior":
         mapped = copy.copy(self)

@@ -130,6 +130,10 @@ class Pieces:
                 pieces += [flat[i : i + length] for here, start, length in cuts for i in [start if whole else here]]
         return pieces
 
+    def repeated(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor per piece: what belongs to a whole parameter, for each of its pieces."""
+        return [t for t, cuts in zip(tensors, self._runs, strict=True) for _ in ([None] if cuts is None else cuts)]
+
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """``whole`` as ``like`` is spread, on its device: this rank's part, taken without communication.

@@ -23,7 +23,10 @@ M1 = tl.constexpr(8)
 M2 = tl.constexpr(9)
 PRIOR_MEAN = tl.constexpr(10)
 PRIOR_STD = tl.constexpr(11)
-WIDTH = tl.constexpr(12)
+PRIOR_CODES = tl.constexpr(12)
+PRIOR_LOW = tl.constexpr(13)
+PRIOR_STEP = tl.constexpr(14)
+WIDTH = tl.constexpr(15)
 
 
 @triton.jit

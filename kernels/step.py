@@ -13,14 +13,18 @@ from torch import Tensor
 from distruction.ops.calls import Amp, Draws, Rule, State
 
 from .approximate import inverse, reciprocal, square_root
+from .codes import decode, ranges
 from .kl import twice_kl
 from .multi_tensor import (
     M1,
     M2,
     MEAN,
     PARAM,
+    PRIOR_CODES,
+    PRIOR_LOW,
     PRIOR_MEAN,
     PRIOR_STD,
+    PRIOR_STEP,
     STD,
     STREAM,
     block_of,
@@ -113,6 +117,7 @@ def step_kernel(
     GRAD_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRIOR: tl.constexpr,
+    PRIOR_TYPE: tl.constexpr,
     STATISTICS: tl.constexpr,
     BOUNDED: tl.constexpr,
     LEARN_MEAN: tl.constexpr,
@@ -124,7 +129,7 @@ def step_kernel(
 ):  # fmt: skip
     """The update, the KL's partial sum and the next sample.
 
-    PRIOR: there is one.
+    PRIOR: how it is kept: there is none, 1 by means and stds, 2 by means of PRIOR_TYPE and codes.
     STATISTICS: arrays that earlier samples left: none, the first gradient of a pair, or two sums.
     BOUNDED: the bounds are finite and |change of log std| is at most 1, which saves operations.
     """
@@ -161,8 +166,13 @@ def step_kernel(
     if STATISTICS == 2:
         m2_p = pointer(record + M2, start, tl.float32, ALIGNED)
     if PRIOR:
-        prior_mean_p = pointer(record + PRIOR_MEAN, start, tl.float32, ALIGNED)
+        prior_mean_p = pointer(record + PRIOR_MEAN, start, PRIOR_TYPE, ALIGNED)
+    if PRIOR == 1:
         prior_std_p = pointer(record + PRIOR_STD, start, tl.float32, ALIGNED)
+    if PRIOR == 2:
+        codes_p = pointer(record + PRIOR_CODES, start, tl.uint8, ALIGNED)
+        low_p = tl.load(record + PRIOR_LOW).to(tl.pointer_type(tl.float32))
+        step_p = tl.load(record + PRIOR_STEP).to(tl.pointer_type(tl.float32))
     kl = tl.zeros([BLOCK // 4], tl.float64)
     refused = tl.zeros([BLOCK], tl.int32)
     for first in range(begin // BLOCK * BLOCK, end, BLOCK):
@@ -193,7 +203,11 @@ def step_kernel(
         new_mean = tl.fma(-in_stds, std, mean)
         if PRIOR:
             prior_mean = load(prior_mean_p + i, inside, ALIGNED)
-            prior_std = load(prior_std_p + i, inside, ALIGNED)
+            if PRIOR == 2:
+                low, prior_rate = ranges(low_p, step_p, group, group_high, first, end, BLOCK)
+                prior_std = decode(load(codes_p + i, inside, ALIGNED), low, prior_rate)
+            else:
+                prior_std = load(prior_std_p + i, inside, ALIGNED)
             inverse_prior = reciprocal(prior_std, TARGET)
             ratio = std * inverse_prior
             ratio2 = ratio * ratio
@@ -279,7 +293,7 @@ def step(param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: D
             "max_mean_step": float(rule.max_mean_step),
             "max_a": rule.max_a,
             "max_std": float(rule.max_std),
-            "PRIOR": bool(state.prior_mean),
+            "PRIOR": 2 if state.prior_codes else 1 if state.prior_mean else 0,
             "STATISTICS": 2 if state.m2 else 1 if state.m1 else 0,
             "BOUNDED": rule.max_log_std_step <= 1 and max(rule.max_mean_step, rule.max_std) < math.inf,
             "LEARN_MEAN": rule.learn_mean,
@@ -293,6 +307,7 @@ def step(param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: D
                 partial=None if partial is None else partial[first:],
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],
+                PRIOR_TYPE=launch.types[2],
                 **options,
                 **scalars,
                 **drawing(draws),

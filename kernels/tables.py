@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distruction.ops.calls import Amp, Draws
-
+from distruction.ops.reference.codes import BLOCK as CODES
 from .multi_tensor import finish_kernel
 from .philox import KEYS
 
@@ -31,7 +31,7 @@ MOST_ITERATIONS = 32
 FEWEST_PROGRAMS = 8192
 """A program takes up to 32 blocks, which amortises its look-ups, as long as enough programs remain to fill a GPU."""
 
-ARRAYS = ("param", "mean", "std", "m1", "m2", "prior_mean", "prior_std")
+ARRAYS = ("param", "mean", "std", "m1", "m2", "prior_mean", "prior_std", "prior_codes", "prior_low", "prior_step")
 """The arrays whose addresses are in a tensor's record; those that are new at every step have a table of their own."""
 
 INTERPRETED = not isinstance(finish_kernel, triton.JITFunction)
@@ -95,10 +95,10 @@ class _OnDevice:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the tensors of one type, aligned or not, and their tables."""
+    """One launch: the tensors of one type of parameter, gradient and prior's mean, aligned or not, and their tables."""
 
     tensors: tuple[int, ...]
-    types: tuple[tl.dtype, tl.dtype]
+    types: tuple[tl.dtype, ...]
     aligned: bool
     chunk: int
     chunks: int
@@ -115,8 +115,9 @@ class _Layout:
     offsets: tuple[int, ...]
     streams: tuple[int, ...]
     addresses: tuple[tuple[int, ...], ...]
-    types: tuple[tuple[torch.dtype, torch.dtype], ...]
+    types: tuple[tuple[torch.dtype, ...], ...]
     unaligned: frozenset[int]
+    coded: bool = False
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,7 +143,9 @@ def _is_aligned(layout: _Layout, i: int, chunk: int) -> bool:
     return (
         first % 4 == numel % 4 == 0
         and all(not a or a[i] % 16 == 0 for a in layout.addresses)
-        # Its chunks begin at its first element, and must not span a carry either.
+        # Its chunks begin at its first element, and those of codes must begin with a block.
+        and (not layout.coded or first % CODES == 0)
+        # Nor may they span a carry.
         and (first % chunk == 0 or first >> 34 == first + numel >> 34)
     )
 
@@ -160,7 +163,7 @@ def _launch(layout: _Layout, chunk: int, types: Any, aligned: bool, tensors: lis
     tensor_of_chunk = torch.arange(len(tensors), dtype=torch.int32).repeat_interleave(torch.tensor(chunks))
     return Launch(
         tuple(tensors),
-        (_TYPES[types[0]], _TYPES[types[1]]),
+        tuple(_TYPES[t] for t in types),
         aligned,
         chunk,
         first_chunk,
@@ -185,14 +188,16 @@ def launches(
     device = mean[0].device
     fresh_addresses = [_addresses(tensors) for tensors in fresh]
     n = len(mean)
+    typed = (arrays.get("param", mean), fresh[0] if fresh else mean, arrays.get("prior_mean") or mean)
     layout = _Layout(
         device,
         tuple(map(Tensor.numel, mean)),
         tuple(draws.offsets) if draws else (0,) * n,
         tuple(draws.streams) if draws else (0,) * n,
         tuple(_addresses(arrays.get(name, ())) for name in ARRAYS),
-        tuple((p.dtype, g.dtype) for p, g in zip(arrays.get("param", mean), fresh[0] if fresh else mean, strict=True)),
+        tuple(zip(*(tuple(t.dtype for t in tensors) for tensors in typed), strict=True)),
         frozenset(i for row in fresh_addresses for i, address in enumerate(row) if address % 16),
+        bool(arrays.get("prior_codes")),
     )
     found = []
     for launch in _launches(layout, BLOCK):

@@ -30,7 +30,13 @@ SEEDS = (0, 1, 2, 2**32, secrets.randbits(63))
 TYPES = ("float32", "bfloat16", "float16")
 LISTS_THAT_MAY_BE_EMPTY = {
     "accumulate": {"m2": {"sums"}},
-    "step": {"m1": {"pair", "sums"}, "m2": {"sums"}, "prior_mean": {"prior"}, "prior_std": {"prior"}},
+    "step": {
+        "m1": {"pair", "sums"},
+        "m2": {"sums"},
+        "prior_mean": {"floats", "codes", "codes, bfloat16"},
+        "prior_std": {"floats"},
+        **{name: {"codes", "codes, bfloat16"} for name in ("prior_codes", "prior_low", "prior_step")},
+    },
 }
 """By op: the choices with which they are not empty."""
 STATISTICS = {"accumulate": ("pair", "sums"), "step": ("none", "pair", "sums")}
@@ -61,7 +67,7 @@ def options_of(op):
         if name in ("m1", "m2"):
             options["statistics"] = STATISTICS[op.__name__]
         elif name in LISTS_THAT_MAY_BE_EMPTY.get(op.__name__, ()):
-            options["prior"] = ("prior", "none")
+            options["prior"] = ("floats", "codes", "codes, bfloat16", "none")
         elif name in ("param", "out", "grad"):
             options[name] = TYPES
         elif kind in ("bool", "Optional[Tensor]"):
@@ -75,6 +81,12 @@ def tensor(dtype, aligned):
     return torch.ones(12, dtype=getattr(torch, dtype))[0 if aligned else 1 :][:8]
 
 
+def type_of(name, choice):
+    if name == "prior_codes":
+        return "uint8"
+    return "bfloat16" if name == "prior_mean" and "bfloat16" in choice.get("prior", "") else choice.get(name, "float32")
+
+
 def call(op, choice, *, seed=3, tensors=1, number=0.5, counters=None):
     """Call an op as ``choice`` says."""
     arguments = {}
@@ -83,7 +95,7 @@ def call(op, choice, *, seed=3, tensors=1, number=0.5, counters=None):
         if kind == "List[Tensor]":
             when = LISTS_THAT_MAY_BE_EMPTY.get(op.__name__, {}).get(name)
             given = when is None or bool(when & {choice.get("statistics"), choice.get("prior")})
-            kept = [tensor(choice.get(name, "float32"), choice["aligned"]) for _ in range(tensors)]
+            kept = [tensor(type_of(name, choice), choice["aligned"]) for _ in range(tensors)]
             arguments[name] = kept if given else []
         elif kind == "List[int]":
             arguments[name] = [0] * tensors

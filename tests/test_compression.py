@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distruction import BGD, Posterior, PosteriorError, UsageError, forget, prepare
+from distruction import BGD, Posterior, PosteriorError, UsageError, forget, ops, prepare
 from distruction.compression import BLOCK, LogCodes
 from distruction.optim import update
 
@@ -136,12 +136,13 @@ def test_bfloat16_means_still_belong_to_their_model(tmp_path):
 
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("mc_samples", [1, 2])
-def test_a_restored_prior_gives_the_bits_of_the_prior_that_it_restores(monkeypatch, mc_samples, release):
+@pytest.mark.parametrize("std", ["log8", "bfloat16"])
+def test_a_compressed_prior_gives_the_bits_of_the_prior_that_it_restores_to(monkeypatch, std, mc_samples, release):
     monkeypatch.setattr(update, "STREAMED_ELEMENTS", 100)  # so that the model takes several pieces
     results = []
     for compressed in (True, False):
         model, posterior, loader = make()
-        prior = posterior.compress(std="log8", mean="bfloat16")
+        prior = posterior.compress(std=std, mean="bfloat16")
         if not compressed:
             prior = Posterior({n: m.clone() for n, m in prior.means.items()}, dict(prior.stds))
             assert prior.at_hand(torch.device("cpu"))
@@ -169,7 +170,7 @@ def test_a_restored_prior_gives_the_bits_of_the_prior_that_it_restores(monkeypat
 def test_a_refused_update_in_one_piece_is_reported(monkeypatch):
     monkeypatch.setattr(update, "STREAMED_ELEMENTS", 1)
     model, posterior, _ = make()
-    opt = BGD(model.named_parameters(), prior=posterior.compress(), kl_weight=0.3)
+    opt = BGD(model.named_parameters(), prior=posterior.compress(std="bfloat16"), kl_weight=0.3)
     opt.train()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -177,6 +178,28 @@ def test_a_refused_update_in_one_piece_is_reported(monkeypatch):
     with pytest.raises(FloatingPointError, match=r"the gradient of 0\.bias is NaN"):
         opt.step()
     assert opt.state_dict()["param_groups"][0]["draw"] == 1
+
+
+@pytest.mark.parametrize("mean", ["float32", "bfloat16"])
+def test_forgetting_reads_the_codes_and_gets_the_bits_of_what_they_restore_to(monkeypatch, mean):
+    calls = []
+    step = ops.step
+    monkeypatch.setattr(ops, "step", lambda *args, **kwargs: (calls.append(args[2]), step(*args, **kwargs))[1])
+    results = []
+    for restored in (False, True):
+        model, posterior, loader = make()
+        prior = posterior.compress(mean=mean)
+        assert prior.at_hand(torch.device("cpu"))
+        assert not prior.at_hand(torch.device("meta"))
+        if restored:
+            prior = Posterior({n: m.clone() for n, m in prior.means.items()}, dict(prior.stds))
+        prior.mean_(model)
+        forget(model, prior, loader, kl_weight=0.1, steps=5, progress=False)
+        assert all(bool(state.prior_codes) is not restored and bool(state.prior_std) is restored for state in calls)
+        assert len(calls) == 5
+        calls.clear()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_forgetting_with_codes_is_near_forgetting_without():

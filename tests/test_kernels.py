@@ -223,7 +223,7 @@ def test_a_tensor_of_more_than_2_to_the_33_elements_is_covered():
         (0, 0, 0),
         (0, 1, 2),
         ((0, 0, 0),) * len(tables.ARRAYS),
-        ((torch.float32, torch.float32),) * 3,
+        ((torch.float32,) * 3,) * 3,
         frozenset(),
     )
     (launch,) = tables._launches.__wrapped__(layout, 512)

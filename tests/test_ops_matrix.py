@@ -6,13 +6,15 @@ longest chain, has eight.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from backends import PARAMETERS
-from workloads import Model, Options, accumulate, gauss_newton, make_model, normals, sample, step
+from workloads import CODES, Model, Options, accumulate, gauss_newton, make_model, normals, sample, step, with_codes
 
 from distruction import ops
+from distruction.compression import BLOCK, LogCodes
 from distruction.ops import cpp, reference
 from distruction.ops.reference.kl import kl_terms
 
@@ -134,6 +136,76 @@ def test_tensors_of_many_types_in_one_call(backend):
     for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16) * 2):
         model["param"][i], model["grad"][-1 - i] = model["param"][i].to(dtype), model["grad"][-1 - i].to(dtype)
     check_step(backend, model, Options())
+
+
+NEAR = {"offsets": (0, 7, 2**20 - 8, 3, 512, 8192)}
+
+
+def check_codes(backend, options, mean_type=torch.float32, misaligned=False):
+    """A step with the prior's codes has the bits of one with what they restore to."""
+    coded = with_codes(make_model("cpu", **NEAR), mean_type).to(backend.device, misaligned=misaligned)
+    restored = coded.to(backend.device, misaligned=misaligned)
+    restored.tensors["prior_mean"] = [m.float() for m in restored["prior_mean"]]
+    counters, kl = step(coded, replace(options, codes=True), backend)
+    expected = step(restored, options, backend)
+    assert counters == expected[0]
+    # Sums of up to four elements may be float32, and their order another where tensors fall into other launches.
+    assert kl == pytest.approx(expected[1], rel=1e-8)
+    for name in ("param", "mean", "std"):
+        assert all(torch.equal(a, b) for a, b in zip(coded[name], restored[name], strict=True)), name
+
+
+@pytest.mark.parametrize("name", [name for name, o in STEPS.items() if o.prior])
+def test_a_step_with_codes_is_that_with_what_they_restore_to(backend, name):
+    check_codes(backend, STEPS[name])
+
+
+@ALIGNMENTS
+@pytest.mark.parametrize("mean_type", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("found_inf", [None, 1.0])
+def test_codes_beside_means_of_either_type(backend, mean_type, misaligned, found_inf):
+    check_codes(backend, Options(found_inf=found_inf), mean_type, misaligned)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 1023, 4096])
+def test_codes_of_shards_are_those_of_the_whole(backend, cut):
+    whole = with_codes(make_model(backend.device, (5001,), offsets=(6,), streams=(9,)))
+    parts = {
+        name: [t[0].clone()] * 2 if name in CODES[2:] else [t[0][:cut].clone(), t[0][cut:].clone()]
+        for name, t in whole.tensors.items()
+    }
+    both = Model(parts, (6, 6 + cut), (9, 9))
+    for model in (whole, both):
+        step(model, Options(codes=True), backend)
+    for name in ("mean", "std", "param"):
+        close = backend.instruction_set == "scalar"  # its compiler fuses multiplications and additions as it likes
+        tolerance = {"rtol": 1e-6, "atol": 0.0} if close else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(torch.cat(both[name]), whole[name][0], **tolerance)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_codes_of_any_range_restore_the_same_bits(backend, wide):
+    """The posterior starts at its prior, whose std it keeps: all codes, of ranges from none to that of floats."""
+    n = 40 * BLOCK
+    low, high = (-125.0, 125.0) if wide else (-8.0, -2.0)
+    exponent = low + (high - low) * torch.rand(n, generator=torch.Generator().manual_seed(0))
+    exponent[: 3 * BLOCK] = -5.0
+    exponent[3 * BLOCK : 4 * BLOCK] += torch.linspace(0, 1e-5, BLOCK)
+    kept = LogCodes.encode(torch.exp2(exponent))
+    assert kept.codes.unique().numel() == 256
+    assert (kept.step[:3] == 0).all()
+    std, zeros = kept.decode(), torch.zeros(n)
+    lists = {"param": zeros, "grad": zeros, "mean": zeros, "std": std, "prior_mean": zeros, "prior_codes": kept.codes}
+    lists |= {"prior_low": kept.low, "prior_step": kept.step}
+    model = Model({name: [t.clone().to(backend.device)] for name, t in lists.items()}, (0,), (0,))
+    free = {"max_mean_step": math.inf, "max_log_std_step": math.inf, "max_std": math.inf}
+    _, kl = step(model, Options(codes=True, kl_weight=1.0, **free), backend)
+    assert kl == 0
+    assert torch.equal(model["std"][0].cpu(), std)
+
+
+def test_a_step_with_the_priors_codes(backend):
+    check_step(backend, with_codes(make_model("cpu", **NEAR)), Options(codes=True))
 
 
 @pytest.mark.parametrize("statistics", ["sums", "sums, first sample", "pair"])

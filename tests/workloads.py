@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from distruction import ops
+from distruction.compression import BLOCK, LogCodes
 from distruction.ops import Amp, Draws, Rule, State, reference
 from distruction.ops.reference.philox import words_and_normals
 
@@ -13,6 +14,9 @@ SIZES = (1, 3, 64, 0, 1000, 5001)
 OFFSETS = (0, 7, 2**34 - 8, 3, 512, 8191)
 STREAMS = (0, 2**32 - 1, 5, 6, 7, 8)
 SEED = -77
+
+
+CODES = ("prior_mean", "prior_codes", "prior_low", "prior_step")
 
 
 @dataclass
@@ -29,7 +33,7 @@ class Model:
     def to(self, device="cpu", dtype=None, misaligned=False):
         """A copy; ``dtype`` is the state's and the parameters'; misaligned tensors start an element too late."""
         tensors = {
-            name: [copy_of(t, device, None if name == "grad" else dtype, misaligned) for t in ts]
+            name: [copy_of(t, device, None if name in ("grad", *CODES[1:]) else dtype, misaligned) for t in ts]
             for name, ts in self.tensors.items()
         }
         return Model(tensors, self.offsets, self.streams)
@@ -61,6 +65,22 @@ def make_model(device, sizes=SIZES, *, param=torch.float32, grad=torch.float32, 
     return Model(tensors, **({"offsets": OFFSETS[: len(sizes)], "streams": STREAMS[: len(sizes)]} | where))
 
 
+def with_codes(model, mean_type=torch.float32):
+    """The same model with its prior in fewer bytes: codes of the stds, and what they restore to as ``prior_std``."""
+    tensors = dict(model.tensors)
+    coded, tensors["prior_std"] = [], []
+    for std, offset in zip(model["prior_std"], model.offsets, strict=True):
+        # The block numbers are the whole parameter's.
+        lead = offset % BLOCK
+        kept = LogCodes.encode(torch.cat([std.new_full((lead,), 0.05), std.reshape(-1)]))
+        tensors["prior_std"].append(kept.decode()[lead:].view(std.shape))
+        before = std.new_ones(offset // BLOCK)
+        coded.append((kept.codes[lead:].view(std.shape), torch.cat([before, kept.low]), torch.cat([before, kept.step])))
+    tensors |= dict(zip(CODES[1:], map(list, zip(*coded, strict=True)), strict=True))
+    rounded = [m.to(mean_type) for m in tensors["prior_mean"]]
+    return Model({**tensors, "prior_mean": rounded}, model.offsets, model.streams)
+
+
 @dataclass(frozen=True)
 class Options:
     """The arguments of an update beside the tensors."""
@@ -69,6 +89,7 @@ class Options:
     kl_weight: float = 0.1
     loss_scale: float = 50.0
     prior: bool = True
+    codes: bool = False
     statistics: bool = False
     pair: bool = False
     antithetic: bool = False
@@ -113,7 +134,8 @@ def rule_of(model, o):
 def step(model, o, backend=None):
     """One step, by the reference if there is no backend; returns the counters and the KL."""
     statistics = ("m1", "m2") if o.statistics else ("m1",) if o.pair else ()
-    state = state_of(model, *statistics, *(("prior_mean", "prior_std") if o.prior else ()))
+    prior = () if not o.prior else CODES if o.codes else ("prior_mean", "prior_std")
+    state = state_of(model, *statistics, *prior)
     draws = draws_of(model, o.counters, o.antithetic, o.stochastic_rounding)
     call = (model["param"], model["grad"], state, draws, rule_of(model, o), amp_of(model, o))
     kl = reference.step(*call) if backend is None else ops.step(*call, backend=backend.name)

@@ -102,7 +102,7 @@ using namespace distruction;
 #define DISTRUCTION_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of the interface, so that a stale library is noticed.
-DISTRUCTION_API int32_t distruction_abi() { return 4; }
+DISTRUCTION_API int32_t distruction_abi() { return 5; }
 
 // The name of instruction set `set`, best first, or null past the last; `usable` says whether this CPU has it.
 DISTRUCTION_API const char* distruction_cpu_set(int32_t set, int32_t* usable) {

@@ -5,8 +5,6 @@
 
 #include "../generator.h"
 
-#define DISTRUCTION_NOINLINE static __attribute__((noinline))
-
 namespace distruction {
 namespace {
 

@@ -32,18 +32,18 @@ void accumulate(const Model& m, Range r, Draw draw, Draw next, const Accumulatio
   });
 }
 
-template <bool with_prior, Statistics statistics>
+template <Prior prior, Statistics statistics>
 double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
   double kl = 0;
   for_each_group(m, r, [&](const Entry& t, auto group) {
-    step_group<with_prior, statistics>(t, group, draw, next, m.stochastic_rounding, u, kl, finite);
+    step_group<prior, statistics>(t, group, draw, next, m.stochastic_rounding, u, kl, finite);
   });
   return kl;
 }
 
 double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  return for_variant(m, [&](auto with_prior, auto statistics) {
-    return step_range<with_prior.value, statistics.value>(m, r, draw, next, u, finite);
+  return for_variant(m, [&](auto prior, auto statistics) {
+    return step_range<prior.value, statistics.value>(m, r, draw, next, u, finite);
   });
 }
 
@@ -56,7 +56,12 @@ void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& fi
 double gaussian_kl(const Model& m, Range r) {
   double kl = 0;
   for_each_group(m, r, [&](const Entry& t, auto group) {
-    m.grad_mean ? kl_group<true>(t, group, kl) : kl_group<false>(t, group, kl);
+    if (m.prior_codes)
+      kl_group<false, Prior::kCodes>(t, group, kl);
+    else if (m.grad_mean)
+      kl_group<true, Prior::kFloats>(t, group, kl);
+    else
+      kl_group<false, Prior::kFloats>(t, group, kl);
   });
   return kl;
 }

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#define DISTRUCTION_NOINLINE static __attribute__((noinline))
+
 namespace distruction {
 
 #if defined(__AVX512F__)
@@ -26,12 +28,15 @@ typedef uint64_t Wide __attribute__((vector_size(4 * kLanes)));  // half as many
 typedef double Double __attribute__((vector_size(4 * kLanes)));
 typedef float HalfFloat __attribute__((vector_size(2 * kLanes)));
 typedef uint16_t Short __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t Byte __attribute__((vector_size(kLanes)));
 
 DISTRUCTION_FN Float as_float(Word x) { return (Float)x; }
 DISTRUCTION_FN Word as_word(Float x) { return (Word)x; }
 DISTRUCTION_FN Word as_word(Int x) { return (Word)x; }
 DISTRUCTION_FN Int as_int(Word x) { return (Int)x; }
 DISTRUCTION_FN Float to_float(Int x) { return __builtin_convertvector(x, Float); }
+DISTRUCTION_FN Float to_float(Byte x) { return __builtin_convertvector(__builtin_convertvector(x, Int), Float); }
+DISTRUCTION_FN Int truncated(Float x) { return __builtin_convertvector(x, Int); }
 
 DISTRUCTION_FN Float square_root(Float x) {
 #if defined(__AVX512F__)
@@ -44,6 +49,12 @@ DISTRUCTION_FN Float square_root(Float x) {
   for (int i = 0; i < kLanes; ++i) x[i] = sqrtf(x[i]);
   return x;
 #endif
+}
+
+DISTRUCTION_FN Float product(Float a, Float b) {
+  Float x = a * b;
+  DISTRUCTION_OPAQUE(x);
+  return x;
 }
 
 DISTRUCTION_FN bool all_below(Float x, float bound) {

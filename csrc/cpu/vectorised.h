@@ -2,7 +2,8 @@
 //
 // A range is worked off in pieces that stay in the level-1 cache: the normals of a piece first, by whole groups of
 // generator blocks and so independent of where a tensor or a shard begins, then one pass over the arrays.
-#include "normals.h"  // first: the templates of the next find its vectors
+#include "access.h"  // first, with normals.h: the templates of the others find their vectors
+#include "normals.h"
 
 #include "../kl.h"
 #include "kernels.h"
@@ -11,85 +12,6 @@ namespace distruction {
 namespace {
 
 static_assert(kPiece % kUnit == 0, "a piece is a whole number of rounds of the generator");
-
-// Access to a whole vector, and to the first `count` lanes of one at an array's end.
-struct Full {
-  template <class V, class T>
-  inline __attribute__((always_inline)) V load(const T* p, V) const {
-    return distruction::load<V>(p);
-  }
-  template <class T, class V>
-  inline __attribute__((always_inline)) void store(T* p, V x) const {
-    distruction::store(p, x);
-  }
-  inline __attribute__((always_inline)) void store_sample(float* p, Float x, bool streamed) const {
-    if (streamed)
-      stream(p, x);
-    else
-      distruction::store(p, x);
-  }
-  template <class V>
-  inline __attribute__((always_inline)) V used(V x) const {
-    return x;
-  }
-};
-
-struct Partial {
-  int count;
-  template <class V, class T>
-  inline __attribute__((always_inline)) V load(const T* p, V fill) const {
-    memcpy(&fill, p, static_cast<size_t>(count) * sizeof(T));
-    return fill;
-  }
-  template <class T, class V>
-  inline __attribute__((always_inline)) void store(T* p, V x) const {
-    memcpy(p, &x, static_cast<size_t>(count) * sizeof(T));
-  }
-  inline __attribute__((always_inline)) void store_sample(float* p, Float x, bool) const { store(p, x); }
-  template <class V>
-  inline __attribute__((always_inline)) V used(V x) const {
-    for (int i = count; i < kLanes; ++i) x[i] = 0;
-    return x;
-  }
-};
-
-// Calls f(access, index) over [0, n) in vectors.
-template <class F>
-DISTRUCTION_FN void for_each_vector(int n, F f) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(Full{}, i);
-  if (i < n) f(Partial{n - i}, i);
-}
-
-// Gradients of 16 bits as floats.
-DISTRUCTION_NOINLINE void widen(const uint16_t* p, int64_t type, int n, float* __restrict out) {
-  if (type == kBFloat16)
-    for_each_vector(n, [=](auto access, int i) {
-      access.store(out + i, bfloat16_to_float(access.load(p + i, Short{})));
-    });
-  else
-    for_each_vector(n, [=](auto access, int i) {
-      access.store(out + i, float16_to_float(access.load(p + i, Short{})));
-    });
-}
-
-// Samples in 16 bits; `words`, where given, round them stochastically.
-DISTRUCTION_NOINLINE void narrow(
-    uint16_t* p, int64_t type, int n, const float* __restrict theta, const uint32_t* __restrict words) {
-  if (type == kFloat16)
-    for_each_vector(n, [=](auto access, int i) {
-      access.store(p + i, float_to_float16(access.load(theta + i, Float{})));
-    });
-  else if (words)
-    for_each_vector(n, [=](auto access, int i) {
-      const Word word = access.load(words + i, Word{});
-      access.store(p + i, float_to_bfloat16_stochastic(access.load(theta + i, Float{}), word));
-    });
-  else
-    for_each_vector(n, [=](auto access, int i) {
-      access.store(p + i, float_to_bfloat16(access.load(theta + i, Float{})));
-    });
-}
 
 // One piece of a tensor and the normals of its elements.
 struct Piece {
@@ -110,9 +32,9 @@ DISTRUCTION_FN void for_each_piece(const Model& m, Range r, F f) {
 }
 
 // The buffers of a piece; the lead is less than a block, and a piece with a lead is shorter than kPiece by it. The
-// gradient and the samples pass through theirs if they have 16 bits.
+// gradient and the samples pass through theirs if they have 16 bits, a prior if it has fewer than 32.
 struct alignas(64) Buffers {
-  float eps[kPiece], next[kPiece], grad[kPiece], theta[kPiece];
+  float eps[kPiece], next[kPiece], grad[kPiece], theta[kPiece], prior_mean[kPiece], prior_std[kPiece];
   uint32_t words[kPiece];
 };
 
@@ -166,6 +88,25 @@ DISTRUCTION_FN const float* gradient(const Model& m, int64_t t, const Piece& p, 
   if (m.grad_type[t] == kFloat32) return static_cast<const float*>(m.grad[t]) + p.index;
   widen(static_cast<const uint16_t*>(m.grad[t]) + p.index, m.grad_type[t], p.n, b.grad);
   return b.grad;
+}
+
+struct PriorPiece {
+  const float *mean, *std;
+};
+
+template <Prior prior>
+DISTRUCTION_FN PriorPiece prior_of(const Model& m, int64_t t, const Piece& p, Buffers& b) {
+  if (prior == Prior::kNone) return {nullptr, nullptr};
+  const float* mean = static_cast<const float*>(m.prior_mean[t]) + p.index;
+  if (prior == Prior::kFloats) return {mean, m.prior_std[t] + p.index};
+  if (m.prior_mean_type[t] != kFloat32) {
+    widen(static_cast<const uint16_t*>(m.prior_mean[t]) + p.index, m.prior_mean_type[t], p.n, b.prior_mean);
+    mean = b.prior_mean;
+  }
+  static_assert(kCodesPerBlock % kPiece == 0, "a piece's codes share a block");
+  const int64_t block = (p.index + m.offset[t]) / kCodesPerBlock;
+  restore(m.prior_codes[t] + p.index, m.prior_low[t][block], rate_of(m.prior_step[t][block]), p.n, b.prior_std);
+  return {mean, b.prior_std};
 }
 
 void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out) {
@@ -287,8 +228,9 @@ DISTRUCTION_NOINLINE void update_piece(
   for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
 }
 
-template <bool with_prior, Statistics statistics>
+template <Prior prior, Statistics statistics>
 double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
+  constexpr bool with_prior = prior != Prior::kNone;
   const int64_t t = r.tensor;
   double kl = 0;
   for_each_piece(m, r, [&](Piece p) {
@@ -297,14 +239,13 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
     const Samples samples{m, t, p, b};
     samples.generate_normals(draw, next);
     float *mean = m.mean[t] + i, *std = m.std[t] + i;
-    const float* prior_mean = with_prior ? m.prior_mean[t] + i : nullptr;
-    const float* prior_std = with_prior ? m.prior_std[t] + i : nullptr;
+    const PriorPiece at = prior_of<prior>(m, t, p, b);
     update_piece<with_prior, statistics>(
         p.n, u, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, samples.theta(), samples.streamed(), mean, std,
         statistics == Statistics::kNone ? nullptr : m.m1[t] + i,
-        statistics == Statistics::kSums ? m.m2[t] + i : nullptr, prior_mean, prior_std, finite);
+        statistics == Statistics::kSums ? m.m2[t] + i : nullptr, at.mean, at.std, finite);
     // A second pass over the cached piece: one loop's chain of operations would be too long to overlap with the next's.
-    if (with_prior) kl += kl_piece<false>(p.n, mean, std, prior_mean, prior_std, nullptr, nullptr);
+    if (with_prior) kl += kl_piece<false>(p.n, mean, std, at.mean, at.std, nullptr, nullptr);
     samples.finish();
   });
   end_of_stream();
@@ -312,8 +253,8 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
 }
 
 double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  return for_variant(m, [&](auto with_prior, auto statistics) {
-    return step_range<with_prior.value, statistics.value>(m, r, draw, next, u, finite);
+  return for_variant(m, [&](auto prior, auto statistics) {
+    return step_range<prior.value, statistics.value>(m, r, draw, next, u, finite);
   });
 }
 
@@ -346,16 +287,23 @@ void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& fi
   end_of_stream();
 }
 
-double gaussian_kl(const Model& m, Range r) {
+template <Prior prior>
+double kl_range(const Model& m, Range r) {
   const int64_t t = r.tensor;
   double kl = 0;
   for_each_piece(m, r, [&](Piece p) {
+    Buffers b;
     const int64_t i = p.index;
-    const float *mean = m.mean[t] + i, *std = m.std[t] + i, *pm = m.prior_mean[t] + i, *ps = m.prior_std[t] + i;
-    kl += m.grad_mean ? kl_piece<true>(p.n, mean, std, pm, ps, m.grad_mean[t] + i, m.grad_std[t] + i)
-                      : kl_piece<false>(p.n, mean, std, pm, ps, nullptr, nullptr);
+    const float *mean = m.mean[t] + i, *std = m.std[t] + i;
+    const PriorPiece at = prior_of<prior>(m, t, p, b);
+    kl += m.grad_mean ? kl_piece<true>(p.n, mean, std, at.mean, at.std, m.grad_mean[t] + i, m.grad_std[t] + i)
+                      : kl_piece<false>(p.n, mean, std, at.mean, at.std, nullptr, nullptr);
   });
   return kl;
+}
+
+double gaussian_kl(const Model& m, Range r) {
+  return m.prior_codes ? kl_range<Prior::kCodes>(m, r) : kl_range<Prior::kFloats>(m, r);
 }
 
 }  // namespace

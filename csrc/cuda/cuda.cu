@@ -14,12 +14,12 @@ constexpr int kBlocksPerChunk = kThreads * kBlocksPerThread;
 
 // The tensors of one launch, by value: a kernel's arguments may take 32 KiB since CUDA 12.1, 4 KiB before.
 #if CUDART_VERSION >= 12010
-constexpr int kCapacity = 320;
+constexpr int kCapacity = 288;
 #else
-constexpr int kCapacity = 36;
+constexpr int kCapacity = 34;
 #endif
 
-static_assert(sizeof(Entry) == 96, "a tensor's entry is packed");
+static_assert(sizeof(Entry) == 112, "a tensor's entry is packed");
 
 struct Table {
   Entry entry[kCapacity];
@@ -98,9 +98,10 @@ __global__ void __launch_bounds__(kThreads, 4)
       t, [&](auto group) { accumulate_group<pair>(t, group, draw, next, c.stochastic_rounding, a); });
 }
 
-template <bool with_prior, Statistics statistics>
+template <Prior prior, Statistics statistics>
 __global__ void __launch_bounds__(kThreads, 4)
     step_kernel(const __grid_constant__ Table table, const __grid_constant__ Control c) {
+  constexpr bool with_prior = prior != Prior::kNone;
   const Entry& t = entry_of_chunk(table, blockIdx.x);
   double kl = 0;
   if (!skipped(c.options)) {
@@ -112,11 +113,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     const Draw next = draw_of(c.seed, c.counters[0] + 1, c.antithetic);
     bool finite = true;
     for_each_group_of_thread(t, [&](auto group) {
-      step_group<with_prior, statistics>(t, group, draw, next, c.stochastic_rounding, u, kl, finite);
+      step_group<prior, statistics>(t, group, draw, next, c.stochastic_rounding, u, kl, finite);
     });
     if (!finite) c.counters[2] = 1;
   } else if (with_prior) {
-    for_each_group_of_thread(t, [&](auto group) { kl_group<false>(t, group, kl); });
+    for_each_group_of_thread(t, [&](auto group) { kl_group<false, prior>(t, group, kl); });
   }
   if (with_prior) {
     kl = block_sum(kl);
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     gaussian_kl_kernel(const __grid_constant__ Table table, const __grid_constant__ Control c) {
   const Entry& t = entry_of_chunk(table, blockIdx.x);
   double kl = 0;
-  for_each_group_of_thread(t, [&](auto group) { kl_group<true>(t, group, kl); });
+  for_each_group_of_thread(t, [&](auto group) { kl_group<true, Prior::kFloats>(t, group, kl); });
   kl = block_sum(kl);
   if (threadIdx.x == 0) c.partial[blockIdx.x] = kl;
 }
@@ -208,7 +209,7 @@ using namespace distruction;
 #define DISTRUCTION_API extern "C" __attribute__((visibility("default")))
 
 // Changes with every change of the interface, so that a stale library is noticed.
-DISTRUCTION_API int32_t distruction_abi() { return 4; }
+DISTRUCTION_API int32_t distruction_abi() { return 5; }
 
 DISTRUCTION_API const char* distruction_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -244,8 +245,8 @@ DISTRUCTION_API int32_t distruction_cuda_accumulate(
 
 DISTRUCTION_API int32_t distruction_cuda_step(
     int32_t device, cudaStream_t stream, const Model* m, const Options* o, double* partial, double* kl) {
-  const auto kernel = for_variant(*m, [](auto with_prior, auto statistics) {
-    return &step_kernel<decltype(with_prior)::value, decltype(statistics)::value>;
+  const auto kernel = for_variant(*m, [](auto prior, auto statistics) {
+    return &step_kernel<decltype(prior)::value, decltype(statistics)::value>;
   });
   cudaError_t error = cudaSetDevice(device);
   int64_t partials = 0;

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import AUTO, ENVIRONMENT, MODULES, BackendUnavailable, resolve, unavailable
 from .calls import Amp, Draws, Rule, State
-from .checks import check_draws, check_evidence, check_lists, check_state, check_statistics, served
+from .checks import check_codes, check_draws, check_evidence, check_lists, check_state, check_statistics, served
 
 __all__ = [
     "AUTO",
@@ -61,6 +61,7 @@ _SCHEMAS = {
         (
             *("Tensor(a!)[] param", "Tensor(b!)[] mean", "Tensor(c!)[] std", "Tensor[] grad"),
             *("Tensor[] m1", "Tensor[] m2", *_PRIOR),
+            *("Tensor[] prior_codes", "Tensor[] prior_low", "Tensor[] prior_step"),
             *("Tensor lr", "Tensor kl_weight", "float loss_scale", *_draws("Tensor(d!)")),
             *("float max_mean_step", "float max_log_std_step", "float max_std", "bool learn_mean", "bool learn_std"),
             *_AMP,
@@ -140,7 +141,11 @@ def _accumulate(*args: Any, **kwargs: Any) -> None:
 def _step(*args: Any, **kwargs: Any) -> Tensor:
     given = _Given("step", args, kwargs)
     state, draws, param, grad = given.part(State), given.part(Draws), given["param"], given["grad"]
-    check_state(state, *(["prior_mean", "prior_std"] if state.prior_mean or state.prior_std else []))
+    if state.prior_codes:
+        check_state(state)
+        check_codes(state, draws)
+    else:
+        check_state(state, *(["prior_mean", "prior_std"] if state.prior_mean or state.prior_std else []))
     check_lists(state.mean, param=param, grad=grad)
     if state.m1 or state.m2:
         check_statistics(state, draws)
@@ -189,7 +194,8 @@ def _checked(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
     given = _Given(op, args, kwargs)
     state = given.part(State)
     others = {name: given[name] for name in ("out", "param", "grad") if name in given}
-    given_lists = {name: tensors for name, tensors in vars(state).items() if tensors and name != "mean"}
+    others_shaped = ("mean", "prior_low", "prior_step")
+    given_lists = {name: tensors for name, tensors in vars(state).items() if tensors and name not in others_shaped}
     check_lists(state.mean, **others, **given_lists)
     return state
 

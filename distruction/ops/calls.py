@@ -20,6 +20,9 @@ class State:
         m1, m2: sums of g and g * eps over an update's earlier samples; both empty where there are none. An empty ``m2``
             alone: ``m1`` holds the first gradient of an antithetic pair.
         prior_mean, prior_std: empty where there is no prior.
+        prior_codes, prior_low, prior_step: in place of ``prior_std``, for the step: its codes (uint8), with ``low`` and
+            ``step`` of each block of the whole parameter, as `distruction.compression` makes them. ``prior_mean`` is
+            then float32 or bfloat16.
     """
 
     mean: Sequence[Tensor]
@@ -28,6 +31,9 @@ class State:
     m2: Sequence[Tensor] = ()
     prior_mean: Sequence[Tensor] = ()
     prior_std: Sequence[Tensor] = ()
+    prior_codes: Sequence[Tensor] = ()
+    prior_low: Sequence[Tensor] = ()
+    prior_step: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)

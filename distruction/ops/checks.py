@@ -13,6 +13,7 @@ from ..errors import UsageError
 from . import reference
 from .backends import Backend, resolve
 from .calls import Draws, State
+from .reference.codes import BLOCK
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +59,30 @@ def check_statistics(state: State, draws: Draws) -> None:
         raise ValueError("m1 without m2 holds the first gradient of an antithetic pair; pass m2, or antithetic=True")
 
 
+def check_codes(state: State, draws: Draws) -> None:
+    """Require a prior's codes with ``low`` and ``step`` of all their blocks, and its means in one type; no stds."""
+    if state.prior_std:
+        raise ValueError("a prior has either prior_std or prior_codes; pass an empty list for the other")
+    check_lists(state.mean, prior_mean=state.prior_mean, prior_codes=state.prior_codes)
+    for name, tensors, types in (
+        ("prior_codes", state.prior_codes, (torch.uint8,)),
+        ("prior_mean", state.prior_mean, (torch.float32, torch.bfloat16)),
+    ):
+        if {t.dtype for t in tensors} - set(types) or len({t.dtype for t in tensors}) > 1:
+            raise ValueError(
+                f"{name} is of {', '.join(sorted(str(t.dtype) for t in tensors))}; beside codes it is "
+                f"{' or '.join(map(str, types))}, throughout"
+            )
+    for name, tensors in (("prior_low", state.prior_low), ("prior_step", state.prior_step)):
+        for i, (t, m, offset) in enumerate(zip(tensors, state.mean, draws.offsets, strict=True)):
+            blocks = -(-(offset + m.numel()) // BLOCK)
+            if t.dtype != torch.float32 or t.dim() != 1 or len(t) < blocks or t.device != m.device:
+                raise ValueError(
+                    f"{name}[{i}] is {t.dtype} of shape {tuple(t.shape)} on {t.device}; it is float32, one number for "
+                    f"each of at least {blocks} blocks of {BLOCK}, on {m.device}"
+                )
+
+
 def check_draws(state: State, draws: Draws) -> None:
     """Require an offset and a stream for each tensor, and the three counters."""
     if not len(draws.offsets) == len(state.mean) == len(draws.streams):
@@ -96,7 +121,13 @@ def served(backend: str, device: torch.device, state: State, **samples: Sequence
     for i, m in enumerate(state.mean):
         if m.device != device:
             raise ValueError(f"mean[{i}] is on {m.device}, the call's other tensors are on {device}")
-    for types, lists in ((_KERNEL_TYPES[:1], vars(state)), (_KERNEL_TYPES, samples)):
+    lists_of_state = dict(vars(state))
+    coded = {name: lists_of_state.pop(name) for name in ("prior_mean", "prior_codes") if state.prior_codes}
+    for types, lists in (
+        (_KERNEL_TYPES[:1], lists_of_state),
+        (_KERNEL_TYPES, samples),
+        ((torch.uint8, *_KERNEL_TYPES), coded),
+    ):
         for name, tensors in lists.items():
             if all(map(Tensor.is_contiguous, tensors)) and {t.dtype for t in tensors} <= set(types):
                 continue

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .calls import Amp, Draws, Rule, State
 
-ABI = 4
+ABI = 5
 """The interface that this version of the package speaks; ``distruction_abi()`` of a library must be the same."""
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -34,7 +34,11 @@ _ARRAYS = (
     "m1",
     "m2",
     "prior_mean",
+    "prior_mean_type",
     "prior_std",
+    "prior_codes",
+    "prior_low",
+    "prior_step",
     "grad_mean",
     "grad_std",
 )
@@ -110,7 +114,7 @@ def model(state: State, draws: Draws | None = None, **lists: Sequence[Tensor]) -
     for name, tensors in {**vars(state), **lists}.items():
         if tensors:
             arrays[name] = array("q", map(Tensor.data_ptr, tensors))
-        if tensors and name in ("param", "grad"):
+        if tensors and name in ("param", "grad", "prior_mean"):
             arrays[name + "_type"] = array("q", [_TYPES[t.dtype] for t in tensors])
     filled = Model(tensors=n, **{name: values.buffer_info()[0] for name, values in arrays.items()})
     if draws:

@@ -56,7 +56,8 @@ class BGD(Saved):
         antithetic: draw eps and -eps in turn, which cancels noise in the statistics of an even K.
         prior: the frozen posterior of preparation. With it the objective is
             (1 - kl_weight) * data_per_step * loss + kl_weight * KL(q || prior). A prior that is compressed or on
-            another device (`Posterior.compress`, `Posterior.to`) stays so, and each step restores it piece by piece.
+            another device (`Posterior.compress`, `Posterior.to`) stays so; each step reads its codes as they are, and
+            moves or restores anything else piece by piece.
         kl_weight: lambda in [0, 1], float or scalar tensor; goes with ``prior``, and ``prior`` with it (0 where a
             schedule is to raise it).
         max_mean_step: trust region, largest |change of mean| per step in units of std (infinity: off).

@@ -14,8 +14,8 @@ from ..sharding import Pieces, are_ordinary, is_sharded, layout, local
 from .counters import advance
 
 STREAMED_ELEMENTS = 2**24
-"""Elements of a prior that is not at hand in float32 which are restored at a time, in whole tensors: 64 MiB each for
-mean and std."""
+"""Elements of a prior that a step does not read as it is stored which are restored at a time, in whole tensors: 64 MiB
+each for mean and std."""
 
 RULE = ("max_mean_step", "max_log_std_step", "max_std", "learn_mean", "learn_std")
 """A group's options that the update rule takes under their own names."""
@@ -98,14 +98,12 @@ class Members:
             counters[0] += (ranks - 1) * group["mc_samples"] - 1
             counters[1] = counters[1] * ranks - 1
             grads, amp = [torch.zeros_like(m) for m in self.mean], ops.Amp()
-        pairs = [] if prior is None else [prior.fetch(name, counters.device) for name in names]
-        at_prior = [self.pieces.of([pair[i] for pair in pairs]) if pairs else [] for i in range(2)]
         sign = -1 if group["maximize"] else 1
         named = {name: group[name] for name in RULE}
         kl = ops.step(
             self.outs,
             grads,
-            self._state(*statistics, *at_prior),
+            self._state(*statistics, **self._prior(prior, names, counters.device)),
             self._draws(counters),
             ops.Rule(*scalars, loss_scale=sign * group["data_per_step"], **named),
             amp,
@@ -137,8 +135,20 @@ class Members:
         # A sample of mean 0 and std m1 is m1 * eps.
         ops.sample(m2, ops.State([torch.zeros_like(m) for m in m1], m1), draws, backend=self.group["backend"])
 
-    def _state(self, *others: list[Tensor]) -> ops.State:
-        return ops.State(self.mean, self.std, *others)
+    def _state(self, *statistics: list[Tensor], **prior: list[Tensor]) -> ops.State:
+        return ops.State(self.mean, self.std, *statistics, **prior)
+
+    def _prior(self, prior: Posterior | None, names: Sequence[str], device: torch.device) -> dict[str, list[Tensor]]:
+        """The prior's lists, with its codes where it is kept so."""
+        if prior is None or not names:
+            return {}
+        of, repeated = self.pieces.of, self.pieces.repeated
+        if not prior.is_in_codes():
+            means, stds = zip(*(prior.fetch(name, device) for name in names), strict=True)
+            return {"prior_mean": of(means), "prior_std": of(stds)}
+        means, codes = zip(*(prior.fetch_stored(name, device) for name in names), strict=True)
+        blocks = {f"prior_{name}": repeated([getattr(c, name) for c in codes]) for name in ("low", "step")}
+        return {"prior_mean": of(means), "prior_codes": of([c.codes for c in codes]), **blocks}
 
     def _draws(self, counters: Tensor) -> ops.Draws:
         group, pieces = self.group, self.pieces

@@ -241,14 +241,15 @@ def _kept(elements: int, storage: str) -> int:
 
 
 def _restored(elements: Sequence[int], options: Options, streamed: bool) -> int:
-    """Bytes of the piece of the prior that an update restores to float32 at a time."""
+    """Bytes of the piece of the prior that an update moves or restores to float32 at a time."""
     kept = (options.prior_mean, options.prior_std)
-    each = [4 if streamed or storage != "float32" else 0 for storage in kept]
     largest = max(elements)
     piece = largest if options.release_gradients else min(sum(elements), max(STREAMED_ELEMENTS, largest))
+    if options.prior_std == "log8":  # read as it is stored
+        return sum(_kept(piece, storage) for storage in kept) if streamed else 0
+    each = [4 if streamed or storage != "float32" else 0 for storage in kept]
     moved = sum(_kept(piece, storage) for storage in kept if storage != "float32") if streamed else 0
-    root = 4 * largest if options.prior_std == "log8" else 0  # a factor of the value that is decoded
-    return piece * sum(each) + moved + root
+    return piece * sum(each) + moved
 
 
 def _advice(

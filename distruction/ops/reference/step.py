@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Amp, Draws, Rule, State
+from .codes import decode
 from .kl import kl_terms
 from .sample import normals, sample
 
@@ -75,11 +76,19 @@ def step(param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: D
         if not skip:
             _update(i, unscale(grad[i], amp, m.dtype), state, draws, rule)
         if state.prior_mean:
-            total += kl_terms(m, s, state.prior_mean[i], state.prior_std[i])[0].sum(dtype=torch.float64)
+            total += kl_terms(m, s, *prior_of(state, draws, i))[0].sum(dtype=torch.float64)
     if not skip:
         advance(draws.counters)
         sample(param, state, draws)
     return total
+
+
+def prior_of(state: State, draws: Draws, i: int) -> tuple[Tensor, Tensor]:
+    """The prior's mean and std of tensor ``i``, in the state's type."""
+    if not state.prior_codes:
+        return state.prior_mean[i], state.prior_std[i]
+    std = decode(state.prior_codes[i], state.prior_low[i], state.prior_step[i], draws.offsets[i])
+    return state.prior_mean[i].to(state.mean[i].dtype), std.to(state.mean[i].dtype)
 
 
 def _update(i: int, grad: Tensor, state: State, draws: Draws, rule: Rule) -> None:
@@ -96,7 +105,7 @@ def _update(i: int, grad: Tensor, state: State, draws: Draws, rule: Rule) -> Non
     if not state.prior_mean:
         a = 0.5 * std * s2
     else:
-        prior_mean, prior_std = state.prior_mean[i], state.prior_std[i]
+        prior_mean, prior_std = prior_of(state, draws, i)
         s1, s2 = (1.0 - kl_weight) * s1, (1.0 - kl_weight) * s2
         d = (std - prior_std) / prior_std
         a = 0.5 * (std * s2 + kl_weight * d * (2.0 + d))
