@@ -13,6 +13,7 @@ from . import damage, distributed, objectives
 from .describe import described
 from .errors import PosteriorError, UsageError
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
+from .loop.step import require_count
 from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
@@ -135,7 +136,7 @@ def forget(
     given = 0.5 if isinstance(kl_weight, str) else kl_weight
     if not automatic and (isinstance(kl_weight, str) or not 0 <= kl_weight <= 1):
         raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}, or 'auto'")
-    if level is not None and not 0 < level < 1:
+    if level is not None and not (isinstance(level, int | float) and 0 < level < 1):
         raise UsageError(f"level must be a probability in (0, 1), not {level}")
     if level is not None and not automatic:
         raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
@@ -145,12 +146,19 @@ def forget(
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:
         raise UsageError(f"lr must be > 0 and finite, not {lr}")
-    if steps is not None and steps < 1:
-        raise UsageError(f"steps must be >= 1, not {steps}")
+    if steps is not None:
+        require_count("steps", steps)
+    if isinstance(objective, type):
+        name = objective.__name__
+        raise UsageError(f"the objective is the class {name}: pass one made of it, {name}(...)")
     if not isinstance(mc_samples, int) or mc_samples < 0:
         raise UsageError(f"mc_samples must be an integer >= 0 (0: at the means), not {mc_samples!r}")
     if isinstance(previous, ForgetReport):
         previous = previous.posterior
+    if not isinstance(posterior, Posterior):
+        raise UsageError(f"posterior must be a Posterior, not a {type(posterior).__name__}: that of preparation")
+    if previous is not None and not isinstance(previous, Posterior):
+        raise UsageError(f"previous must be a ForgetReport or a Posterior, not a {type(previous).__name__}")
     identity = posterior.fingerprint()
     _check_previous(previous, identity)
     origin = posterior if previous is None else previous

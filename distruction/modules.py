@@ -74,6 +74,8 @@ def names_within(model: nn.Module) -> dict[str, str]:
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters of ``model`` by the bare model's names (`names_within`), frozen ones too, tied ones once."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     found = dict(model.named_parameters())
     return {bare: found[name] for bare, name in names_within(model).items()}
 

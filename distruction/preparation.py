@@ -28,6 +28,7 @@ from .loop import (
 )
 from .loop.batches import unpack
 from .loop.counts import label_counts
+from .loop.step import require_count
 from .modules import fingerprint, learnable, require_suitable
 from .optim import BGD
 from .posterior import Posterior
@@ -129,8 +130,9 @@ def prepare(
     gauss_newton = method == "gauss-newton"
     if steps is None:
         steps = METHODS[method]
-    elif steps < 1:
-        raise UsageError(f"steps must be >= 1, not {steps}")
+    require_count("steps", steps)
+    if isinstance(loss_fn, type):
+        raise UsageError(f"loss_fn is the class {loss_fn.__name__}: pass one made of it, {loss_fn.__name__}(...)")
     if loss_fn is not None and likelihood is not None:
         raise UsageError("loss_fn and likelihood both say what the loss is; pass one of them")
     if mc_samples is None:
@@ -158,8 +160,7 @@ def prepare(
         raise UsageError(
             "the loader does not say how many examples it draws: pass num_examples= (training examples, e.g. 50_000)"
         )
-    if examples < 1:
-        raise UsageError(f"num_examples must be >= 1, not {examples}")
+    require_count("num_examples", examples)
     if evidence == "auto":
         evidence = sum(p.numel() for p in learnable(model).values()) / (2 * TOLERANCE * examples)
     if std_init == "auto" and not gauss_newton:

@@ -180,12 +180,14 @@ def unpack(batch: Any, role: Role) -> tuple[Inputs, Tensor]:
         )
     inputs, targets = pair
     tensors = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
-    for name, value in {**tensors, "targets": targets}.items():
+    entries = {**tensors, "targets": targets}
+    for name, value in entries.items():
         if not isinstance(value, Tensor):
             raise UsageError(
                 f"{name} in a batch of {role.name} is a {type(value).__name__}; the loader must give (inputs, targets) "
                 "pairs of tensors or a mapping of tensors: convert it or leave it out in the loader's collate_fn"
             )
+    for name, value in entries.items():
         if value.ndim == 0 or targets.ndim == 0 or len(value) != len(targets):
             raise UsageError(
                 f"a batch of {role.name} has {len(value) if value.ndim else 'a scalar as'} {name} and "

@@ -35,6 +35,8 @@ class Checkpoint:
     keep: bool = False
 
     def __post_init__(self) -> None:
+        if not self.seconds >= 0:
+            raise UsageError(f"checkpoint_seconds must be >= 0, not {self.seconds}")
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"checkpoint_steps must be >= 1, not {self.steps}")
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    Dataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -59,6 +61,16 @@ def check_loader(loader: Any, role: Role, steps: int) -> None:
             f"the loader of {role.name} is a {type(loader).__name__}, which cannot be iterated over: pass a DataLoader "
             "or a list of batches"
         )
+    if isinstance(loader, Dataset):
+        raise UsageError(
+            f"the loader of {role.name} is a {type(loader).__name__}, a data set and no loader of batches: pass "
+            "DataLoader(it, batch_size=64, shuffle=True)"
+        )
+    if isinstance(loader, str | bytes | Mapping | Tensor):
+        raise UsageError(
+            f"the loader of {role.name} is a {type(loader).__name__}, which cannot be read as batches: pass a "
+            "DataLoader or a list of batches"
+        )
     length, examples = _size(loader), examples_in(loader)
     if length == 0 or examples == 0:
         raise UsageError(why_empty(loader, role, 0))
@@ -87,6 +99,10 @@ def examples_in(loader: Any) -> int | None:
     sampler = _index_sampler(loader)
     if isinstance(sampler, list | tuple):  # of batches of indices
         return sum(map(len, sampler))
+    if type(sampler) in (SequentialSampler, RandomSampler) and sampler is loader.sampler and loader.batch_size is None:
+        # The data set gives batches.
+        whole = isinstance(dataset, list | tuple) and _size(sampler) == len(dataset)
+        return _in_batches(dataset) if whole else None
     drawn = _size(sampler) if sampler is not None else None
     if drawn is not None and hasattr(dataset, "__getitem__"):
         if sampler is getattr(loader, "batch_sampler", None):  # of one's own

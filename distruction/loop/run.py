@@ -239,6 +239,11 @@ class Sampled:
             raise UsageError(
                 f"{self._role.loss} must return one mean loss, not {found}; a loss per example wants .mean()"
             )
+        if not loss.requires_grad:
+            raise UsageError(
+                f"{self._role.loss} returns a loss without a gradient: compute it from the logits by functions that "
+                "have one"
+            )
 
     def _nonfinite(self, loss: float) -> "_LossNotFinite":
         return _LossNotFinite(f"the loss is {loss} at step {self._step}; {_ADVICE}")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..errors import UsageError
 from ..optim import BGD
 
 
@@ -42,6 +43,16 @@ class Step:
 
 class Terminated(BaseException):
     """Raised by a callback: the process is to end now, after a checkpoint."""
+
+
+def require_count(name: str, value: object) -> None:
+    """Raise unless the value is a whole number >= 1.
+
+    Raises:
+        UsageError: names it.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} must be an integer >= 1, not {value!r}")
 
 
 Callback = Callable[[Step], Any]
