@@ -214,7 +214,7 @@ def prepare(
         callback=callback,
         progress=progress,
         role=TRAINING,
-        labels=likelihood is None or isinstance(likelihood, Categorical),
+        labels=None if loss_fn is not None else likelihood is None or isinstance(likelihood, Categorical),
         shown=loss.shown if gauss_newton else None,
     )
     posterior = optimizer.posterior(copy=False)
