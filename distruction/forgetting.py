@@ -105,7 +105,8 @@ def forget(
             records of each of its labels as p says that there were, and not those of all labels, or, where p does not
             say, where it has at most half of the labels that the model knows.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
-            must itself leave out what was forgotten earlier.
+            must itself leave out what was forgotten earlier. With a callable and a given ``kl_weight`` targets may be
+            anything: several labels, values, maps.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
             for a class and 50 for records.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
@@ -167,6 +168,11 @@ def forget(
     check_loader(loader, FORGET_SET, STEPS if steps is None else steps)
     posterior.check(model)
     data = examined(loader, next(model.parameters()).device, seed=seed)
+    if automatic and not data.counts and not isinstance(objective, str):
+        raise UsageError(
+            "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
+            "numbers: pass kl_weight (lambda)"
+        )
     kind = _kind(request, data, posterior, model)
     if steps is None:
         steps = (MOST_STEPS if kind == "class" else STEPS_FOR_RECORDS) if automatic else STEPS
@@ -253,6 +259,7 @@ def forget(
             progress=progress,
             role=FORGET_SET,
             needs_inputs=needs_inputs,
+            labels=True if isinstance(objective, str) else None,
             controller=control,
             before_passes=teacher if isinstance(teacher, SameModel) else None,
         )

@@ -221,7 +221,7 @@ def prepare(
         callback=callback,
         progress=progress,
         role=TRAINING,
-        labels=labelled,
+        labels=None if loss_fn is not None else labelled,
         shown=loss.shown if gauss_newton else None,
     )
     posterior = optimizer.posterior(copy=False)

@@ -50,7 +50,7 @@ def run(
     progress: bool,
     role: Role,
     needs_inputs: bool = False,
-    labels: bool = True,
+    labels: bool | None = True,
     shown: Callable[[Tensor, Tensor], Tensor] | None = None,
     controller: Controller | None = None,
     before_passes: Callable[[Inputs], object] | None = None,
@@ -63,7 +63,7 @@ def run(
         schedule: sets the optimizer's options before each step from the history so far.
         role: what the data is.
         needs_inputs: ``loss_fn`` uses the inputs.
-        labels: the targets are class numbers, whose range is checked.
+        labels: the targets are class numbers, whose range is checked; ``None``: if they are a vector of integers.
         shown: ``(logits, targets) -> mean loss`` to report where it is not the one that is minimised.
         controller: steers the run; it is asked after ``schedule``.
         before_passes: called with each batch's inputs (of the whole batch where ``needs_inputs``) before the model's
@@ -171,13 +171,15 @@ class Sampled:
         gradients: Gradients,
         role: Role,
         step: int,
-        labels: bool,
+        labels: bool | None,
         shown: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> None:
         self._model, self._batch, self._loss_fn, self._shown = model, batch, loss_fn, shown
         self._gradients = gradients
         self._role = role
         self._step = step
+        if labels is None:
+            labels = batch.targets.ndim == 1 and not batch.targets.dtype.is_floating_point
         self._labels = Labels(batch.targets, role, step) if labels else None
         self._figures: list[Tensor] = []
         gradients.norms.clear()
