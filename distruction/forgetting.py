@@ -4,14 +4,17 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from . import distributed, objectives
+from .depth import COSINE, DepthAscent, Dispersed
 from .describe import described
 from .errors import PosteriorError, UsageError
+from .features import Features
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
 from .modules import deterministic, learnable
 from .optim import BGD
@@ -44,6 +47,7 @@ class ForgetReport:
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
         advice: what to do where it is not reached.
+        cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
     posterior: Posterior
@@ -55,6 +59,7 @@ class ForgetReport:
     probability: float | None
     reached: bool | None
     advice: str = ""
+    cosine: float | None = None
 
 
 def forget(
@@ -68,6 +73,9 @@ def forget(
     steps: int | None = None,
     kl_weight: float | Literal["auto"] = "auto",
     level: float | None = None,
+    depth: Literal["features"] | None = None,
+    cosine_level: float | None = None,
+    classifier: str | None = None,
     data_per_step: float = 100.0,
     lr: float = 1.0,
     mc_samples: int = 0,
@@ -108,6 +116,11 @@ def forget(
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
             not seen is likely to be: that of samples of p, from its metadata, or 0.9.
+        depth: ``features``: a class is also dispersed in front of the classifier, where a few examples would find it
+            again although no logit shows it (`distruction.depth`).
+        cosine_level: mean cosine similarity in (-1, 1) of the forget set's penultimate features to end at with
+            ``depth``; ``None`` is 0.3.
+        classifier: name of the layer that gives the logits, for ``depth``; ``None`` looks for it.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
         lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps.
         mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
@@ -138,6 +151,14 @@ def forget(
         raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
+    if depth not in (None, "features"):
+        raise UsageError(f"depth must be 'features' or None, not {depth!r}")
+    if depth is None and not (cosine_level is None and classifier is None):
+        raise UsageError("cosine_level and classifier are for depth='features': pass that too, or leave them out")
+    if cosine_level is None:
+        cosine_level = COSINE
+    elif not -1 < cosine_level < 1:
+        raise UsageError(f"cosine_level must be a cosine in (-1, 1), not {cosine_level}")
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:
@@ -157,6 +178,11 @@ def forget(
     posterior.check(model)
     data = examined(loader, next(model.parameters()).device, seed=seed)
     kind = _kind(request, data, posterior, model)
+    if depth is not None and kind == "records":
+        raise UsageError(
+            "depth='features' disperses whole classes, and these records' classes live on: leave it out, or say "
+            "request='class' if the classes are to go"
+        )
     if steps is None:
         steps = (MOST_STEPS if kind == "class" else STEPS_FOR_RECORDS) if automatic else STEPS
     cycle = min(CYCLE, steps) if automatic else steps
@@ -170,6 +196,8 @@ def forget(
         "mc_samples": mc_samples,
         "seed": seed,
     }
+    if depth is not None:
+        settings |= {"depth": depth, "cosine_level": cosine_level, "classifier": classifier}
     run_of = {**settings, "request": request, "objective": described(objective), "prior": identity}
     if previous is not None:
         run_of["previous"] = previous.fingerprint()
@@ -180,7 +208,8 @@ def forget(
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
     unlearn = objectives.resolve(objective, model, prior if previous is None else before, sorted({*earlier, *removed}))
-    probability = Probability(model, data, removed or None)
+    features = None if depth is None else Features(model, classifier)
+    probability = Probability(model, data, removed or None, features)
     level = _level(level, kind, posterior) if automatic else None
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
@@ -210,6 +239,8 @@ def forget(
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
 
+    dispersed = None if features is None else Dispersed(loss_fn, features)
+
     start = time.perf_counter()
     control = None
     if level is not None:
@@ -224,33 +255,38 @@ def forget(
         if point.load(model) is None:
             with deterministic(model):
                 control.value = probability()
+    deepening = None
+    if dispersed is not None:
+        deepening = DepthAscent(dispersed, probability, level=cosine_level, strength=control, cycle=cycle)
     idle = control is not None and kind == "records" and control.value <= control.level
     history: list[Step] = []
     if idle:
         optimizer = make_optimizer(None)
     else:
-        optimizer, history = run(
-            model,
-            loader,
-            loss_fn,
-            make_optimizer,
-            steps=steps,
-            seed=seed,
-            checkpoint=point,
-            schedule=schedule,
-            callback=callback,
-            progress=progress,
-            role=FORGET_SET,
-            needs_inputs=needs_inputs,
-            controller=control,
-            before_passes=teacher if isinstance(teacher, SameModel) else None,
-        )
+        with features or nullcontext():
+            optimizer, history = run(
+                model,
+                loader,
+                dispersed or loss_fn,
+                make_optimizer,
+                steps=steps,
+                seed=seed,
+                checkpoint=point,
+                schedule=schedule,
+                callback=callback,
+                progress=progress,
+                role=FORGET_SET,
+                needs_inputs=needs_inputs,
+                controller=deepening or control,
+                before_passes=teacher if isinstance(teacher, SameModel) else None,
+                after_forward=None if features is None else features.gather,
+            )
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
     value = None
     if data.counts:
-        with deterministic(model):
+        with deterministic(model), features or nullcontext():
             value = probability()
     found = {"labels": {str(c): n for c, n in data.counts.items()}, "records": data.records, "request": kind}
     result.metadata = {
@@ -266,7 +302,13 @@ def forget(
     point.remove()
     reached = None if level is None or value is None else value <= level
     advice = _advice(control, len(history), steps) if control is not None and not reached else ""
-    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice)
+    features_cosine = None
+    if deepening is not None and value is not None:
+        features_cosine = result.metadata["cosine"] = probability.cosine
+        if features_cosine > deepening.level:
+            advice = advice or deepening.advice(len(history), steps)
+            reached = False
+    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice, features_cosine)
 
 
 def _check_previous(previous: Posterior | None, identity: str) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
+from .features import Features, mean_cosine
 from .loop import FORGET_SET, Batches, Step
 from .loop.batches import Batching, Inputs, apply, call
 from .loop.loaders import restarted
@@ -119,10 +120,22 @@ class Probability:
         model: in eval mode when it is called.
         data: of the forget set.
         labels: the classes to be forgotten; ``None``: each example's own label.
+        features: where given, and active, each call also finds ``cosine``.
+
+    Attributes:
+        cosine: mean cosine similarity of the features of pairs with one label (`distruction.features.mean_cosine`).
     """
 
-    def __init__(self, model: nn.Module, data: ForgetSet, labels: Sequence[int] | None) -> None:
-        self._model, self._data, self._labels = unwrapped(model), data, labels
+    cosine = 1.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ForgetSet,
+        labels: Sequence[int] | None,
+        features: Features | None = None,
+    ) -> None:
+        self._model, self._data, self._labels, self._features = unwrapped(model), data, labels, features
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -133,16 +146,30 @@ class Probability:
         """
         torch.clear_autocast_cache()
         reshard(self._model)
-        values = []
+        values, seen = [], []
+        features = self._features if self._features is not None and self._features.active else None
+        classes = 0
+
+        def answer(part: Inputs) -> Tensor:
+            nonlocal classes
+            logits = logits_of(call(self._model, part))
+            classes = logits.shape[-1]
+            return logits if features is None else torch.cat([logits, features.take()], dim=-1)
+
         for start in range(0, len(self._data.targets), self._data.batch_size):
             rows = slice(start, start + self._data.batch_size)
             inputs = _rows(self._data.inputs, rows)
-            logits = distributed.by_rows(lambda part: logits_of(call(self._model, part)), inputs)
+            logits = distributed.by_rows(answer, inputs)
+            if features is not None:
+                logits, rows_of_features = logits[:, :classes], logits[:, classes:]
+                seen.append(rows_of_features.float())
             p = self._checked(logits).double().softmax(dim=-1)
             own = self._data.targets[rows, None]
             values.append((p.gather(-1, own) if self._labels is None else p[:, list(self._labels)]).sum(dim=-1))
         torch.clear_autocast_cache()
         reshard(self._model)
+        if seen:
+            self.cosine = mean_cosine(torch.cat(seen), self._data.targets).item()
         return torch.cat(values).mean().item()
 
     def _checked(self, logits: Tensor) -> Tensor:
