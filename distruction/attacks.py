@@ -331,3 +331,68 @@ def _check(**counts: int) -> None:
     for name, count in counts.items():
         if not isinstance(count, int) or count < 1:
             raise UsageError(f"{name} must be an integer >= 1, not {count!r}")
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+COLUMNS = {
+    "retain": "D_r",
+    "forget": "D_f",
+    "prototype_5": "prototype, 5",
+    "prototype_50": "prototype, 50",
+    "few_shot_20": "few shots, 20 steps",
+    "few_shot_100": "few shots, 100 steps",
+    "relearn_100": "relearning, 100 steps",
+    "linear_probe": "linear probe",
+    "auc_loss": "loss AUC",
+    "auc_lira": "LiRA AUC",
+    "bf16": "bf16",
+    "int8": "int8",
+    "int4": "int4",
+    "distance": "L2 distance",
+    "barrier": "barrier, nats",
+}
+"""What `battery` finds, and what it is called in tables."""
+
+
+def battery(
+    model: nn.Module,
+    train: tuple[Examples, Examples],
+    test: tuple[Examples, Examples],
+    whole: Examples,
+    *,
+    original: nn.Module | None = None,
+    out_models: Sequence[nn.Module] = (),
+    seed: int = 0,
+    classifier: str | None = None,
+) -> dict[str, float]:
+    """All attacks with their usual settings, by the names of `COLUMNS`.
+
+    Args:
+        train, test: the forgotten and the retained part of each.
+        whole: both parts of ``train``, for the linear probe.
+        original: the model before it forgot, for the distance and the barrier on the retained training examples.
+        out_models: models that never saw the forget set, for LiRA.
+    """
+    (forget, retain), (probe, others) = train, test
+    found = {
+        "retain": metrics.accuracy(*metrics.predict(model, loader(others, batch_size=512))),
+        "forget": metrics.accuracy(*metrics.predict(model, loader(probe, batch_size=512))),
+    }
+    for shots in (5, 50):
+        found[f"prototype_{shots}"] = prototype(
+            model, forget, retain, probe, shots=shots, seed=seed, classifier=classifier
+        )
+    for steps in (20, 100):
+        found[f"few_shot_{steps}"] = few_shot(model, forget, probe, steps=steps, seed=seed)
+    found["relearn_100"] = relearn(model, retain, probe, seed=seed)
+    found["linear_probe"] = linear_probe(model, whole, probe, classifier=classifier)
+    found["auc_loss"] = loss_membership(model, forget, probe)
+    if out_models:
+        found["auc_lira"] = lira(model, forget, probe, out_models)
+    for how in ROUNDINGS:
+        found[how] = rounding(model, probe, how)
+    if original is not None:
+        found["distance"] = distance(model, original)
+        found["barrier"] = barrier(model, original, retain)
+    return found

@@ -11,7 +11,8 @@ is, so that c, *at the means*, ends at its level:
 
     log S += rate * clip((c - aim) / scale, -2, 2)    after each step,
 
-not raised while c is falling by itself.
+not raised while c is falling by itself, at rates that follow the step size down in each cycle. The two constraints pull
+at the same weights, so that all goes more slowly than for the logits alone: longer cycles, smaller steps.
 """
 
 import math
@@ -21,17 +22,18 @@ from typing import Any
 from torch import Tensor
 
 from .features import Features, mean_cosine
-from .loop import Step
+from .loop import Step, cosine
 from .optim import BGD
-from .strength import CYCLE, STEPS_BETWEEN_LOOKS, DualAscent, Probability
+from .strength import STEPS_BETWEEN_LOOKS, DualAscent, Probability
 
-COSINE = 0.3
+COSINE = 0.25
 """Mean cosine at which the features of a class count as dispersed."""
+CYCLE, SPEED = 100, 0.5
+"""Steps in which the step size decays to zero, and its factor at their start."""
 MARGIN, SCALE, FALLING, CLIP = 0.05, 0.1, 0.02, 2.0
 """The ascent aims so far under the level; the difference that counts as 1; by what c falls where it falls by itself."""
-RATE_UP, RATE_DOWN = 0.05, 0.1
-"""Slower than the ascent of R: features follow the weights of many layers."""
-START, LEAST, MOST = 100.0, 1.0, 1e5
+RATE = 0.03
+START, LEAST, MOST = 1000.0, 1.0, 1e5
 """S at the start, and its bounds, in data points."""
 
 
@@ -118,11 +120,10 @@ class DepthAscent:
             if self._strength is None:
                 self._probability()
             self._before, self.value = self.value, self._probability.cosine
+        pace = cosine((len(history) - 1) % self._cycle, self._cycle)
         excess = min(max((self.value - self._aim) / SCALE, -CLIP), CLIP)
-        if excess < 0:
-            self.log_points += RATE_DOWN * excess
-        elif self.value > self._before - FALLING:
-            self.log_points += RATE_UP * excess
+        if excess < 0 or self.value > self._before - FALLING:
+            self.log_points += pace * RATE * excess
         self.log_points = min(max(self.log_points, math.log(LEAST)), math.log(MOST))
         return settled and self.reached
 

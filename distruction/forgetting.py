@@ -11,7 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from . import distributed, objectives
-from .depth import COSINE, DepthAscent, Dispersed
+from .depth import COSINE, SPEED, DepthAscent, Dispersed
+from .depth import CYCLE as DEEP_CYCLE
 from .describe import described
 from .errors import PosteriorError, UsageError
 from .features import Features
@@ -119,10 +120,11 @@ def forget(
         depth: ``features``: a class is also dispersed in front of the classifier, where a few examples would find it
             again although no logit shows it (`distruction.depth`).
         cosine_level: mean cosine similarity in (-1, 1) of the forget set's penultimate features to end at with
-            ``depth``; ``None`` is 0.3.
+            ``depth``; ``None`` is 0.25.
         classifier: name of the layer that gives the logits, for ``depth``; ``None`` looks for it.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
-        lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps.
+        lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps
+            (with ``depth`` it starts at half of it, in cycles of 100).
         mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
             E_q[U] by so many samples, each with a forward and a backward pass (even numbers use antithetic pairs), and
             the stds learned with the means.
@@ -185,7 +187,8 @@ def forget(
         )
     if steps is None:
         steps = (MOST_STEPS if kind == "class" else STEPS_FOR_RECORDS) if automatic else STEPS
-    cycle = min(CYCLE, steps) if automatic else steps
+    cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
+    speed = lr if depth is None else SPEED * lr
     settings = {
         "objective": objectives.name_of(objective),
         "steps": steps,
@@ -231,7 +234,7 @@ def forget(
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(len(history) % cycle, cycle)
+            group["lr"] = speed * cosine(len(history) % cycle, cycle)
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
     teacher = getattr(unlearn, "teacher", None)
@@ -251,6 +254,7 @@ def forget(
             most=_largest_ratio(posterior),
             cycle=cycle,
             gently=kind == "records",
+            paced=depth is not None,
         )
         if point.load(model) is None:
             with deterministic(model):

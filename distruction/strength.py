@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import distributed
 from .errors import UsageError
 from .features import Features, mean_cosine
-from .loop import FORGET_SET, Batches, Step
+from .loop import FORGET_SET, Batches, Step, cosine
 from .loop.batches import Batching, Inputs, apply, call
 from .loop.loaders import restarted
 from .modules import logits_of, unwrapped
@@ -204,6 +204,7 @@ class DualAscent:
         cycle: steps in which the step size decays to zero.
         gently: start from the smallest R, aim at the level itself and end as soon as it holds: what is not asked for is
             left undone.
+        paced: let the rates follow the step size down in each cycle, as what steps cannot follow winds R up.
 
     Attributes:
         value: v at the last look.
@@ -220,7 +221,9 @@ class DualAscent:
         most: float,
         cycle: int = CYCLE,
         gently: bool = False,
+        paced: bool = False,
     ) -> None:
+        self._paced = paced
         self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently
         odds = (1.0 if gently else MARGIN) * level / (1 - level)
         self._aim = odds / (1 + odds)
@@ -257,10 +260,11 @@ class DualAscent:
         if looks:
             self._before, self.value = self.value, self._probability()
         excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
+        pace = cosine((len(history) - 1) % self._cycle, self._cycle) if self._paced else 1.0
         if excess < 0:
-            self.log_ratio += RATE_DOWN * excess
+            self.log_ratio += pace * RATE_DOWN * excess
         elif self.value >= FALLING * self._before:
-            self.log_ratio += RATE_UP * excess
+            self.log_ratio += pace * RATE_UP * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
         self.settled = (looks if self._gently else ends) and self.value <= self.level
         return self.settled
