@@ -363,6 +363,7 @@ def battery(
     *,
     original: nn.Module | None = None,
     out_models: Sequence[nn.Module] = (),
+    draws: int = DRAWS,
     seed: int = 0,
     classifier: str | None = None,
 ) -> dict[str, float]:
@@ -373,6 +374,7 @@ def battery(
         whole: both parts of ``train``, for the linear probe.
         original: the model before it forgot, for the distance and the barrier on the retained training examples.
         out_models: models that never saw the forget set, for LiRA.
+        draws: of the few examples.
     """
     (forget, retain), (probe, others) = train, test
     found = {
@@ -381,10 +383,10 @@ def battery(
     }
     for shots in (5, 50):
         found[f"prototype_{shots}"] = prototype(
-            model, forget, retain, probe, shots=shots, seed=seed, classifier=classifier
+            model, forget, retain, probe, shots=shots, draws=draws, seed=seed, classifier=classifier
         )
     for steps in (20, 100):
-        found[f"few_shot_{steps}"] = few_shot(model, forget, probe, steps=steps, seed=seed)
+        found[f"few_shot_{steps}"] = few_shot(model, forget, probe, steps=steps, draws=draws, seed=seed)
     found["relearn_100"] = relearn(model, retain, probe, seed=seed)
     found["linear_probe"] = linear_probe(model, whole, probe, classifier=classifier)
     found["auc_loss"] = loss_membership(model, forget, probe)

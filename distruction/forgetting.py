@@ -22,7 +22,8 @@ from .optim import BGD
 from .posterior import Posterior
 from .preparation import total_evidence
 from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
-from .teachers import SameModel
+from .targets import ADVANTAGE, CORRECTED, TARGETS, Advantage, Unseen, quantiles_of
+from .teachers import AtMeans, SameModel
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
@@ -48,6 +49,8 @@ class ForgetReport:
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
         advice: what to do where it is not reached.
+        advantage: with ``target="unseen"``, an attacker's by the log-odds (`distruction.targets.Advantage`), which
+            ``level`` then bounds in place of the probability.
         cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
@@ -61,6 +64,7 @@ class ForgetReport:
     reached: bool | None
     advice: str = ""
     cosine: float | None = None
+    advantage: float | None = None
 
 
 def forget(
@@ -70,6 +74,7 @@ def forget(
     *,
     previous: "Posterior | ForgetReport | None" = None,
     request: Literal["auto", "class", "records"] = "auto",
+    target: Literal["gone", "unseen", "corrected"] | None = None,
     objective: str | objectives.Objective = objectives.DEFAULT,
     steps: int | None = None,
     kl_weight: float | Literal["auto"] = "auto",
@@ -109,6 +114,9 @@ def forget(
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, or, where p does not say, where it has at most half
             of the labels that the model knows.
+        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``unseen``, these records, as if
+            the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``, the
+            labels of these records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
@@ -153,6 +161,8 @@ def forget(
         raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
+    if target is not None:
+        request, level = _of_target(target, request, level, objective)
     if depth not in (None, "features"):
         raise UsageError(f"depth must be 'features' or None, not {depth!r}")
     if depth is None and not (cosine_level is None and classifier is None):
@@ -186,7 +196,8 @@ def forget(
             "request='class' if the classes are to go"
         )
     if steps is None:
-        steps = (MOST_STEPS if kind == "class" else STEPS_FOR_RECORDS) if automatic else STEPS
+        gentle = kind == "records" and target is None
+        steps = (STEPS_FOR_RECORDS if gentle else MOST_STEPS) if automatic else STEPS
     cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
     speed = lr if depth is None else SPEED * lr
     settings = {
@@ -199,6 +210,8 @@ def forget(
         "mc_samples": mc_samples,
         "seed": seed,
     }
+    if target is not None:
+        settings["target"] = target
     if depth is not None:
         settings |= {"depth": depth, "cosine_level": cosine_level, "classifier": classifier}
     run_of = {**settings, "request": request, "objective": described(objective), "prior": identity}
@@ -210,9 +223,16 @@ def forget(
     removed = sorted(data.counts) if kind == "class" else []
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
-    unlearn = objectives.resolve(objective, model, prior if previous is None else before, sorted({*earlier, *removed}))
+    first = prior if previous is None else before
+    quantiles = {}
+    if target == "unseen":
+        quantiles = quantiles_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, quantiles, earlier)
+    else:
+        unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
     features = None if depth is None else Features(model, classifier)
     probability = Probability(model, data, removed or None, features)
+    looked_at = Advantage(model, data, quantiles) if quantiles else probability
     level = _level(level, kind, posterior) if automatic else None
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
@@ -248,7 +268,7 @@ def forget(
     control = None
     if level is not None:
         control = DualAscent(
-            probability,
+            looked_at,
             level=level,
             data_per_step=data_per_step,
             most=_largest_ratio(posterior),
@@ -258,7 +278,7 @@ def forget(
         )
         if point.load(model) is None:
             with deterministic(model):
-                control.value = probability()
+                control.value = looked_at()
     deepening = None
     if dispersed is not None:
         deepening = DepthAscent(dispersed, probability, level=cosine_level, strength=control, cycle=cycle)
@@ -288,10 +308,11 @@ def forget(
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
-    value = None
+    value = advantage = None
     if data.counts:
         with deterministic(model), features or nullcontext():
             value = probability()
+            advantage = looked_at() if quantiles else None
     found = {"labels": {str(c): n for c, n in data.counts.items()}, "records": data.records, "request": kind}
     result.metadata = {
         "method": "distruction",
@@ -304,7 +325,8 @@ def forget(
         "forgotten": [*origin.metadata.get("forgotten", []), {**found, "objective": settings["objective"], "kl": kl}],
     }
     point.remove()
-    reached = None if level is None or value is None else value <= level
+    told = value if advantage is None else advantage
+    reached = None if level is None or told is None else told <= level
     advice = _advice(control, len(history), steps) if control is not None and not reached else ""
     features_cosine = None
     if deepening is not None and value is not None:
@@ -312,7 +334,7 @@ def forget(
         if features_cosine > deepening.level:
             advice = advice or deepening.advice(len(history), steps)
             reached = False
-    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice, features_cosine)
+    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice, features_cosine, advantage)
 
 
 def _check_previous(previous: Posterior | None, identity: str) -> None:
@@ -345,6 +367,20 @@ def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module)
         return "class" if all(n >= known.get(str(c), 0) for c, n in data.counts.items()) else "records"
     classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
+
+
+def _of_target(
+    target: str, request: str, level: float | None, objective: object
+) -> tuple[Literal["class", "records"], float | None]:
+    """The request and the level that a target stands for."""
+    if target not in TARGETS:
+        raise UsageError(f"target must be {', '.join(TARGETS)} or None, not {target!r}")
+    kind: Literal["class", "records"] = "class" if target == "gone" else "records"
+    if request not in ("auto", kind):
+        raise UsageError(f"target={target!r} is a request for {kind}, not for {request}: leave out request")
+    if target == "unseen" and not (level is None and objective == objectives.DEFAULT):
+        raise UsageError("target='unseen' has an objective and a level of its own: leave out objective and level")
+    return kind, {"gone": level, "unseen": ADVANTAGE, "corrected": CORRECTED if level is None else level}[target]
 
 
 def _level(level: float | None, kind: str, posterior: Posterior) -> float:
