@@ -1,7 +1,7 @@
 """Removed or hidden: forgetting with and without depth beside retraining, under every attack.
 
-The demo's ViT is trained on scikit-learn's digits and its posterior prepared by the defaults; each class is forgotten by
-the defaults and with ``depth="features"``, and a model is retrained without it. Nothing is tuned by class or seed: the
+The demo's ViT is trained on scikit-learn's digits and its posterior prepared by the defaults; each class is forgotten
+by the defaults and with ``depth="features"``, and a model is retrained without it. Nothing is tuned by class or seed: the
 settings of `distruction.depth` were chosen on classes 3 and 8 of seed 0, which is not among the seeds here.
 
 ``python -m benchmarks.depth OUT`` writes ``depth.json``, ``depth.md`` and ``depth.png``; a run that was stopped goes on

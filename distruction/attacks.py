@@ -193,7 +193,9 @@ def relearn(
         return metrics.accuracy(*metrics.predict(model, loader(probe, batch_size=512)))
 
 
-def _fine_tune(model: nn.Module, batches: "Iterator[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor]]", lr: float) -> None:
+def _fine_tune(
+    model: nn.Module, batches: "Iterator[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor]]", lr: float
+) -> None:
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     with deterministic(model):

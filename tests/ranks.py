@@ -658,7 +658,6 @@ def write_what_one_process_does(folder):
         result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=objective, **FORGET)
         facts[objective] = dict(result.posterior)
     model = make_model()
-    model = make_model()
     facts["depth"] = forget(model, Posterior.around(model, 0.1), one_class(), depth="features", **AUTOMATIC)
     model = make_model()
     facts["strength"] = forget(model, Posterior.around(model, 0.1), one_class(), **AUTOMATIC)

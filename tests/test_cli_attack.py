@@ -26,6 +26,8 @@ def files(tmp_path_factory):
 
 def test_attack_prints_and_writes_every_number(files, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")
+    # They take minutes of a busy core, and have tests of their own.
+    monkeypatch.setattr(attacks, "few_shot", lambda *args, steps, **kwargs: float(steps))
     some = [part.subset(torch.arange(80)) for part in load("digits")]
     monkeypatch.setattr("distruction.cli.attack.data_of", lambda *args, **kwargs: some)
     out = tmp_path / "attacks.json"
