@@ -1,8 +1,8 @@
 """Removed or hidden: forgetting with and without depth beside retraining, under every attack.
 
 The demo's ViT is trained on scikit-learn's digits and its posterior prepared by the defaults; each class is forgotten
-by the defaults and with ``depth="features"``, and a model is retrained without it. Nothing is tuned by class or seed: the
-settings of `distruction.depth` were chosen on classes 3 and 8 of seed 0, which is not among the seeds here.
+by the defaults and with ``depth="features"``, and a model is retrained without it. Nothing is tuned by class or seed:
+the settings of `distruction.depth` were chosen on classes 3 and 8 of seed 0, which is not among the seeds here.
 
 ``python -m benchmarks.depth OUT`` writes ``depth.json``, ``depth.md`` and ``depth.png``; a run that was stopped goes on
 with what is missing.
@@ -12,7 +12,7 @@ import copy
 import json
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -44,7 +44,7 @@ def run(seed: int, label: str, base: torch.nn.Module, posterior: Any) -> dict[st
         facts = {}
         if how in ("default", "depth"):
             batches = loader(gone, batch_size=64, shuffle=True)
-            depth = "features" if how == "depth" else None
+            depth: Literal["features"] | None = "features" if how == "depth" else None
             report = forget(model, posterior, batches, request="class", depth=depth, seed=seed, progress=False)
             facts = {
                 "reached": report.reached,

@@ -2,9 +2,9 @@
 
 ``unseen``: the demo's ViT is trained on 400 of scikit-learn's digits without noise until it knows them by heart; 40 of
 them are forgotten, and it is retrained without these. Half of the test images are held out at preparation, the other
-half measures: the attacker's loss AUC compares the records with that half. ``general`` is the same with the demo's recipe
-on all training images, of which 144 are forgotten: there is nothing to do. ``corrected``: 60 labels of all training images are
-wrong, and the model is trained without noise until it knows them.
+half measures: the attacker's loss AUC compares the records with that half. ``general`` is the same with the demo's
+recipe on all training images, of which 144 are forgotten: there is little to do. ``corrected``: 60 labels of all training
+images are wrong, and the model is trained without noise until it knows them.
 
 ``python -m benchmarks.records OUT`` writes ``records.json`` and ``records.md``.
 """
@@ -82,11 +82,12 @@ def run(case: str, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"case": case, "seed": seed, "before": measured(base)}
     found["retraining"] = measured(trained(kept, spec["train"], seed))
     target = "corrected" if case == "corrected" else "unseen"
-    for name, options in (("default", {"request": "records"}), (target, {"target": target})):
+    ways: dict[str, dict[str, Any]] = {"default": {"request": "records"}, "target": {"target": target}}
+    for name, options in ways.items():
         model = copy.deepcopy(base)
         batches = loader(records, batch_size=64, shuffle=True)
         report = forget(model, posterior, batches, seed=seed, progress=False, **options)
-        found["target" if name == target else name] = {
+        found[name] = {
             **measured(model),
             "steps": len(report.history),
             "kl": report.kl,

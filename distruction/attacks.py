@@ -5,7 +5,7 @@ What an attack reads is in its arguments; compare its number with the one of a r
 Shares and accuracies are in percent.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -193,9 +193,7 @@ def relearn(
         return metrics.accuracy(*metrics.predict(model, loader(probe, batch_size=512)))
 
 
-def _fine_tune(
-    model: nn.Module, batches: "Iterator[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor]]", lr: float
-) -> None:
+def _fine_tune(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> None:
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     with deterministic(model):
@@ -243,8 +241,8 @@ ROUNDINGS = {"bf16": 16, "int8": 8, "int4": 4}
 def rounded(weight: Tensor, how: str) -> Tensor:
     """The values of ``weight`` rounded to bfloat16, or to integers times a step for each row.
 
-    int8 and int4: w' = s round(w / s), s = max |w| of the row (of an output channel) / (2**(bits - 1) - 1). Of a vector,
-    such as a bias, they leave the values alone.
+    int8 and int4: w' = s round(w / s), s = max |w| of the row (of an output channel) / (2**(bits - 1) - 1). The
+    values of a vector, such as a bias, stay.
 
     Raises:
         UsageError: ``how`` is none of `ROUNDINGS`.

@@ -5,9 +5,9 @@ again. With the penultimate features f of a batch, ``depth="features"`` minimise
 
     U + (S / R) c,    c = mean cosine similarity of the pairs of f with one label
 
-so that they disperse among the other classes' (the idea is Spotter's, 2026). With R data points that U weighs against the posterior
-(`distruction.strength`), c weighs S, whatever R is: each is the multiplier of a constraint of its own. S is found as R
-is, so that c, *at the means*, ends at its level:
+so that they disperse among the other classes' (the idea is Spotter's, 2026). With R data points that U weighs against
+the posterior (`distruction.strength`), c weighs S, whatever R is: each is the multiplier of a constraint of its own. S
+is found as R is, so that c, *at the means*, ends at its level:
 
     log S += rate * clip((c - aim) / scale, -2, 2)    after each step,
 

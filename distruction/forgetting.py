@@ -114,9 +114,9 @@ def forget(
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, or, where p does not say, where it has at most half
             of the labels that the model knows.
-        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``unseen``, these records, as if
-            the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``, the
-            labels of these records, which are wrong (`distruction.targets`).
+        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``unseen``, these records, as
+            if the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``,
+            the labels of these records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400

@@ -8,7 +8,7 @@ never seen them. With the log-odds o = log p / (1 - p) of an example's own label
 
 moves the distribution of the records onto that of unseen examples, rank by rank, with the least change of any record
 (the optimal transport of one dimension; Villani, "Topics in Optimal Transportation", 2003, section 2.2). Each record is
-taught its label with log-odds min(o, t(o)) and the other classes in the proportions that the model had; and the run ends
+taught its label with log-odds min(o, t(o)) and the other classes in the proportions that the model had; the run ends
 where an attacker who sees the log-odds could not tell the records from unseen ones.
 """
 
@@ -80,8 +80,8 @@ def quantiles_of(metadata: Mapping[str, Any], labels: Mapping[int, int], device:
     """
     if "held_out" not in metadata:
         raise UsageError(
-            "target='unseen' goes by examples that the model was not trained on, and the posterior was prepared without: "
-            "prepare(..., held_out=loader) keeps a few numbers of theirs"
+            "target='unseen' goes by examples that the model was not trained on, and the posterior was prepared "
+            "without: prepare(..., held_out=loader) keeps a few numbers of theirs"
         )
     kept = metadata["held_out"]["log_odds"]
     return {
@@ -90,7 +90,7 @@ def quantiles_of(metadata: Mapping[str, Any], labels: Mapping[int, int], device:
 
 
 class Unseen:
-    """Cross entropy to the model's own prediction, with each record's log-odds moved to an unseen example's of its rank.
+    """KL from the model's own prediction, with each record's log-odds moved to those of an unseen example of its rank.
 
     Args:
         teacher: inputs -> logits of the model before.

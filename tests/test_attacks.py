@@ -88,7 +88,7 @@ def test_the_classifier_is_found_or_named():
     assert classifier_of(model, "body.0") is model.body[0]
     with pytest.raises(UsageError, match="no layer 'fc' that could be its classifier; its last linear layers are head"):
         classifier_of(model, "fc")
-    with pytest.raises(UsageError, match="no nn.Linear"):
+    with pytest.raises(UsageError, match=r"no nn\.Linear"):
         classifier_of(nn.Sequential(nn.Conv2d(1, 2, 3)))
 
 
@@ -130,7 +130,7 @@ def test_the_features_are_of_this_pass_alone():
 
 
 def test_prototypes_are_the_nearest_class_means_of_unit_features():
-    """Against scikit-learn's nearest centroid: on the unit sphere the nearest mean of unit length has the best cosine."""
+    """Against scikit-learn's nearest centroid: on the sphere the nearest mean of unit length has the best cosine."""
     from sklearn.neighbors import NearestCentroid
 
     x, y = gaussians(40, spread=0.6)
@@ -198,7 +198,7 @@ def test_few_shots_are_adam_on_the_same_few_examples():
         optimizer.step()
     expected = 100 * (other(probe.x).argmax(1) == 2).double().mean().item()
     assert found == pytest.approx(expected)
-    assert 0 < found
+    assert found > 0
 
 
 def test_relearning_reads_retained_data_alone():
