@@ -3,8 +3,8 @@
 ``unseen``: the demo's ViT is trained on 400 of scikit-learn's digits without noise until it knows them by heart; 40 of
 them are forgotten, and it is retrained without these. Half of the test images are held out at preparation, the other
 half measures: the attacker's loss AUC compares the records with that half. ``general`` is the same with the demo's
-recipe on all training images, of which 144 are forgotten: there is little to do. ``corrected``: 60 labels of all training
-images are wrong, and the model is trained without noise until it knows them.
+recipe on all training images, of which 144 are forgotten: there is little to do. ``corrected``: 60 labels of all
+training images are wrong, and the model is trained without noise until it knows them.
 
 ``python -m benchmarks.records OUT`` writes ``records.json`` and ``records.md``.
 """
