@@ -4,14 +4,18 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from . import damage, distributed, objectives
+from .depth import COSINE, SPEED, DepthAscent, Dispersed
+from .depth import CYCLE as DEEP_CYCLE
 from .describe import described
 from .errors import PosteriorError, UsageError
+from .features import Features
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
 from .loop.step import require_count
 from .modules import deterministic, learnable
@@ -19,7 +23,8 @@ from .optim import BGD
 from .posterior import Posterior
 from .preparation import total_evidence
 from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
-from .teachers import SameModel
+from .targets import ADVANTAGE, CORRECTED, TARGETS, Advantage, Unseen, quantiles_of
+from .teachers import AtMeans, SameModel
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
@@ -47,6 +52,9 @@ class ForgetReport:
         advice: what to do where it is not reached.
         forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
             and for records.
+        advantage: with ``target="unseen"``, an attacker's by the log-odds (`distruction.targets.Advantage`), which
+            ``level`` then bounds in place of the probability.
+        cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
     posterior: Posterior
@@ -59,6 +67,8 @@ class ForgetReport:
     reached: bool | None
     advice: str = ""
     forecast: damage.Forecast | None = None
+    cosine: float | None = None
+    advantage: float | None = None
 
 
 def forget(
@@ -68,10 +78,14 @@ def forget(
     *,
     previous: "Posterior | ForgetReport | None" = None,
     request: Literal["auto", "class", "records"] = "auto",
+    target: Literal["gone", "unseen", "corrected"] | None = None,
     objective: str | objectives.Objective = objectives.DEFAULT,
     steps: int | None = None,
     kl_weight: float | Literal["auto"] = "auto",
     level: float | None = None,
+    depth: Literal["features"] | None = None,
+    cosine_level: float | None = None,
+    classifier: str | None = None,
     data_per_step: float = 100.0,
     lr: float = 1.0,
     mc_samples: int = 0,
@@ -104,6 +118,9 @@ def forget(
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, and not those of all labels, or, where p does not
             say, where it has at most half of the labels that the model knows.
+        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``unseen``, these records, as
+            if the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``,
+            the labels of these records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier. With a callable and a given ``kl_weight`` targets may be
             anything: several labels, values, maps.
@@ -113,8 +130,14 @@ def forget(
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
             not seen is likely to be: that of samples of p, from its metadata, or 0.9.
+        depth: ``features``: a class is also dispersed in front of the classifier, where a few examples would find it
+            again although no logit shows it (`distruction.depth`).
+        cosine_level: mean cosine similarity in (-1, 1) of the forget set's penultimate features to end at with
+            ``depth``; ``None`` is 0.25.
+        classifier: name of the layer that gives the logits, for ``depth``; ``None`` looks for it.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
-        lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps.
+        lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps
+            (with ``depth`` it starts at half of it, in cycles of 100).
         mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
             E_q[U] by so many samples, each with a forward and a backward pass (even numbers use antithetic pairs), and
             the stds learned with the means.
@@ -143,6 +166,16 @@ def forget(
         raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
+    if target is not None:
+        request, level = _of_target(target, request, level, objective)
+    if depth not in (None, "features"):
+        raise UsageError(f"depth must be 'features' or None, not {depth!r}")
+    if depth is None and not (cosine_level is None and classifier is None):
+        raise UsageError("cosine_level and classifier are for depth='features': pass that too, or leave them out")
+    if cosine_level is None:
+        cosine_level = COSINE
+    elif not -1 < cosine_level < 1:
+        raise UsageError(f"cosine_level must be a cosine in (-1, 1), not {cosine_level}")
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:
@@ -174,9 +207,16 @@ def forget(
             "numbers: pass kl_weight (lambda)"
         )
     kind = _kind(request, data, posterior, model)
+    if depth is not None and kind == "records":
+        raise UsageError(
+            "depth='features' disperses whole classes, and these records' classes live on: leave it out, or say "
+            "request='class' if the classes are to go"
+        )
     if steps is None:
-        steps = (MOST_STEPS if kind == "class" else STEPS_FOR_RECORDS) if automatic else STEPS
-    cycle = min(CYCLE, steps) if automatic else steps
+        gentle = kind == "records" and target is None
+        steps = (STEPS_FOR_RECORDS if gentle else MOST_STEPS) if automatic else STEPS
+    cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
+    speed = lr if depth is None else SPEED * lr
     settings = {
         "objective": objectives.name_of(objective),
         "steps": steps,
@@ -187,6 +227,10 @@ def forget(
         "mc_samples": mc_samples,
         "seed": seed,
     }
+    if target is not None:
+        settings["target"] = target
+    if depth is not None:
+        settings |= {"depth": depth, "cosine_level": cosine_level, "classifier": classifier}
     run_of = {**settings, "request": request, "objective": described(objective), "prior": identity}
     if previous is not None:
         run_of["previous"] = previous.fingerprint()
@@ -196,8 +240,16 @@ def forget(
     removed = sorted(data.counts) if kind == "class" else []
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
-    unlearn = objectives.resolve(objective, model, prior if previous is None else before, sorted({*earlier, *removed}))
-    probability = Probability(model, data, removed or None)
+    first = prior if previous is None else before
+    quantiles = {}
+    if target == "unseen":
+        quantiles = quantiles_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, quantiles, earlier)
+    else:
+        unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
+    features = None if depth is None else Features(model, classifier)
+    probability = Probability(model, data, removed or None, features)
+    looked_at = Advantage(model, data, quantiles) if quantiles else probability
     level = _level(level, kind, posterior) if automatic else None
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
@@ -219,7 +271,7 @@ def forget(
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(len(history) % cycle, cycle)
+            group["lr"] = speed * cosine(len(history) % cycle, cycle)
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
     teacher = getattr(unlearn, "teacher", None)
@@ -227,49 +279,58 @@ def forget(
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
 
+    dispersed = None if features is None else Dispersed(loss_fn, features)
+
     start = time.perf_counter()
     control = None
     if level is not None:
         control = DualAscent(
-            probability,
+            looked_at,
             level=level,
             data_per_step=data_per_step,
             most=_largest_ratio(posterior),
             cycle=cycle,
             gently=kind == "records",
+            paced=depth is not None,
         )
         if point.load(model) is None:
             with deterministic(model):
-                control.value = probability()
+                control.value = looked_at()
+    deepening = None
+    if dispersed is not None:
+        deepening = DepthAscent(dispersed, probability, level=cosine_level, strength=control, cycle=cycle)
     idle = control is not None and kind == "records" and control.value <= control.level
     history: list[Step] = []
     if idle:
         optimizer = make_optimizer(None)
     else:
-        optimizer, history = run(
-            model,
-            loader,
-            loss_fn,
-            make_optimizer,
-            steps=steps,
-            seed=seed,
-            checkpoint=point,
-            schedule=schedule,
-            callback=callback,
-            progress=progress,
-            role=FORGET_SET,
-            needs_inputs=needs_inputs,
-            labels=True if isinstance(objective, str) else None,
-            controller=control,
-            before_passes=teacher if isinstance(teacher, SameModel) else None,
-        )
+        with features or nullcontext():
+            optimizer, history = run(
+                model,
+                loader,
+                dispersed or loss_fn,
+                make_optimizer,
+                steps=steps,
+                seed=seed,
+                checkpoint=point,
+                schedule=schedule,
+                callback=callback,
+                progress=progress,
+                role=FORGET_SET,
+                needs_inputs=needs_inputs,
+                labels=True if isinstance(objective, str) else None,
+                controller=deepening or control,
+                before_passes=teacher if isinstance(teacher, SameModel) else None,
+                after_forward=None if features is None else features.gather,
+            )
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
-    value = None
+    value = advantage = None
     if data.counts:
-        with deterministic(model):
+        with deterministic(model), features or nullcontext():
             value = probability()
+            advantage = looked_at() if quantiles else None
     expected = None
     if kind == "class" and damage.KEY in posterior.metadata:
         labels = sorted({*earlier, *removed})
@@ -288,9 +349,29 @@ def forget(
         "forgotten": [*origin.metadata.get("forgotten", []), {**found, "objective": settings["objective"], "kl": kl}],
     }
     point.remove()
-    reached = None if level is None or value is None else value <= level
+    told = value if advantage is None else advantage
+    reached = None if level is None or told is None else told <= level
     advice = _advice(control, len(history), steps) if control is not None and not reached else ""
-    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice, expected)
+    features_cosine = None
+    if deepening is not None and value is not None:
+        features_cosine = result.metadata["cosine"] = probability.cosine
+        if features_cosine > deepening.level:
+            advice = advice or deepening.advice(len(history), steps)
+            reached = False
+    return ForgetReport(
+        result,
+        history,
+        seconds,
+        kl,
+        kind,
+        level,
+        value,
+        reached,
+        advice,
+        forecast=expected,
+        cosine=features_cosine,
+        advantage=advantage,
+    )
 
 
 def _check_previous(previous: Posterior | None, identity: str) -> None:
@@ -325,6 +406,20 @@ def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module)
         return "class" if whole and len(data.counts) < len(known) else "records"
     classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
+
+
+def _of_target(
+    target: str, request: str, level: float | None, objective: object
+) -> tuple[Literal["class", "records"], float | None]:
+    """The request and the level that a target stands for."""
+    if target not in TARGETS:
+        raise UsageError(f"target must be {', '.join(TARGETS)} or None, not {target!r}")
+    kind: Literal["class", "records"] = "class" if target == "gone" else "records"
+    if request not in ("auto", kind):
+        raise UsageError(f"target={target!r} is a request for {kind}, not for {request}: leave out request")
+    if target == "unseen" and not (level is None and objective == objectives.DEFAULT):
+        raise UsageError("target='unseen' has an objective and a level of its own: leave out objective and level")
+    return kind, {"gone": level, "unseen": ADVANTAGE, "corrected": CORRECTED if level is None else level}[target]
 
 
 def _level(level: float | None, kind: str, posterior: Posterior) -> float:

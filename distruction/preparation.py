@@ -33,6 +33,7 @@ from .modules import fingerprint, learnable, require_suitable
 from .optim import BGD
 from .posterior import Posterior
 from .seeds import seed_of
+from .targets import held_out_quantiles
 
 METHODS = {"gauss-newton": 150, "bgd": 1500}
 """Ways to learn the std, and the steps that each takes by default."""
@@ -53,6 +54,7 @@ def prepare(
     num_examples: int | None = None,
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     likelihood: Likelihood | None = None,
+    held_out: Batches | None = None,
     mc_samples: int | None = None,
     learn_mean: bool = False,
     lr: float = 1.0,
@@ -100,6 +102,8 @@ def prepare(
             out too wide.
         likelihood: in place of ``loss_fn``, also draws targets: `Categorical` (the default), `Bernoulli`, `Gaussian`
             (`distruction.likelihood`) or one of your own.
+        held_out: batches that the model was not trained on, of which a few quantiles of the log-odds by class are kept
+            in the metadata: what ``forget(..., target="unseen")`` goes by.
         mc_samples: forward and backward passes per update of BGD, 2 by default; even numbers use antithetic pairs.
             Gauss-Newton takes one.
         learn_mean: let BGD move the means too, with step size ``lr``; the paper keeps them.
@@ -153,6 +157,7 @@ def prepare(
             "the number of weights"
         )
     check_loader(loader, TRAINING, steps)
+    unseen = None if held_out is None else held_out_quantiles(model, held_out)
     examples = examples_in(loader) if num_examples is None else num_examples
     if examples is None:
         for batch in loader if isinstance(loader, list | tuple) else ():
@@ -237,6 +242,8 @@ def prepare(
     # A caller who gives another number has more data than the loader shows.
     if counts is not None and num_examples in (None, sum(counts.values())):
         posterior.metadata["label_counts"] = counts
+    if unseen is not None:
+        posterior.metadata["held_out"] = unseen
     point.remove()
     return posterior
 

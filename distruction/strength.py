@@ -18,7 +18,7 @@ at or below the level.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
-from .loop import FORGET_SET, Batches, Step
+from .features import Features, mean_cosine
+from .loop import FORGET_SET, Batches, Step, cosine
 from .loop.batches import Batching, Inputs, apply, call
 from .loop.loaders import restarted
 from .modules import logits_of, unwrapped
@@ -45,6 +46,8 @@ MARGIN = 0.7
 FALLING = 0.8
 """v falls by itself where it is below this share of what it was at the look before."""
 RATE_UP, RATE_DOWN, CLIP = 0.2, 0.4, 2.0
+SLOWEST = 0.25
+"""Least factor of the rates where they follow the step size."""
 LARGEST_WEIGHT = 0.99
 SMALLEST_WEIGHT = 0.01
 """Bounds of lambda: under the smaller one means would take hundreds of steps to settle, so that from there on a larger
@@ -112,6 +115,13 @@ def _joined(a: Inputs, b: Inputs) -> Inputs:
     return {name: torch.cat([t, b[name]]) for name, t in a.items()}
 
 
+def batches_of(data: ForgetSet) -> Iterator[tuple[Inputs, Tensor]]:
+    """The examples that were kept, in batches of the loader's size."""
+    for start in range(0, len(data.targets), data.batch_size):
+        rows = slice(start, start + data.batch_size)
+        yield _rows(data.inputs, rows), data.targets[rows]
+
+
 class Probability:
     """Mean over the forget set's examples of the probability that the model gives to what is to be forgotten.
 
@@ -119,10 +129,22 @@ class Probability:
         model: in eval mode when it is called.
         data: of the forget set.
         labels: the classes to be forgotten; ``None``: each example's own label.
+        features: where given, and active, each call also finds ``cosine``.
+
+    Attributes:
+        cosine: mean cosine similarity of the features of pairs with one label (`distruction.features.mean_cosine`).
     """
 
-    def __init__(self, model: nn.Module, data: ForgetSet, labels: Sequence[int] | None) -> None:
-        self._model, self._data, self._labels = unwrapped(model), data, labels
+    cosine = 1.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ForgetSet,
+        labels: Sequence[int] | None,
+        features: Features | None = None,
+    ) -> None:
+        self._model, self._data, self._labels, self._features = unwrapped(model), data, labels, features
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -133,17 +155,32 @@ class Probability:
         """
         torch.clear_autocast_cache()
         reshard(self._model)
-        values = []
-        for start in range(0, len(self._data.targets), self._data.batch_size):
-            rows = slice(start, start + self._data.batch_size)
-            inputs = _rows(self._data.inputs, rows)
-            logits = distributed.by_rows(lambda part: logits_of(call(self._model, part)), inputs)
-            p = self._checked(logits).double().softmax(dim=-1)
-            own = self._data.targets[rows, None]
-            values.append((p.gather(-1, own) if self._labels is None else p[:, list(self._labels)]).sum(dim=-1))
+        values, seen = [], []
+        features = self._features if self._features is not None and self._features.active else None
+        classes = 0
+
+        def answer(part: Inputs) -> Tensor:
+            nonlocal classes
+            logits = logits_of(call(self._model, part))
+            classes = logits.shape[-1]
+            return logits if features is None else torch.cat([logits, features.take()], dim=-1)
+
+        for inputs, _ in batches_of(self._data):
+            logits = distributed.by_rows(answer, inputs)
+            if features is not None:
+                logits, rows_of_features = logits[:, :classes], logits[:, classes:]
+                seen.append(rows_of_features.float())
+            values.append(self._checked(logits))
         torch.clear_autocast_cache()
         reshard(self._model)
-        return torch.cat(values).mean().item()
+        if seen:
+            self.cosine = mean_cosine(torch.cat(seen), self._data.targets).item()
+        return self._value(torch.cat(values))
+
+    def _value(self, logits: Tensor) -> float:
+        p = logits.double().softmax(dim=-1)
+        own = self._data.targets[:, None]
+        return (p.gather(-1, own) if self._labels is None else p[:, list(self._labels)]).sum(dim=-1).mean().item()
 
     def _checked(self, logits: Tensor) -> Tensor:
         if logits.ndim != 2 or logits.shape[-1] < 2:
@@ -177,6 +214,7 @@ class DualAscent:
         cycle: steps in which the step size decays to zero.
         gently: start from the smallest R, aim at the level itself and end as soon as it holds: what is not asked for is
             left undone.
+        paced: let the rates follow the step size down in each cycle, to a quarter: what steps cannot follow winds R up.
 
     Attributes:
         value: v at the last look.
@@ -193,7 +231,9 @@ class DualAscent:
         most: float,
         cycle: int = CYCLE,
         gently: bool = False,
+        paced: bool = False,
     ) -> None:
+        self._paced = paced
         self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently
         odds = (1.0 if gently else MARGIN) * level / (1 - level)
         self._aim = odds / (1 + odds)
@@ -230,10 +270,11 @@ class DualAscent:
         if looks:
             self._before, self.value = self.value, self._probability()
         excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
+        pace = max(SLOWEST, cosine((len(history) - 1) % self._cycle, self._cycle)) if self._paced else 1.0
         if excess < 0:
-            self.log_ratio += RATE_DOWN * excess
+            self.log_ratio += pace * RATE_DOWN * excess
         elif self.value >= FALLING * self._before:
-            self.log_ratio += RATE_UP * excess
+            self.log_ratio += pace * RATE_UP * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
         self.settled = (looks if self._gently else ends) and self.value <= self.level
         return self.settled

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distruction.ops.calls import Amp, Draws
 from distruction.ops.reference.codes import BLOCK as CODES
+
 from .multi_tensor import finish_kernel
 from .philox import KEYS
 

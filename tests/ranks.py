@@ -532,6 +532,15 @@ def check_strength_found_is_that_of_one_process(world, folder):
             assert ours.kl_weight == pytest.approx(theirs.kl_weight, rel=1e-4)
 
 
+def check_depth_finds_the_features_of_the_whole_batch(world, folder):
+    expected = torch.load(folder / "alone", weights_only=False)["depth"]
+    for how in ("plain", "ddp"):
+        model = wrap(make_model(), how)
+        result = forget(model, Posterior.around(model, 0.1), one_class(), depth="features", **AUTOMATIC)
+        assert_near(result.posterior.gathered(), expected.posterior)
+        assert result.cosine == pytest.approx(expected.cosine, abs=1e-4)
+
+
 def check_a_distributed_sampler_makes_the_batch_of_its_parts(world, folder):
     """World size x 4 examples a step, against one process given the ranks' parts as one batch."""
     x, y = examples()
@@ -672,6 +681,8 @@ def write_what_one_process_does(folder):
         model = make_model()
         result = forget(model, Posterior.around(model, 0.1), make_loader(), objective=objective, **FORGET)
         facts[objective] = dict(result.posterior)
+    model = make_model()
+    facts["depth"] = forget(model, Posterior.around(model, 0.1), one_class(), depth="features", **AUTOMATIC)
     model = make_model()
     facts["strength"] = forget(model, Posterior.around(model, 0.1), one_class(), **AUTOMATIC)
     x, y = examples(3)

@@ -86,6 +86,16 @@ def forget(
     level: Annotated[
         float | None, typer.Option(help="Probability of what is forgotten to end at; default 0.01 of a class.")
     ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(help="features: also disperse the class in front of the classifier, where few examples find it."),
+    ] = None,
+    cosine_level: Annotated[
+        float | None, typer.Option(help="Mean cosine of the class's features to end at with --depth; default 0.25.")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="Name of the layer that gives the logits, for --depth; default: looked for.")
+    ] = None,
     mc_samples: Annotated[
         int, typer.Option(min=0, max=MOST, help="0: forget at the means; K: at K samples per update, as the paper.")
     ] = 0,
@@ -147,6 +157,9 @@ def forget(
             steps=steps,
             kl_weight=kl_weight,
             level=level,
+            depth=depth,  # type: ignore[arg-type]
+            cosine_level=cosine_level,
+            classifier=classifier,
             mc_samples=mc_samples,
             data_per_step=data_per_step,
             offload_prior=offload_prior,
@@ -171,5 +184,9 @@ def forget(
     console.print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
     if result.probability is not None:
         console.print(f"mean probability of the forgotten labels: {result.probability:.2g}")
+    if result.cosine is not None:
+        console.print(f"mean cosine of their features: {result.cosine:.2f}")
+    if result.forecast is not None:
+        console.print(f"forecast: the retained classes lose {result.forecast} of accuracy", highlight=False)
     if result.advice:
         console.print(f"The level {result.level} is not reached: {result.advice}.", soft_wrap=True)

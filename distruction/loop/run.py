@@ -54,6 +54,7 @@ def run(
     shown: Callable[[Tensor, Tensor], Tensor] | None = None,
     controller: Controller | None = None,
     before_passes: Callable[[Inputs], object] | None = None,
+    after_forward: Callable[[Batch], object] | None = None,
 ) -> tuple[BGD, list[Step]]:
     """Take ``steps`` BGD steps, resuming from the checkpoint where there is one.
 
@@ -68,6 +69,7 @@ def run(
         controller: steers the run; it is asked after ``schedule``.
         before_passes: called with each batch's inputs (of the whole batch where ``needs_inputs``) before the model's
             passes, whose activations a call of the same model in between could change.
+        after_forward: called with each batch between the model's forward pass and ``loss_fn``.
 
     Returns:
         The optimizer, in eval mode, and the history. The model holds the means, also when an exception leaves here.
@@ -106,7 +108,9 @@ def run(
                     controller.before_step(optimizer, history)
                 if before_passes is not None:
                     before_passes(batch.whole_inputs)
-                sampled = Sampled(model, batch, loss_fn, gradients, role, len(history) + 1, labels, shown)
+                sampled = Sampled(
+                    model, batch, loss_fn, gradients, role, len(history) + 1, labels, shown, after_forward
+                )
 
                 def closure(sampled: Sampled = sampled) -> Tensor:
                     if sampled.samples:
@@ -173,7 +177,9 @@ class Sampled:
         step: int,
         labels: bool | None,
         shown: Callable[[Tensor, Tensor], Tensor] | None,
+        after_forward: Callable[[Batch], object] | None,
     ) -> None:
+        self._after_forward = after_forward
         self._model, self._batch, self._loss_fn, self._shown = model, batch, loss_fn, shown
         self._gradients = gradients
         self._role = role
@@ -195,6 +201,8 @@ class Sampled:
         torch.clear_autocast_cache()
         batch = self._batch
         logits = batch.whole(logits_of(call(self._model, batch.inputs)))
+        if self._after_forward is not None:
+            self._after_forward(batch)
         targets = batch.targets if self._labels is None else self._labels.within(logits)
         loss = self._loss_fn(logits, targets, batch.whole_inputs)
         self._check_mean(loss)

@@ -1,0 +1,169 @@
+"""Targets in a user's words: quantiles of unseen examples, the map of ranks, records that end where unseen ones are."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import mannwhitneyu
+from test_strength import QUIET, Digits
+
+from distruction import Posterior, UsageError, forget, prepare
+from distruction.metrics import attack_auc, log_odds
+from distruction.strength import examined
+from distruction.targets import Advantage, Unseen, held_out_quantiles
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits()
+
+
+@pytest.fixture(scope="module")
+def held_out(digits):
+    return [(digits.x_test[i : i + 64], digits.test_labels[i : i + 64]) for i in range(0, len(digits.x_test), 64)]
+
+
+def odds_of(model, x, y):
+    with torch.no_grad():
+        p = model(x).double().softmax(1)[torch.arange(len(y)), y]
+    return (p / (1 - p)).log()
+
+
+def test_preparation_keeps_quantiles_and_no_example(digits, held_out):
+    found = prepare(copy.deepcopy(digits.model), digits.of_class(3), held_out=held_out, steps=2, **QUIET).metadata
+    assert found["held_out"]["examples"] == len(digits.x_test)
+    odds = odds_of(digits.model, digits.x_test, digits.test_labels)
+    shares = (np.arange(33) + 0.5) / 33
+    own = odds[digits.test_labels == 4].numpy()
+    np.testing.assert_allclose(found["held_out"]["log_odds"]["4"], np.quantile(own, shares), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(found["held_out"]["log_odds"]["all"], np.quantile(odds, shares), rtol=1e-6, atol=1e-5)
+    few = held_out_quantiles(digits.model, [(digits.x_test[:9], torch.zeros(9, dtype=torch.int64))])
+    assert list(few["log_odds"]) == ["all"]
+
+
+def test_records_are_taught_the_log_odds_of_their_rank_and_the_rest_in_proportion(digits):
+    """Known at 1, 2, 3, 4 and unseen at 0, 2, 2.5, 9: the k-th goes to the k-th, and none is raised."""
+    odds = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
+    rest = torch.tensor([0.2, 0.8]).log()
+    # p of the class 0 by its odds, and 20 % and 80 % of what is left.
+    before = torch.cat([F.logsigmoid(odds)[:, None], F.logsigmoid(-odds)[:, None] + rest], dim=1)
+    labels = torch.zeros(4, dtype=torch.int64)
+    data = examined([(before, labels)], torch.device("cpu"), seed=0)
+    quantiles = {0: torch.tensor([0.0, 2.0, 2.5, 9.0], dtype=torch.float64)}
+    objective = Unseen(lambda x: x, data, quantiles)
+    expected = torch.tensor([2.5, 0.0, 4.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(objective.taught(odds, labels), expected)
+    wanted = torch.cat([F.logsigmoid(expected)[:, None], F.logsigmoid(-expected)[:, None] + rest], dim=1)
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(objective(logits, labels, before), logits)
+    torch.testing.assert_close(g, (logits.softmax(1) - wanted.exp()) / 4, atol=1e-6, rtol=1e-5)
+
+
+def test_the_advantage_is_the_area_under_the_curve(digits, held_out):
+    data = examined(digits.of_class(8), torch.device("cpu"), seed=0)
+    odds = log_odds(digits.model(digits.x_test).detach(), digits.test_labels)
+    quantiles = {8: odds[digits.test_labels == 8].sort().values}
+    found = Advantage(digits.model, data, quantiles)()
+    x, y = digits.data[(digits.labels == 8).nonzero().squeeze(1)]
+    ours = odds_of(digits.model, x, y)
+    statistic = mannwhitneyu(ours, quantiles[8]).statistic / len(ours) / len(quantiles[8])
+    assert found == pytest.approx(2 * statistic - 1, abs=1e-4)
+
+
+class Memorising(Digits):
+    """Trained on few digits until it knows them."""
+
+
+@pytest.fixture(scope="module")
+def memorising(digits):
+    torch.manual_seed(3)
+    rows = torch.randperm(len(digits.labels))[:150]
+    x, y = digits.data[rows]
+    y = y.clone()
+    wrong = torch.arange(150) < 30
+    y[wrong] = (y[wrong] + 1) % 10
+    model = copy.deepcopy(digits.model)
+    for layer in model:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    half = len(digits.x_test) // 2
+    held_out = [(digits.x_test[:half], digits.test_labels[:half])]
+    posterior = prepare(model, [(x[i : i + 50], y[i : i + 50]) for i in (0, 50, 100)], held_out=held_out, steps=60,
+                        num_examples=150, **QUIET)  # fmt: skip
+    return model, posterior, (x, y), (digits.x_test[half:], digits.test_labels[half:])
+
+
+def test_memorised_records_end_where_unseen_ones_are(memorising):
+    model, posterior, (x, y), (other_x, other_y) = memorising
+    model = copy.deepcopy(model)
+    records = x[30:70], y[30:70]
+
+    def auc():
+        return attack_auc(odds_of(model, *records), odds_of(model, other_x, other_y))
+
+    before = auc()
+    report = forget(model, posterior, [records], target="unseen", **QUIET)
+    assert report.reached, report.advice
+    assert report.request == "records"
+    assert report.advantage <= 0.06 < 2 * before / 100 - 1
+    assert abs(auc() - 50) < abs(before - 50)
+    assert report.posterior.metadata["target"] == "unseen"
+
+
+def test_records_that_look_unseen_are_left_alone(memorising):
+    model, posterior, _, others = memorising
+    forgotten = copy.deepcopy(model)
+    report = forget(forgotten, posterior, [others], target="unseen", **QUIET)
+    assert report.history == []
+    for a, b in zip(model.parameters(), forgotten.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_wrong_labels_go(memorising):
+    model, posterior, (x, y), _ = memorising
+    model = copy.deepcopy(model)
+    report = forget(model, posterior, [(x[:30], y[:30])], target="corrected", **QUIET)
+    assert report.reached, report.advice
+    assert report.probability <= 0.05
+    assert (model(x[:30]).argmax(1) == y[:30]).double().mean() <= 0.05
+
+
+def test_gone_is_a_request_for_classes(digits):
+    reports = [
+        forget(copy.deepcopy(digits.model), digits.posterior, digits.of_class(3), steps=3, **options, **QUIET)
+        for options in ({"target": "gone"}, {"request": "class"})
+    ]
+    assert reports[0].history == reports[1].history
+    assert reports[0].request == "class"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "hidden"}, "target must be gone, unseen, corrected or None, not 'hidden'"),
+        ({"target": "gone", "request": "records"}, "is a request for class, not for records"),
+        ({"target": "unseen", "level": 0.5}, "leave out objective and level"),
+        ({"target": "unseen"}, r"prepare\(..., held_out=loader\)"),
+    ],
+)
+def test_bad_arguments(digits, change, message):
+    model = copy.deepcopy(digits.model)
+    bare = Posterior(digits.posterior.means, digits.posterior.stds)
+    with pytest.raises(UsageError, match=message):
+        forget(model, bare, digits.of_class(3), **change, **QUIET)
+    for a, b in zip(model.parameters(), digits.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_held_out_data_must_be_there_and_labelled(digits):
+    with pytest.raises(UsageError, match="held-out set is empty"):
+        held_out_quantiles(digits.model, [])
+    with pytest.raises(UsageError, match="int64 class numbers"):
+        held_out_quantiles(digits.model, [(digits.x_test[:2], torch.rand(2))])
