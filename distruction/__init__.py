@@ -42,6 +42,8 @@ _SUBMODULES = (
     "objectives",
     "ops",
     "planning",
+    "receipts",
+    "request_report",
 )
 
 

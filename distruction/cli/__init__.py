@@ -1,9 +1,9 @@
-"""The command line: ``distruction train | plan | prepare | forget | evaluate | demo | bench | doctor``."""
+"""The command line: ``distruction train | plan | prepare | forget | evaluate | verify | demo | bench | doctor``."""
 
 import typer
 
 from ..terminal import Command, run
-from . import bench, demo, doctor, evaluate, forget, plan, prepare, train
+from . import bench, demo, doctor, evaluate, forget, plan, prepare, train, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +21,7 @@ for command in (
     prepare.prepare,
     forget.forget,
     evaluate.evaluate,
+    verify.verify,
     demo.demo,
     bench.bench,
     doctor.doctor,

@@ -16,6 +16,9 @@ SCREEN_DPI = 96
 INK = "#0a0b0c"
 """What figures that become `svg` draw their text and axes in: the page's own colour of text takes its place."""
 
+ACCENT = "#0a0b0d"
+"""Likewise what becomes the page's colour of bars and curves."""
+
 
 def render(name: str, **values: Any) -> str:
     """The page that a template of this package makes of ``values``."""
@@ -55,5 +58,5 @@ def svg(figure: Figure, title: str) -> Markup:
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = drawn.getvalue().replace(INK, "currentColor")
+    text = drawn.getvalue().replace(INK, "currentColor").replace(ACCENT, "var(--bar)")
     return Markup(text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1))

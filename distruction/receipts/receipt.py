@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 FORMAT = "distruction-receipt-1"
 SECRET_FORMAT = "distruction-receipt-secret-1"
 TOLERANCE = 0.01
-"""Of a replay with another backend, another number of threads or another device: KL between its result and the one of the
-receipt, as a share of KL(q || p)."""
+"""Of a replay with another backend, number of threads or device: KL between its result and the one of the receipt, as a
+share of KL(q || p)."""
 
 LIMITS = (
     "The receipt shows which files and records this was done with and what the run reached on the forget set. It is no "
     "proof that nothing of the records is left in the model.",
-    "The level is about the probability of the forgotten labels. An attack on the features inside the model, or training "
-    "it further, may bring back what the outputs no longer show.",
-    "Copies of the model from before, the posterior of preparation and the records themselves are not deleted by this run; "
-    "the posterior's means are the weights from before.",
-    "That the posterior was prepared on the data that it names, and that the records are all there are of the request, is "
-    "what its issuer says.",
+    "The level is about the probability of the forgotten labels. An attack on the features inside the model, or "
+    "training it further, may bring back what the outputs no longer show.",
+    "Copies of the model from before, the posterior of preparation and the records themselves are not deleted by this "
+    "run; the posterior's means are the weights from before.",
+    "That the posterior was prepared on the data that it names, and that the records are all there are of the request, "
+    "is what its issuer says.",
     "A signature shows who issued the receipt, not when: the time is the issuer's clock.",
 )
 

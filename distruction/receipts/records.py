@@ -6,8 +6,8 @@ has no files. Its leaf is
     salt || record,   salt = HMAC-SHA-256(secret, record || number),
 
 number being 0, or 1, 2, ... for further copies of the same record. The secret is 32 random bytes that stay with whoever
-issued the receipt: without it nobody can try out which images fit a leaf, although images of a known collection are easily
-guessed. The leaves are sorted by their hashes, so that a place in the tree tells nothing of the place in the data.
+issued the receipt: without it nobody can try out which images fit a leaf, although those of a known collection are
+easily guessed. The leaves are sorted by their hashes, so that a place in the tree tells nothing of one in the data.
 """
 
 import hashlib
