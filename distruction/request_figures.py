@@ -32,9 +32,11 @@ def curves(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
                 f"level {report['level']:g}", (points[-1][0], report["level"]), (0, 3),
                 textcoords="offset points", ha="right", color=INK, fontsize=9,
             )  # fmt: skip
-        if logarithmic and min(value for _, value in points) > 0:
+        values = [value for _, value in points]
+        if logarithmic and min(values) > 0:
             axes.set_yscale("log")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            if max(values) > 30 * min(values):
+                axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title, color=INK, fontsize=11)
         axes.set_xlabel("step", color=INK)
         axes.tick_params(which="both", colors=INK, labelsize=9)

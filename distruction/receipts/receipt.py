@@ -244,9 +244,17 @@ def read(path: Path) -> dict[str, Any]:
             that it names.
     """
     try:
-        text = path.read_bytes()
+        return parse(path.read_bytes(), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
+
+
+def parse(text: bytes, path: str = "the receipt") -> dict[str, Any]:
+    """The receipt in these bytes: see `read`.
+
+    Args:
+        path: what to call it in messages.
+    """
     try:
         receipt = json.loads(text)
         if not isinstance(receipt, dict) or receipt.get("format") != FORMAT:
