@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from importlib import resources
 from typing import Any
 
@@ -58,5 +59,7 @@ def svg(figure: Figure, title: str) -> Markup:
     drawn = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = drawn.getvalue().replace(INK, "currentColor").replace(ACCENT, "var(--bar)")
+    # Groups are numbered in each figure anew, and a page has several.
+    text = re.sub(r'<g id="[^"]*">', "<g>", drawn.getvalue())
+    text = text.replace(INK, "currentColor").replace(ACCENT, "var(--bar)")
     return Markup(text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1))
