@@ -44,6 +44,8 @@ _SUBMODULES = (
     "objectives",
     "ops",
     "planning",
+    "receipts",
+    "request_report",
     "sources",
 )
 

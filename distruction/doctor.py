@@ -1,6 +1,7 @@
 """What a bug report should say of the machine: versions, and which backend serves which device."""
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -10,14 +11,20 @@ from .ops import backends
 PACKAGES = ("distruction", "torch", "triton", "numpy", "safetensors", "timm", "torchvision", "transformers")
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that are there."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def report() -> str:
     """Lines to paste into a bug report; nothing in them names a user or a path outside of the package."""
-    lines = [f"python {platform.python_version()}, {platform.system()} {platform.machine()}"]
-    for name in PACKAGES:
-        try:
-            lines.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            lines.append(f"{name} not installed")
+    found_versions = versions()
+    lines = [f"python {found_versions['python']}, {platform.system()} {platform.machine()}"]
+    lines += [f"{name} {found_versions.get(name, 'not installed')}" for name in PACKAGES]
     found = torch.cuda.is_available()
     kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     lines.append(f"PyTorch is built for {kind if torch.version.hip or torch.version.cuda else 'the CPU alone'}")

@@ -63,7 +63,7 @@ def predict(
     params = list(params)
     device = params[0].device
     found: list[Tensor] = []
-    with _restored(model, params), deterministic(model):
+    with restored(model, params), deterministic(model):
         torch.manual_seed(seed)  # of a private generator, for what the model itself draws
         # Samples inside of batches, so that an iterable is read once; a sample is written in much less time than a
         # batch is computed in.
@@ -83,7 +83,7 @@ def predict(
 
 
 @contextmanager
-def _restored(model: nn.Module, params: list[Tensor]) -> Iterator[None]:
+def restored(model: nn.Module, params: list[Tensor]) -> Iterator[None]:
     """Whatever happens inside, ``params`` and the model's buffers are then what they were, to the bit."""
     kept = [(local(p), local(p).clone()) for p in params]
     buffers = [(m, n, b, None if b is None else b.clone()) for m in model.modules() for n, b in m._buffers.items()]

@@ -1,4 +1,4 @@
-"""The command line: ``distruction train | plan | prepare | forget | evaluate | attack | demo | bench | doctor``."""
+"""The command line: ``distruction train | plan | prepare | forget | verify | evaluate | attack | demo | bench | doctor``."""
 
 from ..extras import needed
 
@@ -6,7 +6,7 @@ with needed("cli", "the command line"):
     import typer
 
 from ..terminal import Command, run
-from . import attack, bench, demo, doctor, evaluate, forget, plan, prepare, train
+from . import attack, bench, demo, doctor, evaluate, forget, plan, prepare, train, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,7 @@ for command in (
     forget.forget,
     evaluate.evaluate,
     attack.attack,
+    verify.verify,
     demo.demo,
     bench.bench,
     doctor.doctor,

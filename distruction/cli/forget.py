@@ -42,6 +42,7 @@ from .options import (
     open_source,
     output,
 )
+from .papers import Key, NoRecords, Papers, Receipt, Report
 from .watch import Watch
 
 
@@ -73,6 +74,10 @@ def forget(
     posterior_out: Annotated[
         Path | None, typer.Option(help="Also write what is left of the posterior, for a later request.")
     ] = None,
+    report: Report = None,
+    no_records: NoRecords = False,
+    receipt: Receipt = None,
+    key: Key = None,
     objective: ObjectiveName = objectives.DEFAULT,
     steps: Annotated[
         int | None, typer.Option(max=MOST, help="Updates; default 150, or 400 at most where lambda is found.")
@@ -128,6 +133,8 @@ def forget(
     output(out, overwrite, folder=source.folder)
     if posterior_out is not None:
         output(posterior_out, overwrite)
+    papers = Papers(report, receipt, key, not no_records)
+    papers.check(overwrite)
     network = source.network
     prior = Posterior.load(posterior, model=network)
     earlier = None if previous is None else Posterior.load(previous, model=network)
@@ -146,6 +153,7 @@ def forget(
     if dry_run:
         return
     forget_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    begun = papers.before(source, found, forget_data)
     with Watch(log_json) as watch:
         result = forgetting.forget(
             network,
@@ -179,6 +187,22 @@ def forget(
         result.posterior.metadata[SERVING] = source.facts()
         result.posterior.save(posterior_out)
     source.write(network, out, source.facts())
+    papers.write(
+        result,
+        source,
+        prior,
+        found,
+        forget_data,
+        begun,
+        previous=previous,
+        parties={
+            "model": weights or (Path(model) if Path(model).exists() else None),
+            "posterior": posterior,
+            "unlearned": out,
+            "posterior_after": posterior_out,
+        },
+        settings={"batch_size": batch_size, "backend": backend, "offload_prior": offload_prior},
+    )
     done(checkpoint)
     steps_done = len(result.history)
     console.print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")

@@ -1,17 +1,14 @@
 """The report folder of a bench: one HTML page, tables, figures and the numbers behind them."""
 
-import base64
-import html
-import io
 import json
 import platform
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import pages
 from ..extras import needed
 from ..methods import REGISTRY
 from ..metrics import wilson_interval
@@ -26,12 +23,7 @@ from .runner import Outcome
 from .store import Facts, Store
 
 with needed("experiments"):
-    import jinja2
-    from markupsafe import Markup
     from matplotlib.figure import Figure
-
-SCREEN_DPI = 96
-"""A figure's pixels per inch on a page; files have twice as many."""
 
 HEADINGS = {
     "full-class": ("Full class (the paper's Table 1)", "One class is forgotten; D_f is measured on its test images."),
@@ -88,11 +80,9 @@ def _write(
     (out / "summary.csv").write_text(tables.comma_separated(by_scenario))
     write_json(out / "results.json", _numbers(found))
     write_json(out / "failures.json", {title: message for title, message in outcome.failures.values()})
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["rich"] = _rich
-    template = environment.from_string((resources.files(__package__) / "page.html").read_text())
     shown = {metric for table in by_scenario.values() for row in table.values() for metric in row}
-    page = template.render(
+    page = pages.render(
+        "bench.html",
         title=grid.title,
         finished=len(found),
         total=len(jobs),
@@ -176,22 +166,11 @@ def _figures(out: Path, grid: Grid, context: Context, scenario: str, found: list
     pictures = []
     for name, figure, caption in drawn:
         if figure is not None:
-            picture = io.BytesIO()
-            figure.savefig(picture, dpi=2 * SCREEN_DPI, format="png")
-            (out / f"{scenario}-{name}.png").write_bytes(picture.getvalue())
-            data = base64.b64encode(picture.getvalue()).decode()
-            width = round(SCREEN_DPI * figure.get_figwidth())
-            image = Markup('<img alt="{}" width="{}" src="data:image/png;base64,{}">').format(caption, width, data)
+            picture = pages.png(figure)
+            (out / f"{scenario}-{name}.png").write_bytes(picture)
+            image = pages.embedded(picture, caption, round(pages.SCREEN_DPI * figure.get_figwidth()))
             pictures.append({"picture": image, "caption": caption})
     return pictures
-
-
-def _rich(text: str) -> Markup:
-    """A table's cell or a sentence as HTML: bold between ``**``, the sets' letters as indices."""
-    bold = text.startswith("**") and text.endswith("**") and len(text) > 4
-    inner = html.escape(text[2:-2] if bold else text)
-    inner = inner.replace("D_r", "D<sub>r</sub>").replace("D_f", "D<sub>f</sub>")
-    return Markup(f"<b>{inner}</b>" if bold else inner)
 
 
 def _described(grid: Grid, name: str) -> dict[str, str]:
