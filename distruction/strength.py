@@ -4,17 +4,16 @@ Forgetting minimises U + KL / R, where R = (1 - lambda) * data_per_step / lambda
 the posterior, in data points. R is raised while the model still knows what it should forget and lowered where it has
 forgotten more than was asked for:
 
-    log R += rate * clip(log(v / aim), -2, 2)    after each step,
+    log R += rate * s * clip(log(v / aim), -2, 2)    after each step,
 
 v being the mean probability of what is to be forgotten *at the means*, which are what will be used: at samples it says
 little about them. This is gradient ascent on the multiplier of the constraint v <= aim (Boyd, Vandenberghe, "Convex
 Optimization", 2004, section 5.4), in logarithms. The trust region limits how fast the means can follow, so that R would
 run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
 integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
-as fast as it is raised.
-
-The steps come in cycles, in each of which the step size decays to zero, and the run ends with the first cycle that ends
-at or below the level.
+as fast as it is raised. The steps come in cycles, in each of which the step size decays to zero, and the run ends with
+the first cycle that ends at or below the level. s is that step size as a share of the first one: R goes only as far as
+the means could follow, or it would run away in the tail of a cycle and the next one would start with a leap.
 """
 
 import math
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
-from .loop import FORGET_SET, Batches, Step
+from .loop import FORGET_SET, Batches, Step, cosine
 from .loop.batches import Batching, Inputs, apply, call
 from .loop.loaders import restarted
 from .modules import logits_of, unwrapped
@@ -230,10 +229,11 @@ class DualAscent:
         if looks:
             self._before, self.value = self.value, self._probability()
         excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
+        share = cosine((len(history) - 1) % self._cycle, self._cycle)
         if excess < 0:
-            self.log_ratio += RATE_DOWN * excess
+            self.log_ratio += RATE_DOWN * share * excess
         elif self.value >= FALLING * self._before:
-            self.log_ratio += RATE_UP * excess
+            self.log_ratio += RATE_UP * share * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
         self.settled = (looks if self._gently else ends) and self.value <= self.level
         return self.settled
