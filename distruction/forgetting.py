@@ -13,6 +13,7 @@ from torch import nn
 from . import damage, distributed, objectives
 from .depth import COSINE, SPEED, DepthAscent, Dispersed
 from .depth import CYCLE as DEEP_CYCLE
+from .depth import PACE as DEEP_PACE
 from .describe import described
 from .errors import PosteriorError, UsageError
 from .features import Features
@@ -291,7 +292,7 @@ def forget(
             most=_largest_ratio(posterior),
             cycle=cycle,
             gently=kind == "records",
-            paced=depth is not None,
+            least_pace=0.0 if depth is None else DEEP_PACE,
         )
         if point.load(model) is None:
             with deterministic(model):

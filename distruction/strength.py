@@ -4,17 +4,16 @@ Forgetting minimises U + KL / R, where R = (1 - lambda) * data_per_step / lambda
 the posterior, in data points. R is raised while the model still knows what it should forget and lowered where it has
 forgotten more than was asked for:
 
-    log R += rate * clip(log(v / aim), -2, 2)    after each step,
+    log R += rate * s * clip(log(v / aim), -2, 2)    after each step,
 
 v being the mean probability of what is to be forgotten *at the means*, which are what will be used: at samples it says
 little about them. This is gradient ascent on the multiplier of the constraint v <= aim (Boyd, Vandenberghe, "Convex
 Optimization", 2004, section 5.4), in logarithms. The trust region limits how fast the means can follow, so that R would
 run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
 integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
-as fast as it is raised.
-
-The steps come in cycles, in each of which the step size decays to zero, and the run ends with the first cycle that ends
-at or below the level.
+as fast as it is raised. The steps come in cycles, in each of which the step size decays to zero, and the run ends with
+the first cycle that ends at or below the level. s is that step size as a share of the first one: R goes only as far as
+the means could follow, or it would run away in the tail of a cycle and the next one would start with a leap.
 """
 
 import math
@@ -46,8 +45,6 @@ MARGIN = 0.7
 FALLING = 0.8
 """v falls by itself where it is below this share of what it was at the look before."""
 RATE_UP, RATE_DOWN, CLIP = 0.2, 0.4, 2.0
-SLOWEST = 0.25
-"""Least factor of the rates where they follow the step size."""
 LARGEST_WEIGHT = 0.99
 SMALLEST_WEIGHT = 0.01
 """Bounds of lambda: under the smaller one means would take hundreds of steps to settle, so that from there on a larger
@@ -214,7 +211,8 @@ class DualAscent:
         cycle: steps in which the step size decays to zero.
         gently: start from the smallest R, aim at the level itself and end as soon as it holds: what is not asked for is
             left undone.
-        paced: let the rates follow the step size down in each cycle, to a quarter: what steps cannot follow winds R up.
+        least_pace: the rates follow the step size down in each cycle, because what the steps cannot follow would wind R
+            up; but not below this factor.
 
     Attributes:
         value: v at the last look.
@@ -231,9 +229,9 @@ class DualAscent:
         most: float,
         cycle: int = CYCLE,
         gently: bool = False,
-        paced: bool = False,
+        least_pace: float = 0.0,
     ) -> None:
-        self._paced = paced
+        self._least_pace = least_pace
         self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently
         odds = (1.0 if gently else MARGIN) * level / (1 - level)
         self._aim = odds / (1 + odds)
@@ -270,7 +268,7 @@ class DualAscent:
         if looks:
             self._before, self.value = self.value, self._probability()
         excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
-        pace = max(SLOWEST, cosine((len(history) - 1) % self._cycle, self._cycle)) if self._paced else 1.0
+        pace = max(self._least_pace, cosine((len(history) - 1) % self._cycle, self._cycle))
         if excess < 0:
             self.log_ratio += pace * RATE_DOWN * excess
         elif self.value >= FALLING * self._before:

@@ -184,13 +184,30 @@ def test_the_ascent_is_its_formula():
         for look in range(1, step // 3 + 1):
             before, v = v, values[look - 1]
         excess = max(-2.0, min(2.0, math.log(v / aim)))
+        share = (1 + math.cos(math.pi * (step - 1) / 50)) / 2
         if excess < 0:
-            expected += 0.4 * excess
+            expected += 0.4 * share * excess
         elif v >= 0.8 * before:
-            expected += 0.2 * excess
+            expected += 0.2 * share * excess
     again = DualAscent(Told(), level=0.01, data_per_step=100.0, most=1e12)
     again.load_state_dict(control.state_dict())
     assert again.weights() == control.weights()
+
+
+@pytest.mark.parametrize("value", [1.0, 1e-9])
+def test_the_ascent_stands_still_where_the_step_size_has_decayed(value):
+    """v cannot answer there, so that R would run away and the next cycle would start with a leap."""
+    control = DualAscent(lambda: value, level=0.01, data_per_step=100.0, most=1e40)
+    # Far from both bounds.
+    control.log_ratio = 60.0
+    history, path = [], []
+    for step in range(1, 101):
+        history.append(Step(step, 400, 0.0, 0.0, 1.0, 0.0))
+        control.after_step(Group(), history)
+        path.append(control.log_ratio)
+    assert abs(path[49] - path[39]) < 0.4
+    # The next cycle starts at full speed.
+    assert abs(path[52] - path[49]) > 1.0
 
 
 def test_a_run_with_the_ascent_resumes_with_the_same_bits(digits, tmp_path):
