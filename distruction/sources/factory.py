@@ -38,7 +38,10 @@ def open_call(
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"the model {spec} cannot be had: {error}") from error
-    made: Any = found()
+    try:
+        made: Any = found()
+    except Exception as error:  # whatever the function does
+        raise UsageError(f"the model {spec} cannot be made: {type(error).__name__}: {error}") from error
     network, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(network, nn.Module):
         raise UsageError(

@@ -1,7 +1,8 @@
 """Image classifiers of Hugging Face: folders that ``save_pretrained`` wrote."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ def is_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of a second that reading and writing weights takes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def open_folder(folder: Path, *, device: str | torch.device = "cpu", weights: bool = True) -> Model:
     """The model, its labels and its image processor; nothing is fetched.
 
@@ -33,7 +48,8 @@ def open_folder(folder: Path, *, device: str | torch.device = "cpu", weights: bo
     try:
         processor: Any = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
         if weights:
-            network: Any = AutoModelForImageClassification.from_pretrained(str(folder), local_files_only=True)
+            with _quiet():
+                network: Any = AutoModelForImageClassification.from_pretrained(str(folder), local_files_only=True)
             network.to(device)
         else:
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
@@ -50,7 +66,7 @@ def open_folder(folder: Path, *, device: str | torch.device = "cpu", weights: bo
         return found
 
     def write(network: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
-        with whole_folder(path, overwrite=True) as draft:
+        with _quiet(), whole_folder(path, overwrite=True) as draft:
             network.save_pretrained(str(draft))  # type: ignore[operator]
             processor.save_pretrained(str(draft))
             (draft / "distruction.json").write_text(json.dumps({SERVING: facts}, indent=2) + "\n")
