@@ -208,7 +208,8 @@ def test_a_replay_that_differs_is_rejected_on_the_same_machine_and_measured_on_a
         receipts.write(tmp_path / "r.json", {**body, "signature": None})
         return verify(
             made, "--posterior", made / "posterior", "--original-model", made / "model", "--model", made / "unlearned",
-            "--records", made / "rows", "--secret", made / "receipt.secret.json", "--replay", receipt=tmp_path / "r.json",
+            "--records", made / "rows", "--secret", made / "receipt.secret.json", "--replay",
+            receipt=tmp_path / "r.json",
         )  # fmt: skip
 
     assert issued() == 0

@@ -79,7 +79,7 @@ def test_numbers_are_those_of_the_models_before_and_after(made):
 
 
 def test_a_shuffling_loader_and_targets_without_classes_are_refused(made):
-    result, model, posterior, batches, inputs, _ = made
+    result, model, posterior, _, inputs, _ = made
     order = iter([[(inputs, torch.full((23,), 2))], [(inputs, torch.full((23,), 1))]])
 
     class Changing:
@@ -144,7 +144,8 @@ def test_layers_are_named_by_their_first_number():
     names = {"blocks.0.attn.qkv.weight": 1.0, "blocks.10.norm.bias": 2.0, "blocks.0.norm.weight": 4.0, "head.bias": 8.0,
              "layer1.0.conv1.weight": 16.0, "cls_token": 32.0, "vit.encoder.layer.3.output.weight": 64.0}  # fmt: skip
     assert by_layer(names) == {
-        "blocks.0": 5.0, "blocks.10": 2.0, "head": 8.0, "layer1.0": 16.0, "cls_token": 32.0, "vit.encoder.layer.3": 64.0,
+        "blocks.0": 5.0, "blocks.10": 2.0, "head": 8.0, "layer1.0": 16.0, "cls_token": 32.0,
+        "vit.encoder.layer.3": 64.0,
     }  # fmt: skip
     assert layer_of("weight") == "weight"
 

@@ -1,6 +1,6 @@
 """``distruction verify``: whether what is here is what a receipt speaks of."""
 
-import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +9,13 @@ from rich.console import Console
 
 from .. import ops, receipts
 from ..data.inputs import batches
+from ..data.requests import Selection
 from ..errors import UsageError
-from ..files import write_atomically
 from ..posterior import Posterior
 from ..receipts import checks, signing
 from ..receipts import receipt as receipt_file
-from ..sources import SERVING
+from ..report import write_json
+from ..sources import SERVING, Model
 from .options import (
     Backend,
     ClassesFile,
@@ -80,40 +81,17 @@ def verify(
     ):
         if path is not None or stated["files"][role] is not None:
             found.append(checks.file(stated, role, path, option))
-    wanted = _wanted(stated, forget_class, records, data)
+    given = _Given(stated, model, original_model, weights, classes, data, dataset, forget_class, records, device)
     if record is not None:
-        found.append(_record(stated, record, forget_class, secret, prove, proof, data, dataset, model, classes, device))
+        found.append(given.one_record(record, secret, prove, proof))
     elif prove is not None or proof is not None:
         raise UsageError("--prove and --proof are about one image: name it by --record")
     elif secret is None:
         found.append(checks.Check("forget set", None, "pass --secret and --data"))
     else:
-        source = open_source(_named(model or original_model), weights if model is None else None, classes, device)
-        if posterior is not None:
-            source.agree_with(_serving(posterior), str(posterior))
-        selection = find_examples(source, dataset, data, wanted=wanted, records=records)
-        key = receipt_file.read_secret(secret, stated)
-        found.append(checks.forget_set(stated, receipts.selected(selection), key))
+        found.append(given.forget_set(secret))
     if replay and all(check.holds is not False for check in found):
-        found.append(
-            _replay(
-                stated,
-                _named(original_model),
-                weights,
-                classes,
-                posterior,
-                previous,
-                model,
-                data,
-                dataset,
-                wanted,
-                records,
-                workers,
-                device,
-                backend,
-                progress,
-            )  # fmt: skip
-        )
+        found.append(given.replay(posterior, previous, workers, backend, progress))
     _tell(found)
     if any(check.holds is False for check in found):
         raise typer.Exit(REJECTED)
@@ -127,104 +105,95 @@ def _tell(found: list[checks.Check]) -> None:
         console.print(f" ({check.detail})" if check.detail else "", markup=False, highlight=False, soft_wrap=True)
 
 
-def _named(model: str | None) -> str:
-    if model is None:
-        raise UsageError("pass the model that the data belongs to: --model, or for --replay --original-model")
-    return model
-
-
 def _file_of(model: str | None, weights: Path | None) -> Path | None:
     """The file that the hash of a model is over: its own, or that of its weights."""
     return weights or (None if model is None else Path(model))
 
 
-def _wanted(stated: dict[str, Any], given: list[str], records: Path | None, data: Path | None) -> list[str]:
-    """The classes of the request, unless they or a list of records are given."""
-    return given or ([] if records is not None else list(stated["request"]["classes"]))
+@dataclass(frozen=True)
+class _Given:
+    """A receipt, and what the options name."""
 
+    receipt: dict[str, Any]
+    model: str | None
+    original_model: str | None
+    weights: Path | None
+    classes: Path | None
+    data: Path | None
+    dataset: str | None
+    forget_class: list[str]
+    records: Path | None
+    device: str
 
-def _serving(posterior: Path) -> Any:
-    from ..posterior_file import metadata_of
+    def source(self, original: bool) -> Model:
+        """The model from before or the unlearned one.
 
-    return metadata_of(posterior).get(SERVING)
+        Raises:
+            UsageError: it is not named.
+        """
+        model = self.original_model if original else self.model
+        if model is None:
+            raise UsageError(
+                "--replay starts from the model from before: pass --original-model"
+                if original
+                else "the model says how the data's classes are numbered: pass --model"
+            )
+        return open_source(model, self.weights if original else None, self.classes, self.device)
 
+    def selection(self, source: Model) -> Selection:
+        """The records of the request: of its classes, unless others or a list are named."""
+        wanted = self.forget_class or ([] if self.records is not None else list(self.receipt["request"]["classes"]))
+        return find_examples(source, self.dataset, self.data, wanted=wanted, records=self.records)
 
-def _record(
-    stated: dict[str, Any],
-    record: Path,
-    forget_class: list[str],
-    secret: Path | None,
-    prove: Path | None,
-    proof: Path | None,
-    data: Path | None,
-    dataset: str | None,
-    model: str | None,
-    classes: Path | None,
-    device: str,
-) -> checks.Check:
-    """Check one image by its proof, or write that proof."""
-    names = forget_class or list(stated["request"]["classes"])
-    if len(names) != 1:
-        raise UsageError(f"a record is an image and its class: name one of {', '.join(names)} by --class")
-    digest = receipts.file_record(record, names[0])
-    if proof is not None:
-        return checks.record(stated, digest, checks.read_proof(proof))
-    if prove is None or secret is None:
-        raise UsageError(
-            "--record is checked by --proof FILE; with --secret, --data and --prove FILE a proof is written"
-        )
-    source = open_source(_named(model), None, classes, device)
-    selection = find_examples(source, dataset, data, wanted=list(stated["request"]["classes"]))
-    digests = receipts.selected(selection)
-    key = receipt_file.read_secret(secret, stated)
-    whole = checks.forget_set(stated, digests, key)
-    if whole.holds:
+    def forget_set(self, secret: Path) -> checks.Check:
+        """Check all records."""
+        digests = receipts.selected(self.selection(self.source(self.model is None)))
+        return checks.forget_set(self.receipt, digests, receipt_file.read_secret(secret, self.receipt))
+
+    def one_record(self, record: Path, secret: Path | None, prove: Path | None, proof: Path | None) -> checks.Check:
+        """Check one image by its proof, or write that proof."""
+        request = list(self.receipt["request"]["classes"])
+        names = self.forget_class or request
+        if len(names) != 1:
+            raise UsageError(f"a record is an image and its class: name one of {', '.join(names)} by --class")
+        digest = receipts.file_record(record, names[0])
+        if proof is not None:
+            return checks.record(self.receipt, digest, checks.read_proof(proof))
+        if prove is None or secret is None:
+            raise UsageError(
+                "--record is checked by --proof FILE; with --secret, --data and --prove FILE a proof is written"
+            )
+        whole = replace(self, forget_class=[])
+        digests = receipts.selected(whole.selection(self.source(self.model is None)))
+        key = receipt_file.read_secret(secret, self.receipt)
+        check = checks.forget_set(self.receipt, digests, key)
+        if not check.holds:
+            return check
         made = receipts.Tree(digests, key).proof(digest)
-        text = json.dumps(made.to_json(), indent=2) + "\n"
-        write_atomically(prove, lambda name: _fill(name, text))
-        return checks.record(stated, digest, made)
-    return whole
+        write_json(prove, made.to_json())
+        return checks.record(self.receipt, digest, made)
 
-
-def _fill(name: str, text: str) -> None:
-    Path(name).write_text(text)
-
-
-def _replay(
-    stated: dict[str, Any],
-    original: str,
-    weights: Path | None,
-    classes: Path | None,
-    posterior: Path | None,
-    previous: Path | None,
-    model: str | None,
-    data: Path | None,
-    dataset: str | None,
-    wanted: list[str],
-    records: Path | None,
-    workers: int,
-    device: str,
-    backend: str,
-    progress: bool,
-) -> checks.Check:
-    if posterior is None:
-        raise UsageError("--replay starts from the posterior of preparation: pass --posterior")
-    source = open_source(original, weights, classes, device)
-    prior = Posterior.load(posterior, model=source.network)
-    source.agree_with(prior.metadata.get(SERVING), f"the posterior {posterior}")
-    selection = find_examples(source, dataset, data, wanted=wanted, records=records)
-    where = next(source.network.parameters()).device
-    served = ops.resolve(backend, where.type).__name__.rpartition(".")[2]
-    return checks.replay(
-        stated,
-        source.network,
-        prior,
-        batches(
-            selection.read(source.inputs), batch_size=stated["method"]["batch_size"], shuffle=True, workers=workers
-        ),
-        machine=receipts.machine(where, served),
-        unlearned=None if model is None else open_source(model, None, classes, device).network,
-        previous=None if previous is None else Posterior.load(previous, model=source.network),
-        backend=backend,
-        progress=progress,
-    )
+    def replay(
+        self, posterior: Path | None, previous: Path | None, workers: int, backend: str, progress: bool
+    ) -> checks.Check:
+        """Run the request again."""
+        source = self.source(original=True)
+        if posterior is None:
+            raise UsageError("--replay starts from the posterior of preparation: pass --posterior")
+        prior = Posterior.load(posterior, model=source.network)
+        source.agree_with(prior.metadata.get(SERVING), f"the posterior {posterior}")
+        data = self.selection(source).read(source.inputs)
+        where = next(source.network.parameters()).device
+        served = ops.resolve(backend, where.type).__name__.rpartition(".")[2]
+        batch_size = self.receipt["method"]["batch_size"]
+        return checks.replay(
+            self.receipt,
+            source.network,
+            prior,
+            batches(data, batch_size=batch_size, shuffle=True, workers=workers),
+            machine=receipts.machine(where, served),
+            unlearned=None if self.model is None else self.source(original=False).network,
+            previous=None if previous is None else Posterior.load(previous, model=source.network),
+            backend=backend,
+            progress=progress,
+        )
