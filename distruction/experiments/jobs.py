@@ -34,7 +34,7 @@ from .memory import Peak
 from .store import Store, canonical, file_hash, key_of
 
 FORMATS = {"model": 1, "posterior": 3}
-"""Raised when a job's result changes for the same facts, so that neither old entries nor what follows from them is taken."""
+"""Raised when a job's result changes for the same facts, so that no old entry is taken, nor what follows from one."""
 
 
 @dataclass(frozen=True)
