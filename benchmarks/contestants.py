@@ -14,11 +14,29 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from distruction import BGD, Posterior, ops
+from distruction import BGD, ops
 from distruction.ops import reference
 
 from . import harness
 from .harness import Contestant
+from .our_ops import (
+    EVIDENCE,
+    KL_WEIGHT,
+    LR,
+    SCALE,
+    Workload,
+    our_accumulate,
+    our_gauss_newton,
+    our_kl,
+    our_optimizer,
+    our_sample,
+    our_step,
+    parameters_of,
+    rule_on,
+)
+
+BASELINE = "eager"
+ADAMW = "AdamW fused"
 
 MODELS = {
     "ViT-Ti/16": "vit_tiny_patch16_224",
@@ -28,109 +46,11 @@ MODELS = {
 }
 """Name to timm's name of the models whose parameter lists are used."""
 
-BASELINE = "eager"
-ADAMW = "AdamW fused"
-LR, KL_WEIGHT, SCALE, EVIDENCE = 1e-4, 0.1, 1.0, 64.0
-
 
 def parameter_shapes(model: str) -> list[torch.Size]:
     """The shapes of the parameters of one of `MODELS`, without making its weights."""
     with torch.device("meta"):
         return [p.shape for p in timm.create_model(MODELS[model], num_classes=1000).parameters()]
-
-
-class Workload:
-    """The tensors of one model: a sample in ``param`` and its gradient, the posterior, its prior, the statistics."""
-
-    def __init__(self, shapes: Sequence[torch.Size], device: torch.device, seed: int = 0) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(mean: float, std: float) -> list[Tensor]:
-            return [torch.empty(s, device=device).normal_(mean, std, generator=generator) for s in shapes]
-
-        self.device = device
-        self.param = normal(0.0, 0.02)
-        self.grad = normal(0.0, 1e-3)
-        self.prior_mean = normal(0.0, 0.02)
-        self.prior_std = [s.abs_().add_(0.005) for s in normal(0.0, 0.01)]
-        self.mean = [m.clone() for m in self.prior_mean]
-        self.std = [s.clone() for s in self.prior_std]
-        self.m1 = [torch.zeros_like(m) for m in self.mean]
-        self.m2 = [torch.zeros_like(m) for m in self.mean]
-
-    @property
-    def numel(self) -> int:
-        """Number of parameters."""
-        return sum(m.numel() for m in self.mean)
-
-
-def _parameters(w: Workload) -> list[nn.Parameter]:
-    params = [nn.Parameter(p) for p in w.param]
-    for p, g in zip(params, w.grad, strict=True):
-        p.grad = g
-    return params
-
-
-# --- ours ------------------------------------------------------------------------------------------
-
-
-def _generator(w: Workload, antithetic: bool) -> tuple[object, ...]:
-    n = len(w.mean)
-    return [0] * n, list(range(n)), 1, torch.zeros(3, dtype=torch.int64, device=w.device), antithetic, False
-
-
-def _pairs(make: Callable[[bool], Contestant]) -> dict[str, Contestant]:
-    """With independent draws, and with antithetic pairs (BGD's default), whose second half needs no new normals."""
-    return {"": make(False), ", antithetic pairs": harness.Repeated(make(True), 2)}
-
-
-def our_sample(w: Workload, backend: str) -> dict[str, Contestant]:
-    generator = _generator(w, antithetic=False)
-    return {"": lambda: ops.sample(w.param, w.mean, w.std, *generator, backend)}
-
-
-def our_accumulate(w: Workload, backend: str) -> dict[str, Contestant]:
-    def make(antithetic: bool) -> Contestant:
-        rest = (*_generator(w, antithetic), None, None, backend)
-        return lambda: ops.accumulate(w.param, w.m1, w.m2, w.grad, w.mean, w.std, *rest)
-
-    return _pairs(make)
-
-
-def our_step(w: Workload, backend: str, with_prior: bool) -> dict[str, Contestant]:
-    prior = (w.prior_mean, w.prior_std) if with_prior else ([], [])
-    scalars = (torch.tensor(LR, device=w.device), torch.tensor(KL_WEIGHT, device=w.device), SCALE)
-
-    def make(antithetic: bool) -> Contestant:
-        rest = (*_generator(w, antithetic), 0.1, 0.1, 0.1, True, True, None, None, backend)
-        return lambda: ops.step(w.param, w.mean, w.std, w.grad, [], [], *prior, *scalars, *rest)
-
-    return _pairs(make)
-
-
-def our_gauss_newton(w: Workload, backend: str) -> dict[str, Contestant]:
-    # No old draw is regenerated, so that antithetic pairs would cost the same.
-    rest = (*_generator(w, antithetic=False), None, None, backend)
-    return {"": lambda: ops.gauss_newton(w.param, w.std, w.grad, w.mean, EVIDENCE, *rest)}
-
-
-def our_kl(w: Workload, backend: str) -> dict[str, Contestant]:
-    return {"": lambda: ops.gaussian_kl(w.mean, w.std, w.prior_mean, w.prior_std, backend=backend)}
-
-
-def our_optimizer(w: Workload, backend: str) -> dict[str, Contestant]:
-    names = [str(i) for i in range(len(w.mean))]
-    prior = Posterior(dict(zip(names, w.prior_mean, strict=True)), dict(zip(names, w.prior_std, strict=True)))
-
-    def make(antithetic: bool) -> Contestant:
-        named = zip(names, _parameters(w), strict=True)
-        opt = BGD(
-            named, lr=LR, std_init=prior, prior=prior, kl_weight=KL_WEIGHT, antithetic=antithetic, backend=backend
-        )
-        opt.train()
-        return opt.step
-
-    return _pairs(make)
 
 
 # --- Bayesian Gradient Descent as published, written plainly, per tensor ----------------------------
@@ -378,12 +298,12 @@ def compiled_reference(w: Workload) -> Contestant:
 
     (A graph of ViT-B's whole list was not compiled within 9 minutes.)
     """
-    lr, kl_weight = torch.tensor(LR, device=w.device), torch.tensor(KL_WEIGHT, device=w.device)
+    rule = rule_on(w.device)
 
     @torch.compile(dynamic=True)
     def step(p: Tensor, m: Tensor, s: Tensor, g: Tensor, pm: Tensor, ps: Tensor, counters: Tensor) -> Tensor:
-        options = ([0], [0], 1, counters, True, False, 0.1, 0.1, 0.1, True, True, None, None)
-        return reference.step([p], [m], [s], [g], [], [], [pm], [ps], lr, kl_weight, SCALE, *options)
+        state = ops.State([m], [s], prior_mean=[pm], prior_std=[ps])
+        return reference.step([p], [g], state, ops.Draws([0], [0], 1, counters, antithetic=True), rule, ops.Amp())
 
     counters = [torch.zeros(3, dtype=torch.int64, device=w.device) for _ in w.mean]
     lists = [_flat(tensors) for tensors in (w.param, w.mean, w.std, w.grad, w.prior_mean, w.prior_std)]
@@ -399,14 +319,14 @@ def compiled_reference(w: Workload) -> Contestant:
 
 def adamw(w: Workload) -> Contestant:
     """AdamW, fused: no distribution over the weights, 28 bytes per parameter."""
-    return torch.optim.AdamW(_parameters(w), lr=LR, fused=True).step
+    return torch.optim.AdamW(parameters_of(w), lr=LR, fused=True).step
 
 
 def ivon(w: Workload) -> Contestant:
     """IVON (Shen et al. 2024), the package ``ivon-opt``: one Monte Carlo sample and an update."""
     from ivon import IVON
 
-    opt = IVON(_parameters(w), lr=LR, ess=1e6)
+    opt = IVON(parameters_of(w), lr=LR, ess=1e6)
 
     def run() -> None:
         with opt.sampled_params(train=True):

@@ -80,7 +80,7 @@ def count(program: Path, library: Path, case: str, elements: int) -> int:
 def measure(source: Path = ROOT) -> dict[str, float]:
     """Instructions per element of every case that the source has, and of an update."""
     library = source / "distruction" / "ops" / "libdistruction_cpu.so"
-    new = "Statistics" in (source / "csrc" / "gaussian.h").read_text()
+    new = any("Statistics" in header.read_text() for header in (source / "csrc").glob("*.h"))
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         program = build(source, Path(folder))

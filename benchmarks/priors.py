@@ -9,14 +9,18 @@ each of them. lambda is found by the same rule for every prior (`distruction.str
 - ``constant per tensor``: one std per tensor, of the tensor's mean precision;
 - ``fisher``: 1/std**2 = 1/std_init**2 + evidence * diagonal empirical Fisher at the means.
 
-``python -m benchmarks.priors OUT`` writes ``priors.json``, ``priors.md`` and two figures; a run that was stopped goes
-on with the models that are missing.
+And how much of a Gauss-Newton std is noise, by the number of steps: between two preparations with different draws.
+
+``python -m benchmarks.priors OUT`` writes ``SIZE-seed-N.json`` for each model, ``priors.md`` of all that are there and
+two figures; a run that was stopped goes on with the priors that are missing.
 """
 
 import copy
 import json
+import math
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,6 +41,16 @@ from distruction.training import train
 WIDTHS = {"0.2 M": (64, 4, 4), "2.7 M": (192, 6, 4)}
 """Embedding dimension, blocks and heads by the number of parameters."""
 OBJECTIVES = ("masked-teacher", "uniform-others")
+STEPS = (30, 75, 150)
+"""Of the preparations whose noise is measured."""
+PRIORS = (
+    "gauss-newton",
+    "bgd",
+    "constant, mean precision",
+    "constant, geometric mean",
+    "constant per tensor",
+    "fisher",
+)
 
 
 def network(size: str) -> nn.Module:
@@ -47,78 +61,100 @@ def network(size: str) -> nn.Module:
     )
 
 
-def priors(model: nn.Module, data: Images, seed: int, bgd_steps: int) -> dict[str, tuple[Posterior, int, float]]:
-    """Posterior, samples read and seconds by the name of the prior."""
+def priors(
+    model: nn.Module, data: Images, names: Sequence[str], *, seed: int, bgd_steps: int
+) -> Iterator[tuple[str, Posterior, int, float]]:
+    """Name, posterior, samples read and seconds of each prior of ``names``."""
     batches = loader(data, batch_size=64, shuffle=True)
-    found = {}
-    for method, steps, samples in (("gauss-newton", 150, 1), ("bgd", bgd_steps, 2)):
+    if "bgd" in names:
         start = time.perf_counter()
-        posterior = prepare(model, batches, method=method, steps=steps, seed=seed, progress=False)
-        found[method] = posterior, steps * samples * 64, time.perf_counter() - start
-    learned, read, seconds = found["gauss-newton"]
+        posterior = prepare(model, batches, method="bgd", steps=bgd_steps, seed=seed, progress=False)
+        yield "bgd", posterior, bgd_steps * 2 * 64, time.perf_counter() - start
+    if set(names) == {"bgd"}:
+        return
+    start = time.perf_counter()
+    learned = prepare(model, batches, steps=150, seed=seed, progress=False)
+    read, seconds = 150 * 64, time.perf_counter() - start
     logs = [s.double().log().sum().item() for s in learned.stds.values()]
-    geometric = torch.tensor(sum(logs) / learned.numel()).exp().item()
-    ablations = {
+    found = {
+        "gauss-newton": learned,
         "constant, mean precision": constant_std(learned),
-        "constant, geometric mean": Posterior.around(model, geometric),
+        "constant, geometric mean": Posterior.around(model, math.exp(sum(logs) / learned.numel())),
         "constant per tensor": Posterior(
             learned.means,
             {n: torch.full_like(s, s.double().pow(-2).mean().pow(-0.5).item()) for n, s in learned.stds.items()},
         ),
     }
-    found |= {name: (posterior, read, seconds) for name, posterior in ablations.items()}
-    start = time.perf_counter()
-    found["fisher"] = fisher_std(model, data, learned), len(data), time.perf_counter() - start
-    return found
+    for name, posterior in found.items():
+        if name in names:
+            yield name, posterior, read, seconds
+    if "fisher" in names:
+        start = time.perf_counter()
+        yield "fisher", fisher_std(model, data, learned), len(data), time.perf_counter() - start
 
 
-def run(size: str, seed: int, bgd_steps: int) -> dict[str, Any]:
-    """All priors, objectives and classes for one model."""
+def noise(model: nn.Module, data: Images, steps: int, seed: int) -> float:
+    """Relative noise of a Gauss-Newton std: RMS of the log-ratio of two independent preparations, over sqrt(2)."""
+    batches = loader(data, batch_size=64, shuffle=True)
+    one, other = (prepare(model, batches, steps=steps, seed=s, progress=False).stds for s in (1000 + seed, 2000 + seed))
+    ratios = torch.cat([(one[n] / other[n]).log().flatten() for n in one])
+    return (ratios.double().square().mean() / 2).sqrt().item()
+
+
+def run(file: Path, size: str, seed: int, names: Sequence[str], bgd_steps: int) -> None:
+    """All objectives and classes for one model and the priors that ``file`` lacks; it is written after each of them."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"sampled": {}, "rows": []}
+    names = [n for n in names if n not in found["sampled"]]
+    if not names:
+        return
     torch.set_num_threads(1)
     train_data, test_data = load("digits")
     torch.manual_seed(seed)
     model = network(size)
     train(model, train_data, seed=seed, progress=False)
-    test = loader(test_data, batch_size=512)
-    trained = 40 * len(train_data)
-    rows: list[dict[str, Any]] = []
-    means = accuracy(*predict(model, test))
-    sampled = {}
-    for name, (posterior, read, seconds) in priors(model, train_data, seed, bgd_steps).items():
-        sampled[name] = _sampled_accuracy(model, posterior, test_data)
-        for objective in OBJECTIVES:
-            for number, label in enumerate(train_data.classes):
-                gone, _ = forget_split(train_data, label)
-                forgotten, retained = (loader(part, batch_size=512) for part in forget_split(test_data, label))
-                posterior.mean_(model)
-                before = accuracy(*predict(model, retained))
-                batches = loader(gone, batch_size=64, shuffle=True)
-                report = forget(model, posterior, batches, request="class", objective=objective, progress=False)
-                rows.append(
-                    {
-                        "prior": name,
-                        "objective": objective,
-                        "class": number,
-                        "baseline": before,
-                        "retained": accuracy(*predict(model, retained)),
-                        "forgotten": accuracy(*predict(model, forgotten)),
-                        "reached": report.reached,
-                        "steps": len(report.history),
-                        "kl": report.kl,
-                        "seconds": report.seconds,
-                        "preparation_read": read,
-                        "preparation_seconds": seconds,
-                    }
-                )
-                posterior.mean_(model)
-    return {
+    found |= {
         "size": size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": seed,
-        "training_read": trained,
-        "means": means,
-        "sampled": sampled,
-        "rows": rows,
+        "training_read": 40 * len(train_data),
+        "means": accuracy(*predict(model, loader(test_data, batch_size=512))),
+    }
+    for name, posterior, read, seconds in priors(model, train_data, names, seed=seed, bgd_steps=bgd_steps):
+        common = {"prior": name, "preparation_read": read, "preparation_seconds": seconds}
+        found["sampled"][name] = _sampled_accuracy(model, posterior, test_data)
+        found["rows"] += [
+            {**common, **_forgotten(model, posterior, train_data, test_data, objective, number)}
+            for objective in OBJECTIVES
+            for number in range(len(train_data.classes))
+        ]
+        posterior.mean_(model)
+        write_json(file, found)
+    if "noise" not in found:
+        found["noise"] = {str(steps): noise(model, train_data, steps, seed) for steps in STEPS}
+        write_json(file, found)
+
+
+def _forgotten(
+    model: nn.Module, posterior: Posterior, train_data: Images, test_data: Images, objective: str, number: int
+) -> dict[str, Any]:
+    """One class forgotten with one objective."""
+    label = train_data.classes[number]
+    gone, _ = forget_split(train_data, label)
+    forgotten, retained = (loader(part, batch_size=512) for part in forget_split(test_data, label))
+    posterior.mean_(model)
+    before = accuracy(*predict(model, retained))
+    batches = loader(gone, batch_size=64, shuffle=True)
+    report = forget(model, posterior, batches, request="class", objective=objective, progress=False)
+    return {
+        "objective": objective,
+        "class": number,
+        "baseline": before,
+        "retained": accuracy(*predict(model, retained)),
+        "forgotten": accuracy(*predict(model, forgotten)),
+        "reached": report.reached,
+        "steps": len(report.history),
+        "kl": report.kl,
+        "seconds": report.seconds,
     }
 
 
@@ -156,6 +192,12 @@ def table(runs: list[dict[str, Any]]) -> str:
             lines.append(f"| {size} | {prior} | {read:,} | {sampled:.1f} | {' | '.join(cells)} | {missed} |")
         means = statistics.fmean(r["means"] for r in some)
         lines.append(f"| {size} | (the means) | {some[0]['training_read']:,} (training) | {means:.1f} |||||||")
+    lines += ["", "| model | seed | steps | relative noise of std | times sqrt(steps) |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {r['size']} | {r['seed']} | {steps} | {value:.3f} | {value * int(steps) ** 0.5:.2f} |"
+        for r in runs
+        for steps, value in r.get("noise", {}).items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -186,21 +228,22 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
     size: Annotated[list[str], typer.Option(help=f"Of {', '.join(WIDTHS)}.")] = list(WIDTHS),  # noqa: B006
     seed: Annotated[list[int], typer.Option()] = [0, 1, 2],  # noqa: B006
+    prior: Annotated[list[str], typer.Option(help=f"Of {', '.join(PRIORS)}.")] = list(PRIORS),  # noqa: B006
     bgd_steps: Annotated[int, typer.Option(min=1, help="Updates of BGD, two samples each.")] = 1500,
-    workers: Annotated[int, typer.Option(min=1)] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: only the tables of what is there.")] = 2,
 ) -> None:
     """Run what is missing and write the tables."""
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "priors.json"
-    runs: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    done = {(r["size"], r["seed"]) for r in runs}
-    jobs = [(s, n) for s in size for n in seed if (s, n) not in done]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for result in pool.map(run, *zip(*[(s, n, bgd_steps) for s, n in jobs], strict=True)) if jobs else ():
-            runs.append(result)
-            write_json(file, runs)
-    runs.sort(key=lambda r: (r["parameters"], r["seed"]))
-    write_json(file, runs)
+    if workers:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            jobs = [
+                pool.submit(run, out / f"{s.replace(' ', '')}-seed-{n}.json", s, n, prior, bgd_steps)
+                for s in size
+                for n in seed
+            ]
+            for job in jobs:
+                job.result()
+    runs = sorted((json.loads(f.read_text()) for f in out.glob("*.json")), key=lambda r: (r["parameters"], r["seed"]))
     (out / "priors.md").write_text(table(runs))
     figure(runs, out / "samples.png", against="preparation_read")
     figure(runs, out / "width.png", against="parameters")

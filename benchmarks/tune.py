@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from distruction import experiments, methods, scenarios
-from distruction.experiments import jobs, runner
+from distruction.experiments import jobs, materials, runner
 from distruction.experiments.grid import tomllib
 from distruction.experiments.results import Cell, collect
 from distruction.experiments.store import Store
@@ -49,7 +49,7 @@ def main(
         for s in base.scenarios
         if s.name in plan.get("scenarios", scenarios.NAMES)
     ]
-    context = jobs.Context(out, data)
+    context = materials.Context(out, data)
     cells = {}
     for scenario in found:
         for method, options in {"retrain": {}, **plan["trials"], **plan.get(scenario.name, {})}.items():

@@ -2,7 +2,8 @@
 // of the CUDA kernels and the `scalar` instruction set of the CPU run the same functions.
 #pragma once
 
-#include "convert.h"
+#include "conversions.h"
+#include "kl.h"
 #include "model.h"
 
 namespace distruction {
@@ -79,7 +80,7 @@ DISTRUCTION_FN void store(T* p, const Group<n>& g, const T (&x)[n]) {
 }
 
 template <int n>
-DISTRUCTION_FN void load_grad(const Entry& t, const Group<n>& g, float scale, float (&x)[n]) {
+DISTRUCTION_FN void load_grad(const Entry& t, const Group<n>& g, float (&x)[n]) {
   if (t.grad_type == kFloat32) {
     load(static_cast<const float*>(t.grad), g, x);
   } else {
@@ -88,7 +89,6 @@ DISTRUCTION_FN void load_grad(const Entry& t, const Group<n>& g, float scale, fl
     for (int j = 0; j < n; ++j)
       x[j] = t.grad_type == kBFloat16 ? bfloat16_to_float(bits[j]) : float16_to_float(bits[j]);
   }
-  for (int j = 0; j < n; ++j) x[j] *= scale;
 }
 
 template <int n>
@@ -166,7 +166,8 @@ DISTRUCTION_FN void accumulate_group(
     const Entry& t, const Group<n>& g, const Draw& draw, const Draw& next, bool stochastic_rounding,
     const Accumulation& a) {
   float grad[n];
-  load_grad(t, g, a.grad_scale, grad);
+  load_grad(t, g, grad);
+  for (int j = 0; j < n; ++j) grad[j] *= a.grad_scale;
   if (pair) {
     store(t.m1, g, grad);
   } else {
@@ -186,36 +187,25 @@ DISTRUCTION_FN void step_group(
     const Entry& t, const Group<n>& g, const Draw& draw, const Draw& next, bool stochastic_rounding, const Update& u,
     double& kl, bool& finite) {
   uint32_t words[n];
-  float mean[n], std[n], prior_mean[n], prior_std[n], s1[n], s2[n], x[n];
+  float mean[n], std[n], prior_mean[n] = {}, prior_std[n] = {}, s1[n], s2[n], m1[n] = {}, m2[n] = {};
   load(t.mean, g, mean);
   load(t.std, g, std);
   if (with_prior) {
     load(t.prior_mean, g, prior_mean);
     load(t.prior_std, g, prior_std);
   }
-  load_grad(t, g, u.grad_scale, s1);
+  load_grad(t, g, s1);
   words_and_normals(draw, t.stream, g, words, s2);
-  if (statistics != Statistics::kPair)
-    for (int j = 0; j < n; ++j) s2[j] *= s1[j];
-  if (statistics != Statistics::kNone) {
-    load(t.m1, g, x);
-    for (int j = 0; j < n; ++j) {
-      if (statistics == Statistics::kPair) s2[j] *= s1[j] - x[j];
-      s1[j] += x[j];
-    }
-  }
-  if (statistics == Statistics::kSums) {
-    load(t.m2, g, x);
-    for (int j = 0; j < n; ++j) s2[j] += x[j];
-  }
+  if (statistics != Statistics::kNone) load(t.m1, g, m1);
+  if (statistics == Statistics::kSums) load(t.m2, g, m2);
+  for (int j = 0; j < n; ++j) add_up<statistics>(u, m1[j], m2[j], s1[j], s2[j]);
   for (int j = 0; j < n; ++j) {
-    const float prior_mu = with_prior ? prior_mean[j] : 0.0f, prior_sigma = with_prior ? prior_std[j] : 1.0f;
     bool is_finite;
-    update<with_prior>(u, s1[j], s2[j], prior_mu, prior_sigma, mean[j], std[j], is_finite);
+    update<with_prior>(u, s1[j], s2[j], prior_mean[j], prior_std[j], mean[j], std[j], is_finite);
     finite = finite && is_finite;
     if (with_prior) {
       float value, grad_mean, grad_std;
-      kl_with_gradients(mean[j], std[j], prior_mu, prior_sigma, value, grad_mean, grad_std);
+      kl_with_gradients(mean[j], std[j], prior_mean[j], prior_std[j], value, grad_mean, grad_std);
       kl += static_cast<double>(value);
     }
   }
@@ -230,7 +220,7 @@ DISTRUCTION_FN void gauss_newton_group(
   float mean[n], std[n], grad[n];
   load(t.mean, g, mean);
   load(t.std, g, std);
-  load_grad(t, g, 1.0f, grad);
+  load_grad(t, g, grad);
   for (int j = 0; j < n; ++j) {
     bool is_finite;
     gauss_newton(grad[j], grad_scale, std[j], is_finite);

@@ -4,8 +4,10 @@
 
 #include <stdint.h>
 
-#include "gaussian.h"
-#include "philox.h"
+#include <type_traits>
+
+#include "generator.h"
+#include "step.h"
 
 namespace distruction {
 
@@ -45,6 +47,18 @@ struct Options {
   float max_mean_step, max_a, max_std, root_evidence;
   int32_t learn_mean, learn_std;
 };
+
+// Calls f(with_prior, statistics) with what a step has to do, in types whose `value` is a constant.
+template <class F>
+auto for_variant(const Model& m, F f) {
+  const auto with = [&](auto with_prior) {
+    using S = Statistics;
+    if (!m.m1) return f(with_prior, std::integral_constant<S, S::kNone>{});
+    return m.m2 ? f(with_prior, std::integral_constant<S, S::kSums>{})
+                : f(with_prior, std::integral_constant<S, S::kPair>{});
+  };
+  return m.prior_mean ? with(std::true_type{}) : with(std::false_type{});
+}
 
 // `samples` counts the gradient at hand and those in m1 and m2.
 DISTRUCTION_FN Update update_of(

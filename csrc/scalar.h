@@ -1,5 +1,5 @@
-// Primitives on one float or one 32-bit word. The maths of philox.h and gaussian.h is written once, as templates
-// over these and over the vector types of cpu/vector.h; g++ and nvcc compile both.
+// Primitives on one float or one 32-bit word. The maths of the other headers is written once, as templates over
+// these and over the vector types of cpu/vector.h; g++ and nvcc compile both.
 #pragma once
 
 #include <math.h>

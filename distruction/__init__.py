@@ -10,6 +10,7 @@ from .loss import GaussianKL, gaussian_kl
 from .optim import BGD
 from .posterior import Posterior
 from .preparation import prepare
+from .rehearsal import rehearse
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "forget",
     "gaussian_kl",
     "prepare",
+    "rehearse",
 ]
 
 _SUBMODULES = (
@@ -42,6 +44,7 @@ _SUBMODULES = (
     "objectives",
     "ops",
     "planning",
+    "sources",
 )
 
 

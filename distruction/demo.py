@@ -17,7 +17,7 @@ from .errors import UsageError
 from .fisher import per_sample
 from .forgetting import ForgetReport, forget
 from .initial import initial_std
-from .methods.base import Counted, Selected, batches
+from .methods.base import Counted, Selected
 from .metrics import accuracy, entropy_mia, predict
 from .posterior import Posterior
 from .preparation import prepare, total_evidence
@@ -214,7 +214,7 @@ def _run_class(
     def unlearned(prior: Posterior) -> tuple[ForgetReport, dict[str, float]]:
         prior.mean_(model)
         source = Counted(train_data)
-        forget_loader = batches(Selected(source, forgotten.nonzero().squeeze(-1)), batch_size=64)
+        forget_loader = loader(Selected(source, forgotten.nonzero().squeeze(-1)), batch_size=64, shuffle=True)
         result = forget(
             model, prior, forget_loader, objective="uniform-others", seed=run.seed, backend=backend, progress=progress
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from . import distributed, objectives
+from . import damage, distributed, objectives
 from .describe import described
 from .errors import PosteriorError, UsageError
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
@@ -44,6 +44,8 @@ class ForgetReport:
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
         advice: what to do where it is not reached.
+        forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
+            and for records.
     """
 
     posterior: Posterior
@@ -55,6 +57,7 @@ class ForgetReport:
     probability: float | None
     reached: bool | None
     advice: str = ""
+    forecast: damage.Forecast | None = None
 
 
 def forget(
@@ -98,8 +101,8 @@ def forget(
         request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
             these records alone go and their labels live on; the model is changed as little as possible, not at all
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
-            records of each of its labels as p says that there were, or, where p does not say, where it has at most half
-            of the labels that the model knows.
+            records of each of its labels as p says that there were, and not those of all labels, or, where p does not
+            say, where it has at most half of the labels that the model knows.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
@@ -252,6 +255,12 @@ def forget(
     if data.counts:
         with deterministic(model):
             value = probability()
+    expected = None
+    if kind == "class" and damage.KEY in posterior.metadata:
+        labels = sorted({*earlier, *removed})
+        expected = damage.forecast(
+            posterior.metadata, damage.disturbance(model, posterior, data, labels, kl, seed=seed)
+        )
     found = {"labels": {str(c): n for c, n in data.counts.items()}, "records": data.records, "request": kind}
     result.metadata = {
         "method": "distruction",
@@ -266,7 +275,7 @@ def forget(
     point.remove()
     reached = None if level is None or value is None else value <= level
     advice = _advice(control, len(history), steps) if control is not None and not reached else ""
-    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice)
+    return ForgetReport(result, history, seconds, kl, kind, level, value, reached, advice, expected)
 
 
 def _check_previous(previous: Posterior | None, identity: str) -> None:
@@ -296,7 +305,9 @@ def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module)
         return "class" if request == "auto" else request
     known: Mapping[str, int] | None = posterior.metadata.get("label_counts")
     if known:
-        return "class" if all(n >= known.get(str(c), 0) for c, n in data.counts.items()) else "records"
+        whole = all(n >= known.get(str(c), 0) for c, n in data.counts.items())
+        # Of all classes none would be left to predict.
+        return "class" if whole and len(data.counts) < len(known) else "records"
     classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
 

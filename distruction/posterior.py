@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from . import distributed, ops, posterior_file
 from .compression import STORAGE, Restored, Stored, restore, store, stored
-from .errors import PosteriorError, UsageError
-from .modules import check_same, covered, difference, fingerprint, learnable, require_suitable
+from .errors import UsageError
+from .modules import check_same, covered, fingerprint, learnable, require_suitable
 from .predictive import Inputs, Prediction, predict
 from .sharding import (
     Pieces,
     contiguous,
     gather,
+    gather_on_first_rank,
     groups_of,
     is_sharded,
     largest,
@@ -55,14 +56,6 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     def __init__(
         self, means: Mapping[str, Tensor], stds: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
     ) -> None:
-        if not means:
-            raise PosteriorError(
-                "a posterior needs at least one parameter; does the model have any that requires_grad?"
-            )
-        if list(means) != list(stds):
-            raise PosteriorError(
-                f"means and stds name different parameters: {difference(means, stds)}; give both for each name"
-            )
         raise_together(posterior_file.fault_of(means, stds), means.values())
         # The ops take contiguous tensors; those of a channels_last model are not.
         self._means, self._stds = (
@@ -300,18 +293,10 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         here = self._beside(params)
         pieces = Pieces(list(params.values()), list(range(len(params))))
         held, outs = zip(*(writable(p) for p in params.values()), strict=True)
-        ops.sample(
-            pieces.of(outs),
-            pieces.of([here.means[n] for n in params]),
-            pieces.of([here.stds[n] for n in params]),
-            pieces.offsets,
-            pieces.streams,
-            seed,
-            torch.tensor([draw, 0, 0], device=next(iter(params.values())).device),
-            False,
-            False,
-            backend,
-        )
+        state = ops.State(pieces.of([here.means[n] for n in params]), pieces.of([here.stds[n] for n in params]))
+        counters = torch.tensor([draw, 0, 0], device=next(iter(params.values())).device)
+        draws = ops.Draws(pieces.offsets, pieces.streams, seed, counters)
+        ops.sample(pieces.of(outs), state, draws, backend=backend)
         for out, t in zip(outs, held, strict=True):
             if out is not t:
                 t.copy_(out)
@@ -371,9 +356,9 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
             OSError: the disk is full, the folder is read-only, ...; the file is as it was before.
         """
         if self.is_sharded():
-            whole = self._on_first_rank()
-            if whole is not None:
-                whole.save(path, compress=compress)
+            means, stds = gather_on_first_rank(self.means), gather_on_first_rank(self.stds)
+            if distributed.rank() == 0:
+                Posterior(means, stds, self.metadata).save(path, compress=compress)
             return
         posterior_file.write(path, self._means, self._stds, self.metadata, compress=compress)
 
@@ -405,18 +390,3 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """This posterior, checked to belong to the model; of a sharded one this rank's part."""
         params = covered(model, self.shapes)
         return self._beside(params) if any(map(is_sharded, params.values())) else self
-
-    def _on_first_rank(self) -> "Posterior | None":
-        """The whole of a sharded posterior in the CPU's memory of rank 0; ``None`` on the other ranks."""
-        first = distributed.rank() == 0
-        whole: list[dict[str, Stored]] = [{}, {}]
-        for kept, tensors in zip(whole, (self.means, self.stds), strict=True):
-            for name, t in tensors.items():
-                gathered = gather(t)
-                if first:
-                    kept[name] = gathered.cpu()
-        if not first:
-            return None
-        here = copy.copy(self)
-        here._means, here._stds = whole
-        return here

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .compression import BLOCK, LogCodes, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
-from .files import load_tensors, save_tensors
-from .modules import covered, fingerprint
+from .files import load_facts, load_tensors, save_tensors
+from .modules import covered, difference, fingerprint
 from .sharding import gather, local
 
 FORMAT = "distruction-posterior-1"
@@ -69,6 +69,14 @@ def read(
     return means, stds, metadata
 
 
+def metadata_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of the file, without its tensors."""
+    try:
+        return dict(load_facts(path, format=FORMAT)["metadata"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PosteriorError(f"{path} cannot be read as a posterior: {error}") from error
+
+
 def _means_of(
     model: nn.Module | None,
     path: str | os.PathLike[str],
@@ -113,6 +121,10 @@ def _codes(tensors: dict[str, Tensor], name: str, block: int) -> LogCodes:
 
 def fault_of(means: Mapping[str, Tensor], stds: Mapping[str, Tensor]) -> str | None:
     """What is wrong with these tensors or, of sharded ones, with the parts on this rank."""
+    if not means:
+        return "a posterior needs at least one parameter; does the model have any that requires_grad?"
+    if list(means) != list(stds):
+        return f"means and stds name different parameters: {difference(means, stds)}; give both for each name"
     for name, mean in means.items():
         std = stds[name]
         if mean.shape != std.shape:

@@ -27,6 +27,7 @@ from .loop import (
     run,
 )
 from .loop.batches import unpack
+from .loop.counts import label_counts
 from .modules import fingerprint, learnable, require_suitable
 from .optim import BGD
 from .posterior import Posterior
@@ -82,7 +83,9 @@ def prepare(
         loader: batches of the whole training set, repeated as often as needed: pairs (inputs, targets), or mappings
             with the targets under ``labels`` (`distruction.loop.batches`).
         method: how the std is learned.
-        steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD.
+        steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD. A Gauss-Newton std comes out with a relative
+            noise of about 2.2 / sqrt(steps), at 0.2 and at 2.7 M weights (benchmarks/priors.py measures it): for a
+            tolerance t take (2.2 / t)**2 steps, 121 for 0.2.
         std_init: std to start from, > 0; it is also BGD's cap. ``auto``: each tensor's own scale for Gauss-Newton
             (`distruction.initial`), 0.1 for BGD.
         evidence: data points that each training example counts for, over the whole run, > 0 (the effective sample
@@ -111,7 +114,8 @@ def prepare(
         progress: show a progress bar.
 
     Returns:
-        The posterior, on the model's device. Its metadata has the settings, ``examples`` and ``steps_done``.
+        The posterior, on the model's device. Its metadata has the settings, ``examples``, ``steps_done`` and, where
+        `distruction.loop.counts` can tell them, ``label_counts``: the training examples of each label.
 
     Raises:
         UsageError: an argument is out of range, the loader cannot be repeated, is empty or not labelled.
@@ -201,6 +205,8 @@ def prepare(
             group["lr"] = lr * cosine(len(history), steps)
             group["data_per_step"] = total * shares[len(history)]
 
+    labelled = likelihood is None or isinstance(likelihood, Categorical)
+    counts = label_counts(loader) if labelled else None
     point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     optimizer, history = run(
         model,
@@ -214,7 +220,7 @@ def prepare(
         callback=callback,
         progress=progress,
         role=TRAINING,
-        labels=likelihood is None or isinstance(likelihood, Categorical),
+        labels=labelled,
         shown=loss.shown if gauss_newton else None,
     )
     posterior = optimizer.posterior(copy=False)
@@ -227,6 +233,9 @@ def prepare(
         "sampled_loss": sum(s.loss for s in tail) / len(tail),
         "sampled_accuracy": None if math.isnan(accuracy) else accuracy,
     }
+    # A caller who gives another number has more data than the loader shows.
+    if counts is not None and num_examples in (None, sum(counts.values())):
+        posterior.metadata["label_counts"] = counts
     point.remove()
     return posterior
 

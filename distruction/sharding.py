@@ -9,13 +9,14 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import PosteriorError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def _dtensor() -> type:
 
 
 def _is_dtensor(t: Any) -> "TypeGuard[DTensor]":
-    return type(t) not in _ORDINARY and isinstance(t, _dtensor())
+    # Not by the set, which torch 2.8 cannot trace.
+    return type(t) is not Tensor and type(t) is not nn.Parameter and isinstance(t, _dtensor())
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -46,8 +48,8 @@ def is_sharded(t: Tensor) -> bool:
 
 def are_ordinary(tensors: Iterable[Tensor]) -> bool:
     """Whether all are plain tensors or parameters: a quick question for a step, which asks it of thousands."""
-    if torch.compiler.is_compiling():  # torch 2.8 cannot trace sets of types
-        return not any(is_sharded(t) for t in tensors)
+    if torch.compiler.is_compiling():  # torch 2.8 traces neither sets of types nor generators
+        return not [t for t in tensors if is_sharded(t)]
     return set(map(type, tensors)) <= _ORDINARY
 
 
@@ -149,18 +151,40 @@ def reshard(model: nn.Module) -> None:
 
     The next forward pass would use them in place of what an optimizer wrote into the shards since.
     """
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def average_by_dividing(model: nn.Module) -> None:
+    """Let ``fully_shard`` sum the gradients and divide them by the number of ranks.
+
+    torch 2.8 asks the backend for the average, and Gloo, which has none, gives the sum without a word.
+    """
+    for module in _sharded_modules(model):
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that ``fully_shard`` was applied to."""
     # A model can be sharded only where somebody has imported this.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not dist.is_available():
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    if fsdp is not None and dist.is_available():
+        yield from (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
 
 
 def gather(t: Tensor) -> Tensor:
     """The whole tensor on each rank; every rank that holds a part has to call it."""
     return t.full_tensor() if _is_dtensor(t) else t
+
+
+def gather_on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors in the CPU's memory of rank 0, one gathered after another; nothing on the other ranks."""
+    whole = {}
+    for name, t in tensors.items():
+        gathered = gather(t)
+        if distributed.rank() == 0:
+            whole[name] = gathered.cpu()
+    return whole
 
 
 def sum_over_shards(value: Tensor, of: Tensor) -> Tensor:
@@ -205,6 +229,7 @@ def contiguous(t: Tensor) -> Tensor:
 def raise_together(fault: str | None, tensors: Iterable[Tensor]) -> None:
     """Raise the fault; if ``tensors`` are sharded, on all ranks as soon as one has a fault."""
     tensors = list(tensors)
-    flag = torch.tensor(fault is not None, dtype=torch.int32, device=tensors[0].device)
+    device = tensors[0].device if tensors else None
+    flag = torch.tensor(fault is not None, dtype=torch.int32, device=device)
     if largest(flag, groups_of(tensors)).item():
         raise PosteriorError(fault or "the posterior's part on another rank is at fault; that rank's message says how")

@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import DataWarning, DistructionError
 from .extras import needed
+from .loop.step import Terminated
 
 with needed("cli"):
     from rich.console import Console
@@ -33,9 +34,10 @@ class Command(TyperCommand):
 
 
 def run(app: Callable[[], object]) -> None:
-    """Run a command line: an error ends with one line and a status other than 0, Ctrl-C with status 130.
+    """Run a command line: an error ends with one line and a status other than 0.
 
-    The status is 2 where the library or the operating system refused something, 1 for an error that neither foresaw.
+    Ctrl-C ends with status 130, SIGTERM inside of a run with 143. The status is 2 where the library or the operating
+    system refused something, 1 for an error that neither foresaw.
     """
     try:
         with warnings.catch_warnings():
@@ -44,6 +46,8 @@ def run(app: Callable[[], object]) -> None:
             app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Terminated:
+        sys.exit(143)
     except (DistructionError, OSError) as error:
         _fail(f"error: {error}", 2, error)
     except Exception as error:

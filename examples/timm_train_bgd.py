@@ -7,7 +7,7 @@
 Under ``torchrun --nproc-per-node 8`` it trains with DDP, as train.py does. ``data_per_step`` is how many data points
 one step's mean loss stands for; with ``learn_mean=False`` the weights of ``--initial-checkpoint`` stay, and the stds
 alone are learnt. train.py validates a sample of the posterior, and saves it as the model; the means and stds are in the
-optimizer's state in its last checkpoint, from which ``examples/timm_checkpoint.py extract`` takes them.
+optimizer's state in its last checkpoint, from which ``examples/timm_extract.py`` takes them.
 """
 
 import runpy

@@ -3,19 +3,18 @@
 Gradient, mean and std are read once, std and the next sample written once: 20 bytes per float32 parameter.
 """
 
-import math
 from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.calls import Amp, Draws, State
 from .approximate import reciprocal, square_root
 from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
 from .philox import KEYS, words_and_normals
 from .sample import rounded
-from .step import amp_scalars
-from .tables import finish, key_schedule, launches, mutated, on
+from .tables import amp_scalars, drawing, finish, launches, mutated, on
 
 _LARGEST = tl.constexpr(2.0**126)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -75,35 +74,20 @@ def gauss_newton_kernel(
 
 
 def gauss_newton(
-    param: Sequence[Tensor],
-    std: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    evidence: float,
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, root_evidence: float, amp: Amp
 ) -> None:
     """See `distruction.ops.gauss_newton`."""
-    device = counters.device
+    device = draws.counters.device
     with on(device):
-        amp = amp_scalars(grad_scale, found_inf, device)
-        for launch, arguments in launches({"mean": mean, "std": std, "param": param}, [grad], offsets, streams):
+        scalars = amp_scalars(amp, device)
+        for launch, arguments in launches({**vars(state), "param": param}, [grad], draws):
             gauss_newton_kernel[(launch.chunks,)](
-                counters=counters,
-                root_evidence=math.sqrt(evidence),
-                **key_schedule(seed),
+                root_evidence=root_evidence,
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],
-                ANTITHETIC=antithetic,
-                STOCHASTIC=stochastic_rounding,
-                **amp,
+                **scalars,
+                **drawing(draws),
                 **arguments,
             )
-        finish(counters, amp["found_inf"], None, None, advance=True, updated=True)
-    mutated(param, std, [counters])
+        finish(draws.counters, scalars["found_inf"], None, None, advance=True, updated=True)
+    mutated(param, state.std, [draws.counters])

@@ -1,15 +1,14 @@
 """KL divergence of diagonal Gaussians with both gradients; the formulas are in `distruction.ops.reference.kl`."""
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.calls import State
 from .approximate import log2, reciprocal
 from .multi_tensor import MEAN, PRIOR_MEAN, PRIOR_STD, STD, block_of, load, locate, pointer, sum_of_groups
-from .tables import finish, launches, on
+from .tables import finish, launches, on, sums_of_kl
 
 
 @triton.jit
@@ -63,17 +62,14 @@ def gaussian_kl_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(kl, 0) * 0.5)
 
 
-def gaussian_kl(
-    mean: Sequence[Tensor], std: Sequence[Tensor], prior_mean: Sequence[Tensor], prior_std: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def gaussian_kl(state: State) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See `distruction.ops.gaussian_kl`."""
-    grad_mean, grad_std = [torch.empty_like(m) for m in mean], [torch.empty_like(s) for s in std]
-    device = mean[0].device
-    arrays = {"mean": mean, "std": std, "prior_mean": prior_mean, "prior_std": prior_std}
+    grad_mean, grad_std = [torch.empty_like(m) for m in state.mean], [torch.empty_like(s) for s in state.std]
+    device = state.mean[0].device
     with on(device):
-        planned = launches(arrays, [grad_mean, grad_std])
-        partial = torch.empty(sum(launch.chunks for launch, _ in planned), dtype=torch.float64, device=device)
-        total = torch.empty((), dtype=torch.float64, device=device)
+        planned = launches(vars(state), [grad_mean, grad_std])
+        partial, total = sums_of_kl(planned, device)
+        assert partial is not None
         first = 0
         for launch, arguments in planned:
             gaussian_kl_kernel[(launch.chunks,)](partial=partial[first:], tensors=len(launch.tensors), **arguments)

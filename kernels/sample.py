@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.calls import Draws, State
 from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
 from .philox import KEYS, words_and_normals
-from .tables import key_schedule, launches, mutated, on
+from .tables import drawing, launches, mutated, on
 
 
 @triton.jit
@@ -56,27 +57,10 @@ def sample_kernel(
         tl.store(param_p + i, rounded(tl.fma(std, eps, mean), words, PARAM_TYPE, STOCHASTIC, TARGET), inside)
 
 
-def sample(
-    out: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-) -> None:
+def sample(out: Sequence[Tensor], state: State, draws: Draws) -> None:
     """See `distruction.ops.sample`."""
-    with on(counters.device):
-        for launch, arguments in launches({"mean": mean, "std": std, "param": out}, [], offsets, streams):
+    with on(draws.counters.device):
+        for launch, arguments in launches({**vars(state), "param": out}, [], draws):
             arguments.pop("fresh")
-            sample_kernel[(launch.chunks,)](
-                counters=counters,
-                **key_schedule(seed),
-                PARAM_TYPE=launch.types[0],
-                ANTITHETIC=antithetic,
-                STOCHASTIC=stochastic_rounding,
-                **arguments,
-            )
+            sample_kernel[(launch.chunks,)](PARAM_TYPE=launch.types[0], **drawing(draws), **arguments)
     mutated(out)

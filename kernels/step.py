@@ -6,11 +6,11 @@ Each array is read and written once. The old draw is regenerated, the next one m
 import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.calls import Amp, Draws, Rule, State
 from .approximate import inverse, reciprocal, square_root
 from .kl import twice_kl
 from .multi_tensor import (
@@ -31,7 +31,7 @@ from .multi_tensor import (
 )
 from .philox import KEYS, words_and_normals
 from .sample import rounded
-from .tables import finish, key_schedule, launches, mutated, on, scalar
+from .tables import amp_scalars, drawing, finish, launches, mutated, on, scalar, sums_of_kl
 
 
 @triton.jit(do_not_specialize=["counters", "grad_scale", "found_inf", "chunk", *KEYS])
@@ -248,122 +248,56 @@ def step_kernel(
     tl.store(counters + 2, 1, refuse)
 
 
-def amp_scalars(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> dict[str, Tensor | None]:
-    return {
-        "grad_scale": None if grad_scale is None else scalar(grad_scale, device),
-        "found_inf": None if found_inf is None else scalar(found_inf, device),
-    }
-
-
-def accumulate(
-    param: Sequence[Tensor],
-    m1: Sequence[Tensor],
-    m2: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def accumulate(param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, amp: Amp) -> None:
     """See `distruction.ops.accumulate`."""
-    device = counters.device
-    arrays = {"mean": mean, "std": std, "m1": m1, "m2": m2, "param": param}
+    device = draws.counters.device
     with on(device):
-        amp = amp_scalars(grad_scale, found_inf, device)
-        for launch, arguments in launches(arrays, [grad], offsets, streams):
+        scalars = amp_scalars(amp, device)
+        for launch, arguments in launches({**vars(state), "param": param}, [grad], draws):
             accumulate_kernel[(launch.chunks,)](
-                counters=counters,
-                **key_schedule(seed),
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],
-                STATISTICS=2 if m2 else 1,
-                ANTITHETIC=antithetic,
-                STOCHASTIC=stochastic_rounding,
-                **amp,
+                STATISTICS=2 if state.m2 else 1,
+                **scalars,
+                **drawing(draws),
                 **arguments,
             )
-        finish(counters, amp["found_inf"], None, None, advance=True)
-    mutated(param, m1, m2, [counters])
+        finish(draws.counters, scalars["found_inf"], None, None, advance=True)
+    mutated(param, state.m1, state.m2, [draws.counters])
 
 
-def step(
-    param: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    m1: Sequence[Tensor],
-    m2: Sequence[Tensor],
-    prior_mean: Sequence[Tensor],
-    prior_std: Sequence[Tensor],
-    lr: Tensor,
-    kl_weight: Tensor,
-    loss_scale: float,
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    max_mean_step: float,
-    max_log_std_step: float,
-    max_std: float,
-    learn_mean: bool,
-    learn_std: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Tensor:
+def step(param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, rule: Rule, amp: Amp) -> Tensor:
     """See `distruction.ops.step`."""
-    device = counters.device
-    arrays = {
-        "mean": mean,
-        "std": std,
-        "m1": m1,
-        "m2": m2,
-        "prior_mean": prior_mean,
-        "prior_std": prior_std,
-        "param": param,
-    }
+    device = draws.counters.device
     with on(device):
-        amp = amp_scalars(grad_scale, found_inf, device)
+        scalars = amp_scalars(amp, device)
         options = {
-            "lr": scalar(lr, device),
-            "kl_weight": scalar(kl_weight, device),
-            "loss_scale": float(loss_scale),
-            "max_mean_step": float(max_mean_step),
-            "max_a": math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf,
-            "max_std": float(max_std),
-            "PRIOR": bool(prior_mean),
-            "STATISTICS": 2 if m2 else 1 if m1 else 0,
-            "BOUNDED": max_log_std_step <= 1 and max_mean_step < math.inf and max_std < math.inf,
-            "LEARN_MEAN": learn_mean,
-            "LEARN_STD": learn_std,
-            "ANTITHETIC": antithetic,
-            "STOCHASTIC": stochastic_rounding,
+            "lr": scalar(rule.lr, device),
+            "kl_weight": scalar(rule.kl_weight, device),
+            "loss_scale": float(rule.loss_scale),
+            "max_mean_step": float(rule.max_mean_step),
+            "max_a": rule.max_a,
+            "max_std": float(rule.max_std),
+            "PRIOR": bool(state.prior_mean),
+            "STATISTICS": 2 if state.m2 else 1 if state.m1 else 0,
+            "BOUNDED": rule.max_log_std_step <= 1 and max(rule.max_mean_step, rule.max_std) < math.inf,
+            "LEARN_MEAN": rule.learn_mean,
+            "LEARN_STD": rule.learn_std,
         }
-        planned = launches(arrays, [grad], offsets, streams)
-        partial = None
-        if prior_mean:
-            partial = torch.empty(sum(launch.chunks for launch, _ in planned), dtype=torch.float64, device=device)
-        total = torch.empty((), dtype=torch.float64, device=device)
+        planned = launches({**vars(state), "param": param}, [grad], draws)
+        partial, total = sums_of_kl(planned, device, bool(state.prior_mean))
         first = 0
         for launch, arguments in planned:
             step_kernel[(launch.chunks,)](
-                counters=counters,
-                **key_schedule(seed),
                 partial=None if partial is None else partial[first:],
                 PARAM_TYPE=launch.types[0],
                 GRAD_TYPE=launch.types[1],
-                **amp,
                 **options,
+                **scalars,
+                **drawing(draws),
                 **arguments,
             )
             first += launch.chunks
-        finish(counters, amp["found_inf"], partial, total, advance=True, updated=True)
-    mutated(param, mean, std, [counters])
+        finish(draws.counters, scalars["found_inf"], partial, total, advance=True, updated=True)
+    mutated(param, state.mean, state.std, [draws.counters])
     return total

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.calls import Amp, Draws
 from .multi_tensor import finish_kernel
 from .philox import KEYS
 
@@ -170,14 +171,14 @@ def _launch(layout: _Layout, chunk: int, types: Any, aligned: bool, tensors: lis
 def launches(
     arrays: dict[str, Sequence[Tensor]],
     fresh: Sequence[Sequence[Tensor]],
-    offsets: Sequence[int] = (),
-    streams: Sequence[int] = (),
+    draws: Draws | None = None,
 ) -> list[tuple[Launch, dict[str, Any]]]:
     """The launches that serve a model, with the arguments that all kernels have in common.
 
     Args:
         arrays: lists of tensors by their name in `ARRAYS`; "mean" is required.
         fresh: lists of tensors whose addresses may change from call to call, such as gradients.
+        draws: where the generator stands, for kernels that draw.
     """
     mean = arrays["mean"]
     device = mean[0].device
@@ -186,8 +187,8 @@ def launches(
     layout = _Layout(
         device,
         tuple(map(Tensor.numel, mean)),
-        tuple(offsets) or (0,) * n,
-        tuple(streams) or (0,) * n,
+        tuple(draws.offsets) if draws else (0,) * n,
+        tuple(draws.streams) if draws else (0,) * n,
         tuple(_addresses(arrays.get(name, ())) for name in ARRAYS),
         tuple((p.dtype, g.dtype) for p, g in zip(arrays.get("param", mean), fresh[0] if fresh else mean, strict=True)),
         frozenset(i for row in fresh_addresses for i, address in enumerate(row) if address % 16),
@@ -247,6 +248,20 @@ def scalar(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, torch.float32)
 
 
+def amp_scalars(amp: Amp, device: torch.device) -> dict[str, Tensor | None]:
+    """The kernels' arguments of mixed precision."""
+    return {name: None if value is None else scalar(value, device) for name, value in vars(amp).items()}
+
+
+def sums_of_kl(
+    planned: list[tuple[Launch, dict[str, Any]]], device: torch.device, with_prior: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """Memory for the KL: its partial sums, one for each chunk, ``None`` without a prior; and the whole."""
+    chunks = sum(launch.chunks for launch, _ in planned)
+    partial = torch.empty(chunks, dtype=torch.float64, device=device) if with_prior else None
+    return partial, torch.empty((), dtype=torch.float64, device=device)
+
+
 def finish(
     counters: Tensor | None,
     found_inf: Tensor | None,
@@ -282,6 +297,16 @@ def key_schedule(seed: int) -> dict[str, int]:
             key = ((seed >> shift) + r * weyl) & 0xFFFFFFFF
             keys.append(key - (key >> 31 << 32))
     return dict(zip(KEYS, keys, strict=True))
+
+
+def drawing(draws: Draws) -> dict[str, Any]:
+    """The arguments of the kernels that draw."""
+    return {
+        "counters": draws.counters,
+        "ANTITHETIC": draws.antithetic,
+        "STOCHASTIC": draws.stochastic_rounding,
+        **key_schedule(draws.seed),
+    }
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

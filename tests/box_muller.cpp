@@ -1,9 +1,9 @@
-// The uniform and Box-Muller of csrc/gaussian.h, one element at a time or, with -DVECTOR, in the vectors of the
+// The uniform and Box-Muller of csrc/generator.h, one element at a time or, with -DVECTOR, in the vectors of the
 // instruction set that this is compiled for.
 #ifdef VECTOR
 #include "cpu/vector.h"
 #endif
-#include "gaussian.h"
+#include "generator.h"
 
 namespace distruction {
 #ifdef VECTOR

@@ -41,7 +41,7 @@ from distruction import (
     prepare,
 )
 from distruction.objectives import MaskedTeacher
-from distruction.sharding import Pieces
+from distruction.sharding import Pieces, average_by_dividing
 
 QUIET = {"progress": False}
 PREPARE = {"steps": 12, "std_init": 0.1, **QUIET}
@@ -140,6 +140,7 @@ def check_fully_shard_draws_the_same_bits_and_learns_the_same(world, folder):
     for mc_samples in (1, 2):
         options = {"std_init": prior, "kl_weight": 0.1, "data_per_step": 12, "mc_samples": mc_samples}
         alone, model = make_model(), wrap(make_model(), "fsdp")
+        average_by_dividing(model)
         opt = BGD(model.named_parameters(), prior=prior.like(model), **options)
         other = BGD(alone.named_parameters(), prior=prior, **options)
         for draw in range(3):
@@ -315,6 +316,7 @@ def check_squared_gradients_are_those_of_one_process(world, folder):
     train_steps(alone, other, range(5))
     for how in ("ddp", "fsdp"):
         model = wrap(make_model(), how)
+        average_by_dividing(model)
         opt = BGD((model.module if how == "ddp" else model).named_parameters(), **options)
         opt.train()
         train_steps(model, opt, range(5), rows=own_rows(12))
@@ -380,6 +382,7 @@ def check_distributed_checkpoint_resumes_on_any_number_of_ranks(world, folder):
 
     def fresh(seed):
         model = wrap(make_model(seed), "fsdp")
+        average_by_dividing(model)
         return model, BGD(model.named_parameters(), **options)
 
     saved = folder / "dcp"
@@ -410,6 +413,7 @@ def check_distributed_checkpoint_resumes_on_any_number_of_ranks(world, folder):
     for sharded in (True, False):
         model = make_model(2)
         model = wrap(model, "fsdp") if sharded else model
+        average_by_dividing(model)
         opt = BGD(model.named_parameters(), **options)
         set_optimizer_state_dict(
             model, opt, copy.deepcopy(expected["whole"]), options=StateDictOptions(full_state_dict=True)
@@ -455,6 +459,25 @@ def check_posteriors_of_sharded_models(world, folder):
         part.stds["3.bias"].to_local().fill_(-1.0)
     with pytest.raises(PosteriorError, match=r"3.bias: std must be > 0|another rank"):
         Posterior(part.means, part.stds)
+
+
+def check_predictions_of_sharded_models(world, folder):
+    """Those of the whole model, the same on each rank; and the shards hold what they held."""
+    x, _ = examples(7)
+    alone = make_model()
+    alone.eval()
+    whole = Posterior.around(alone, {n: torch.rand_like(p) / 3 + 0.1 for n, p in alone.named_parameters()})
+    expected = whole.predict(alone, x, samples=4, seed=3)
+    model = wrap(make_model(), "fsdp")
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    for posterior, batch_size in ((whole, None), (whole.like(model), 3)):
+        model(x)  # leaves whole parameters, which the forward pass would use in place of the samples
+        found = posterior.predict(model, x, samples=4, seed=3, batch_size=batch_size)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=1e-5)
+        assert torch.equal(on_rank_0(found.logits), found.logits)
+        for p, t in zip(model.parameters(), before, strict=True):
+            assert torch.equal(p.full_tensor(), t)
+    assert not torch.equal(expected.logits[0], expected.logits[1])
 
 
 # --- prepare and forget ----------------------------------------------------------------------------------
@@ -527,6 +550,7 @@ def check_a_distributed_sampler_makes_the_batch_of_its_parts(world, folder):
     for how in ("plain", "ddp"):
         posterior = prepare(wrap(make_model(), how), loader, method="bgd", evidence=100.0 / 22, **PREPARE)
         assert_near(posterior, alone(make_model(), [(x[i], y[i]) for i in parts]))
+        assert posterior.metadata["label_counts"] == {"0": 8, "1": 7, "2": 7}
 
 
 def alone(model, batches):

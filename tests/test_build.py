@@ -164,9 +164,10 @@ def test_kernels_pass_the_sanitizers(tree):
     # A write past the end, to know that the sanitizer is at work.
     probe = (
         "import torch; from distruction.ops import cpp; x = torch.zeros(5); y = torch.zeros(64)\n"
-        "m, _keep = cpp.native.model({'mean': [y], 'std': [y]}, param=[x], "
-        "counters=torch.zeros(3, dtype=torch.int64))\n"
-        "cpp._kernels.launch('sample', m, x.device)\n"
+        "from distruction.ops import Draws, State\n"
+        "draws = Draws([0], [0], 1, torch.zeros(3, dtype=torch.int64))\n"
+        "m, _keep = cpp.native.model(State([y], [y]), draws, param=[x])\n"
+        "cpp._kernels.launch('sample', m, x.device, {}, {})\n"
     )
     environment = {
         "LD_PRELOAD": " ".join(runtime),

@@ -122,6 +122,38 @@ def test_a_compressed_posterior_takes_a_byte_per_parameter(distruction, files, t
     assert "was prepared for other weights" in err
 
 
+def test_a_compressed_posterior_serves_a_later_request(distruction, files, tmp_path):
+    """With the model's file of preparation, which it needs for its means, or with the whole posterior's: the same."""
+    whole, small = tmp_path / "p", tmp_path / "s"
+    common = ("--model", files / "model", "--steps", 2, "--no-progress")
+    for path, more in ((small, ["--compress"]), (whole, [])):
+        assert distruction("prepare", *common, "--out", path, *more)[0] == 0
+
+    def forget(*words):
+        return distruction("forget", *words, "--steps", 3, "--no-progress")
+
+    asked = ("--class", 8, "--previous", tmp_path / "q")
+    first = ("--model", files / "model", "--class", 3, "--out", tmp_path / "u", "--posterior-out", tmp_path / "q")
+    for posterior in (small, whole):
+        status, _, err = forget("--posterior", posterior, *first, "--overwrite")
+        assert status == 0, err
+        again = ("--posterior", posterior, "--out", tmp_path / "a", "--overwrite", *asked)
+        status, _, err = forget("--model", files / "model", *again)
+        assert status == 0, err
+        weights = models.load(tmp_path / "a")[0].state_dict()
+        status, _, err = forget("--model", tmp_path / "u", *again)
+        if posterior is small:
+            assert (status, "load the model's checkpoint that preparation was given" in err) == (2, True)
+    assert all(torch.equal(t, weights[n]) for n, t in models.load(tmp_path / "a")[0].state_dict().items())
+    # A model of neither weights.
+    other, config = models.load(files / "model")
+    torch.nn.init.normal_(other.head.weight)
+    models.save(other, tmp_path / "m", config)
+    status, _, err = forget("--model", tmp_path / "m", "--posterior", whole, "--out", tmp_path / "d", *asked)
+    assert status == 2
+    assert "was prepared for other weights" in " ".join(err.split())
+
+
 def test_plan(distruction, files):
     status, out, _ = distruction("plan", "--model", "vit_huge_patch14_224", "--batch-size", 1, "--device", "cpu")
     assert "632.0 M parameters" in out

@@ -85,7 +85,9 @@ def main():
     deadline = time.monotonic() + 20
     while not threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert dist.is_initialized() and threads()
+    assert dist.is_initialized()
+    if not threads():
+        print("no thread is called gloo", end=" ")
 
 atexit.register(lambda: print(dist.is_initialized(), threads()))  # the last to run
 main()
@@ -93,6 +95,8 @@ main()
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(free_port())
     done = subprocess.run([sys.executable, "-c", code, str(sharded)], env=environment, capture_output=True, text=True)
+    if "no thread" in done.stdout and torch.__version__ < "2.9":
+        pytest.skip("torch 2.8 gives Gloo's threads no name to tell them by")
     assert (done.returncode, done.stdout) == (0, "False 0\n"), done.stderr
 
 

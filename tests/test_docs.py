@@ -17,7 +17,7 @@ import typer
 
 import distruction
 import mkdocs_errors
-from distruction import cli
+from distruction import cli, rehearsal
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,6 +62,7 @@ def names(tmp_path, monkeypatch):
         "model": model,
         "loader": torch.utils.data.DataLoader(data, 12),
         "train_loader": torch.utils.data.DataLoader(data, 12),
+        "held_out_loader": torch.utils.data.DataLoader(data, 12),
         "forget_loader": torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(0, 24, 3)), 4),
         "folder": tmp_path / "checkpoint",
     }
@@ -75,6 +76,7 @@ def brief(monkeypatch):
         monkeypatch.setattr(
             distruction, name, lambda *a, f=function, **o: f(*a, **{"steps": 2, "progress": False, **o})
         )
+    monkeypatch.setattr(rehearsal, "forget", distruction.forget)
 
 
 def hugging_face_folder():

@@ -3,27 +3,27 @@
 import argparse
 import ast
 import os
-import re
 import runpy
 import shlex
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import timm.optim
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
-from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
-from distruction import Posterior, UsageError
-from distruction.planning import plan
+import distruction
+from distruction import Posterior, UsageError, cli, models
+from distruction.data.inputs import Pixels
+from distruction.sources import open_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLASSES = {"bird": (200, 40, 40), "cat": (40, 200, 40), "dog": (40, 40, 200)}
@@ -34,10 +34,6 @@ SMALL = {
     "vit_huge_patch14_224": "test_vit",
     "data_per_step=50000": "data_per_step=24",
 }
-# From a narrow std a few steps are enough for a few images.
-QUICK = {"prepare": ["--steps", "20", "--std-init", "0.02", "--workers", "0"],
-         "forget": ["--steps", "30", "--kl-weight", "0.1", "--workers", "0"],
-         "evaluate": ["--workers", "0"]}  # fmt: skip
 
 
 def commands(script):
@@ -45,7 +41,7 @@ def commands(script):
     doc = ast.get_docstring(ast.parse((EXAMPLES / script).read_text()), clean=False)
     found = [shlex.split(line) for line in doc.splitlines() if line.startswith(("    python ", "    torchrun "))]
     assert found
-    return [[SMALL.get(w, w) for w in words] + [o for w in words for o in QUICK.get(w, [])] for words in found]
+    return [[SMALL.get(w, w) for w in words] for words in found]
 
 
 @pytest.fixture
@@ -86,15 +82,10 @@ def launch(words, folder):
     return done.stdout
 
 
-def accuracies(output):
-    """D_r and D_f."""
-    return tuple(float(a) for a in re.search(r"D_r (.*) %, D_f (.*) %", output).groups())
-
-
 def fit(model, transform, folder, steps, lr):
     """Train until every training image is known."""
     paths = sorted(folder.glob("photos/train/*/*.png"))
-    x = torch.stack([transform(Image.open(path)) for path in paths])
+    x = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     y = torch.tensor([list(CLASSES).index(path.parent.name) for path in paths])
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     for _ in range(steps):
@@ -128,35 +119,36 @@ def folder(tmp_path_factory):
     return folder
 
 
-# --- class folders --------------------------------------------------------------------------------------
+# --- in Python ------------------------------------------------------------------------------------------
 
 
-def test_vit_of_class_folders(run):
-    prepare, forget, evaluate, *_ = commands("vit_folder.py")
-    before = [w.replace("forgotten.safetensors", "vit.safetensors") for w in evaluate]
-    assert accuracies(run(before)) == (100, 100)
-    assert "samples of the posterior: " in run(prepare)
-    run(forget)
-    assert accuracies(run(evaluate)) == (100, 0)
-
-
-def test_classes_that_the_model_lacks(run, here):
-    prepare, _, evaluate, *_ = commands("vit_folder.py")
-    with pytest.raises(UsageError, match="class 'dgo' is unknown; the classes are bird, cat, dog"):
-        run(["vit.safetensors" if w == "forgotten.safetensors" else w.replace("dog", "dgo") for w in evaluate])
-    (here / "other" / "dgo").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(UsageError, match="other has folders that are no classes of the model: dgo"):
-        run([w.replace("photos/train", "other") for w in prepare])
+def test_any_model_of_class_folders(run, here, monkeypatch):
+    """Prepared with three classes, forgotten with the folder of one."""
+    ours = {"name": "vit-micro", "num_classes": 3, "in_chans": 3, "img_size": 16}
+    taken = Pixels(3, 16, (110.0,) * 3, (80.0,) * 3)
+    torch.manual_seed(0)
+    model = fit(models.create(**ours), taken, here, steps=25, lr=3e-3)
+    models.save(model, here / "my-vit", {**ours, "data": ".", "classes": list(CLASSES), "images": taken.facts()})
+    prepare, forget = commands("any_model.py")
+    monkeypatch.setattr(distruction, "forget", partial(distruction.forget, kl_weight=0.1))
+    assert "24 records of 3 classes: 8 bird, 8 cat, 8 dog" in run([*prepare, "--steps", "20"])
+    assert "8 records of 1 class: 8 dog" in run([*forget, "--steps", "30"])
+    source = open_model(here / "my-vit-forgotten")
+    x, y = (data := source.select("photos/val").read(source.inputs))[list(range(len(data)))]
+    predicted = source.network.eval()(x).argmax(dim=-1)
+    assert (predicted == y)[y != 2].all()
+    assert (predicted != 2).all()
 
 
 @pytest.mark.parametrize("command", ["prepare", "forget"])
 def test_shards_on_two_processes(run, here, command):
     """The whole set is one batch, whose order does not matter: one process without shards does the same."""
-    sharded = next(words for words in commands("vit_folder.py") if words[0] == "torchrun" and command in words)
+    sharded = next(words for words in commands("sharded_vit.py") if ("--out" in words) == (command == "forget"))
+    sharded += ["--steps", "20"]
     if command == "prepare":
         # Gauss-Newton's signs go by an example's place in the batch.
         sharded = [*sharded, "--method", "bgd"]
-    alone = ["python", *(w for w in sharded[3:] if w != "--shard")]
+    alone = ["python", *sharded[3:]]
     if command == "forget":
         model = timm.create_model("test_vit", num_classes=3, checkpoint_path=str(here / "vit.safetensors"))
         Posterior.around(model, 0.02).save(here / "posterior.safetensors")
@@ -198,34 +190,13 @@ def arguments_of_a_run(**options):
     })  # fmt: skip
 
 
-def test_checkpoint_of_timms_train_script(run, here):
-    """Its best checkpoint holds useless weights and an EMA that classifies, which is what train.py validated."""
-    folder = here / "output/train/my-vit-large"
-    folder.mkdir(parents=True)
-    args = arguments_of_a_run(num_classes=3)
-    (folder / "args.yaml").write_text(yaml.safe_dump(vars(args)))
-    model = timm.create_model("test_vit", num_classes=3)
-    ema = ModelEmaV3(timm.create_model("test_vit", num_classes=3, checkpoint_path=str(here / "vit.safetensors")))
-    optimizer = timm.optim.create_optimizer_v2(model, **timm.optim.optimizer_kwargs(args))
-    saver = CheckpointSaver(model, optimizer, args, ema, checkpoint_dir=str(folder))
-    saver.save_checkpoint(0, metric=100.0)
-
-    ask, prepare, forget, evaluate, _ = commands("timm_checkpoint.py")
-    assert "Fits: " in run(ask)
-    run(prepare)
-    elements = sum(p.numel() for p in model.parameters())
-    assert (here / "posterior.safetensors").stat().st_size < 1.3 * elements
-    run(forget)
-    assert accuracies(run(evaluate)) == (100, 0)
-
-
 TRAIN_SCRIPT = """
 import argparse, os, timm, torch, yaml
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ParseKwargs
-from class_folders import images
-from timm.data import create_transform, resolve_data_config
+from distruction.data.inputs import batches
+from distruction.sources import open_model
 
 parser = argparse.ArgumentParser()
 for name in ("data-dir", "model", "output", "experiment", "opt"):
@@ -241,14 +212,14 @@ model = timm.create_model(args.model, num_classes=args.num_classes, checkpoint_p
 optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
 saver = CheckpointSaver(model, optimizer, args, checkpoint_dir=os.path.join(args.output, args.experiment))
 scheduler, epochs = create_scheduler_v2(optimizer, num_epochs=args.epochs)
-labels = {name: i for i, name in enumerate(CLASSES)}
-data = images("photos/train", labels, create_transform(**resolve_data_config(model=model)))
+source = open_model(args.model, weights="vit.safetensors", classes=tuple(CLASSES))
+data = source.select("photos/train").read(source.inputs)
 with open(os.path.join(saver.checkpoint_dir, "args.yaml"), "w") as f:
     yaml.safe_dump(vars(args), f)
 for epoch in range(epochs):
     model.train()
     optimizer.zero_grad()
-    for x, y in torch.utils.data.DataLoader(data, 8, shuffle=True):
+    for x, y in batches(data, batch_size=8, shuffle=True):
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -257,7 +228,7 @@ saver.save_checkpoint(epoch, metric=0.0)
 """
 
 
-def test_timms_train_script_with_bgd(run, here):
+def test_timms_train_script_with_bgd(run, here, monkeypatch):
     """A script that does what train.py does with its optimizer; then the posterior from its checkpoint."""
     head = f"CLASSES, DEFAULTS = {list(CLASSES)}, {vars(arguments_of_a_run())}\n"
     (here / "train.py").write_text(head + TRAIN_SCRIPT)
@@ -267,12 +238,12 @@ def test_timms_train_script_with_bgd(run, here):
     before = load_file(here / "vit.safetensors")
     run(train)
 
-    extract = commands("timm_checkpoint.py")[-1]
+    (extract,) = commands("timm_extract.py")
     run(extract)
     means = load_file(here / "means.safetensors")
     model = timm.create_model("test_vit", num_classes=3, checkpoint_path=str(here / "means.safetensors"))
     posterior = Posterior.load(here / "posterior.safetensors", model=model)  # refuses other means
-    assert posterior.metadata["labels"] == {name: i for i, name in enumerate(CLASSES)}
+    assert posterior.metadata["serving"]["classes"] == list(CLASSES)
     held = torch.load(folder / "last.pth.tar", weights_only=False)
     order = [id(p) for g in timm.optim.param_groups_weight_decay(model, 0.0) for p in g["params"]]
     for name, p in model.named_parameters():
@@ -283,10 +254,17 @@ def test_timms_train_script_with_bgd(run, here):
         torch.testing.assert_close(posterior.stds[name], state["std"], rtol=0.01, atol=0)
         assert (state["std"] < 0.02).any()
 
-    forget = next(words for words in commands("timm_checkpoint.py") if "forget" in words)
-    run([*forget, "--weights", "means.safetensors"])
-    evaluate = next(words for words in commands("vit_folder.py") if "evaluate" in words)
-    assert accuracies(run(evaluate)) == (100, 0)
+    common = ["--model", "output/train/my-bgd", "--weights", "means.safetensors", "--data", "photos"]
+    more = ["--class", "dog", "--posterior", "posterior.safetensors", "--out", "forgotten.safetensors", "--steps", "30"]
+    monkeypatch.setattr(sys, "argv", ["distruction", "forget", *common, *more, "--kl-weight", "0.1", "--no-progress"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    source = open_model("output/train/my-bgd", weights="forgotten.safetensors")
+    x, y = (data := source.select("photos/val").read(source.inputs))[list(range(len(data)))]
+    predicted = source.network.eval()(x).argmax(dim=-1)
+    assert (predicted == y)[y != 2].all()
+    assert (predicted != 2).all()
 
 
 def test_bgd_in_timms_registry(here):
@@ -311,31 +289,6 @@ def test_bgd_in_timms_registry(here):
 
 
 # --- other libraries ------------------------------------------------------------------------------------
-
-
-def test_hugging_face_vit(run, here):
-    transformers = pytest.importorskip("transformers", reason="transformers is optional and not installed")
-    torch.manual_seed(0)
-    labels = {name: i for i, name in enumerate(CLASSES)}
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
-        id2label={i: name for name, i in labels.items()}, label2id=labels,
-    )  # fmt: skip
-    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-    model = transformers.ViTForImageClassification(config)
-
-    def transform(image):
-        return processor(image, return_tensors="pt")["pixel_values"][0]
-
-    fit(model, transform, here, steps=60, lr=2e-3).save_pretrained(here / "my-vit")
-    processor.save_pretrained(here / "my-vit")
-    prepare, forget, evaluate = commands("huggingface_vit.py")
-    assert plan(model, (3, 32, 32)).parameters == model.num_parameters()
-    assert accuracies(run([w.replace("my-vit-forgotten", "my-vit") for w in evaluate])) == (100, 100)
-    run(prepare)
-    assert list(Posterior.load(here / "posterior.safetensors")) == [n for n, _ in model.named_parameters()]
-    run(forget)
-    assert accuracies(run(evaluate)) == (100, 0)
 
 
 def test_lightning_on_two_processes(tmp_path):

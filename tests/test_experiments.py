@@ -29,8 +29,8 @@ from torch import nn
 
 from distruction import UsageError, experiments, scenarios
 from distruction.data import load
-from distruction.experiments import grid, jobs, measure, results, runner, tables
-from distruction.experiments.jobs import Context
+from distruction.experiments import grid, jobs, materials, measure, results, runner, tables
+from distruction.experiments.materials import Context
 from distruction.experiments.results import Summary, summarise
 from distruction.experiments.store import Store
 
@@ -178,21 +178,21 @@ def test_settings_are_chosen_without_the_test_set(tmp_path, monkeypatch):
     """A poisoned test set changes neither the data of a validation run nor what is measured."""
     train, test = load("digits")
     poisoned = replace(test, images=255 - test.images, labels=9 - test.labels)
-    monkeypatch.setattr(jobs, "load", lambda *_, **__: (train, poisoned))
+    monkeypatch.setattr(materials, "load", lambda *_, **__: (train, poisoned))
     tiny = replace(grid.parse(TINY, "tiny"), validation=0.25)
     found = []
-    for cache in (jobs._data, jobs._data_hash):
+    for cache in (materials._data, materials.data_hash):
         cache.cache_clear()
     context = Context(tmp_path)
     for cell in jobs.cells(tiny, context):
-        split = jobs.make_split(cell.facts["model"], cell.facts["split"], context)
+        split = materials.make_split(cell.facts["model"], cell.facts["split"], context)
         images = torch.cat([split.forget.images, split.retain.images, split.test.images])
         labels = torch.cat([split.forget.labels, split.retain.labels, split.test.labels])
         rows = [torch.cat([i.flatten(1), n[:, None].to(torch.uint8)], dim=1) for i, n in
                 ((images, labels), (train.images, train.labels))]  # fmt: skip
         assert sorted(rows[0].tolist()) == sorted(rows[1].tolist())
         found.append(split.test.labels.bincount())
-    for cache in (jobs._data, jobs._data_hash):
+    for cache in (materials._data, materials.data_hash):
         cache.cache_clear()
     expected = (0.25 * train.labels.bincount().double()).round().long()
     assert all(torch.equal(count, expected) for count in found)

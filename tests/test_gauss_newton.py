@@ -9,7 +9,8 @@ def update(std, grad, evidence, counters=None):
     """One update of ``std``, in place, by the reference; returns the sample and the counters."""
     mean, param = torch.zeros_like(std), torch.empty_like(std)
     counters = torch.zeros(3, dtype=torch.int64) if counters is None else counters
-    ops.gauss_newton([param], [std], [grad], [mean], evidence, [0], [0], 3, counters, False, False, backend="reference")
+    state, draws = ops.State([mean], [std]), ops.Draws([0], [0], 3, counters)
+    ops.gauss_newton([param], [grad], state, draws, evidence, backend="reference")
     return param, counters
 
 

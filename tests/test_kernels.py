@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from workloads import Options, make_model, normals, step
+from workloads import Options, amp_of, draws_of, make_model, normals, rule_of, sample, state_of, step
 
 import distruction
-from distruction.ops import backends, reference
+from distruction import ops
+from distruction.ops import backends
 from distruction.ops.reference.philox import philox as reference_philox
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -145,7 +146,7 @@ def test_bits_do_not_depend_on_block_or_chunk(monkeypatch, block, most_iteration
 
 def planned(model):
     arrays = {name: model[name] for name in ("mean", "std", "param")}
-    return tables.launches(arrays, [model["grad"]], model.offsets, model.streams)
+    return tables.launches(arrays, [model["grad"]], draws_of(model, (0, 0, 0)))
 
 
 def test_one_launch_for_each_type_and_one_for_what_is_not_aligned():
@@ -190,7 +191,7 @@ def test_addresses_and_indices_beyond_32_bits():
     model = make_model(DEVICE, (n,), offsets=(2**33,), streams=(3,))
     expected = model.to("cpu", torch.float64)
     counters = torch.tensor([2, 0, 0], device=DEVICE)
-    reference.sample(*(expected[k] for k in ("param", "mean", "std")), [2**33], [3], -77, counters.cpu(), False, False)
+    sample(expected, [2, 0, 0])
     address = {name: model[name][0].data_ptr() - 4 * 2**33 for name in ("param", "mean", "std")}
     cells = [2**33 + n, 0, 0, 3, -before, *(address.get(name, 0) for name in tables.ARRAYS)]
     records = torch.tensor([cells], device=DEVICE)
@@ -240,13 +241,12 @@ def test_a_tensor_of_more_than_2_to_the_33_elements_is_covered():
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA or ROCm device")
 def test_a_step_replays_from_a_cuda_graph_as_it_runs():
     eager, captured = (make_model("cuda", (4096, 1000, 33)) for _ in range(2))
-    lists = ("param", "mean", "std", "grad")
-    scalars = (torch.tensor(0.3, device="cuda"), torch.tensor(0.1, device="cuda"), 50.0)
+    rule = rule_of(eager, Options())
 
     def run(model, counters):
-        prior = (model["prior_mean"], model["prior_std"])
-        where = (model.offsets, model.streams, 1, counters, True, False, 0.1, 0.1, 0.1, True, True, None, None)
-        kernels.step(*(model[n] for n in lists), [], [], *prior, *scalars, *where)
+        draws = ops.Draws(model.offsets, model.streams, 1, counters, antithetic=True)
+        state = state_of(model, "prior_mean", "prior_std")
+        kernels.step(model["param"], model["grad"], state, draws, rule, ops.Amp())
 
     counters = [torch.zeros(3, dtype=torch.int64, device="cuda") for _ in range(2)]
     for _ in range(5):
@@ -264,7 +264,7 @@ def test_a_step_replays_from_a_cuda_graph_as_it_runs():
     for _ in range(4):
         graph.replay()
     assert torch.equal(*counters)
-    for name in lists:
+    for name in ("param", "mean", "std", "grad"):
         assert all(torch.equal(a, b) for a, b in zip(eager[name], captured[name], strict=True)), name
 
 
@@ -273,16 +273,13 @@ def test_a_step_replays_from_a_cuda_graph_as_it_runs():
 def test_a_step_never_waits_for_the_device():
     model = make_model("cuda", (4096, 33))
     step(model, Options(), TRITON)
-    scalars = (torch.tensor(0.3, device="cuda"), torch.tensor(0.1, device="cuda"), 50.0)
-    amp = (torch.tensor(2.0, device="cuda"), torch.tensor(0.0, device="cuda"))
-    counters = torch.zeros(3, dtype=torch.int64, device="cuda")
-    where = (model.offsets, model.streams, 1, counters, True, False, 0.1, 0.1, 0.1, True, True)
+    rule, amp = rule_of(model, Options()), amp_of(model, Options(grad_scale=2.0, found_inf=0.0))
+    draws, state = draws_of(model, (0, 0, 0), antithetic=True), state_of(model, "prior_mean", "prior_std")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
             model["grad"][0] = model["grad"][0].clone()
-            state = (model[n] for n in ("param", "mean", "std", "grad"))
-            kernels.step(*state, [], [], model["prior_mean"], model["prior_std"], *scalars, *where, *amp)
+            kernels.step(model["param"], model["grad"], state, draws, rule, amp)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from distruction import Posterior, UsageError, experiments, fisher, methods, prepare
-from distruction.data import Images
+from distruction.data import Images, loader
 from distruction.experiments import grid
 from distruction.methods import REGISTRY, Counted, Task, amnesiac, scrub, ssd, teacher, unsir
-from distruction.methods.base import Mixed, batches
+from distruction.methods.base import Mixed
 from distruction.objectives import Distillation
 
 CLASSES = 4
@@ -45,7 +45,7 @@ def fresh():
 def fit(model, data, epochs=60):
     optimizer = torch.optim.Adam(model.parameters(), 0.03)
     for _ in range(epochs):
-        for x, y in batches(data, batch_size=16):
+        for x, y in loader(data, batch_size=16, shuffle=True):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -181,7 +181,7 @@ def test_finetune_is_sgd_on_the_retain_set(trained):
     retain = images().subset(images().labels != 1)
     torch.manual_seed(problem.seed)
     for _ in range(2):
-        for x, y in batches(retain, batch_size=32):
+        for x, y in loader(retain, batch_size=32, shuffle=True):
             gradients = torch.autograd.grad(F.cross_entropy(expected(x), y), list(expected.parameters()))
             with torch.no_grad():
                 for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
@@ -361,10 +361,10 @@ def test_per_sample_fisher_of_logistic_regression():
         model[1].bias.copy_(torch.from_numpy(reference.intercept_))
     residual = torch.from_numpy(reference.predict_proba(flat.numpy())) - F.one_hot(y, CLASSES)
     per_example = residual[:, :, None] * flat[:, None, :]
-    found = fisher.per_sample(model, batches(data, batch_size=16, shuffle=False))
+    found = fisher.per_sample(model, loader(data, batch_size=16))
     torch.testing.assert_close(found["1.weight"].double(), per_example.square().mean(0), rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(found["1.bias"].double(), residual.square().mean(0), rtol=1e-4, atol=1e-8)
-    found = fisher.batch_mean(model, batches(data, batch_size=16, shuffle=False))
+    found = fisher.batch_mean(model, loader(data, batch_size=16))
     of_batches = torch.stack([part.mean(0).square() for part in per_example.split(16)]).mean(0)
     torch.testing.assert_close(found["1.weight"].double(), of_batches, rtol=1e-4, atol=1e-8)
 
@@ -481,7 +481,7 @@ def test_a_learned_posterior_keeps_what_a_free_run_loses(name, trained):
     for problem, weight in ((held, 0.05), (free, 0.0)):
         problem.posterior = prepare(
             problem.model,
-            batches(images(), batch_size=16),
+            loader(images(), batch_size=16, shuffle=True),
             method="bgd",
             steps=300,
             std_init=0.3,

@@ -57,6 +57,27 @@ class Marks:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.parametrize("side", [8, 27, 28, 32, 33])
+def test_a_convolutional_stem_makes_as_many_tokens_as_there_are_positions(side, tmp_path):
+    config = {"name": "vit-micro-conv", "num_classes": 10, "in_chans": 3, "img_size": side}
+    torch.manual_seed(0)
+    model = models.create(**config).eval()
+    images = torch.randn(2, 3, side, side)
+    tokens = model.patch_embed(images)
+    assert tokens.shape == (2, model.pos_embed.shape[1] - 1, 64)
+    # A token sees 15 pixels: the last corner is nothing to the first token, and the first corner is.
+    changed = images.clone()
+    changed[..., -1, -1] += 1
+    if side > 15:
+        assert torch.equal(model.patch_embed(changed)[:, 0], tokens[:, 0])
+    changed = images.clone()
+    changed[..., 0, 0] += 1
+    assert not torch.equal(model.patch_embed(changed)[:, 0], tokens[:, 0])
+    models.save(model, tmp_path / "m.safetensors", config)
+    loaded, _ = models.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded.eval()(images), model(images))
+
+
 def test_pretrained_weights_run_nothing(tmp_path):
     torch.save({"head.weight": Marks(tmp_path / "ran")}, tmp_path / "w.pth")
     with pytest.raises(UsageError, match="cannot be used"):

@@ -69,6 +69,44 @@ def test_every_form_of_a_model_has_its_names_and_loads_its_posterior(form, tmp_p
         assert torch.equal(a, b)
 
 
+def fully_sharded(base):
+    """What stands for PyTorch's first FSDP, told by its class's name; it wants an accelerator to be made."""
+    names = {"__module__": "torch.distributed.fsdp.fully_sharded_data_parallel"}
+    kind = type("FullyShardedDataParallel", (nn.Module,), names)
+
+    class Own(kind):  # of somebody who has extended it
+        pass
+
+    made = (kind if base else Own)()
+    made.forward = lambda x: made.module(x)
+    made._flat_param = nn.Parameter(torch.zeros(5))
+    return made
+
+
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("where", ["model", "trunk"])
+def test_flattened_parameters_are_refused(where, base):
+    posterior = Posterior.around(Net(), 0.1)
+    model = Net()
+    outer = fully_sharded(base)
+    if where == "model":
+        outer.module, model = model, outer
+    else:
+        outer.module, model.trunk = model.trunk, outer
+    before = copy.deepcopy(model.state_dict())
+    batches = [(torch.zeros(2, 3), torch.tensor([0, 1]))]
+    for use in (
+        lambda: Posterior.around(model, 0.1),
+        lambda: prepare(model, batches, steps=1, progress=False),
+        lambda: forget(model, posterior, batches, steps=1, progress=False),
+        lambda: posterior.predict(model, batches[0][0]),
+    ):
+        message = f"the {where} is" if where == "model" else "trunk is"
+        with pytest.raises(UsageError, match=f"{message} a FullyShardedDataParallel, .*fully_shard instead"):
+            use()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_what_is_inside_a_wrapper():
     model = Net()
     assert unwrapped(nn.DataParallel(compiled(checkpoint_wrapper(model)))) is model

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from backends import PARAMETERS
-from workloads import SEED, Model, Options, gauss_newton, make_model, normals, sample, step
+from workloads import Model, Options, accumulate, gauss_newton, make_model, normals, sample, step
 
 from distruction import ops
 from distruction.ops import cpp, reference
@@ -109,8 +109,7 @@ def test_step(backend, options):
     check_step(backend, make_model("cpu"), options)
 
 
-@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize(
+TYPES = pytest.mark.parametrize(
     ("param", "grad", "stochastic"),
     [
         (torch.float32, torch.float32, False),
@@ -120,6 +119,11 @@ def test_step(backend, options):
         (torch.float32, torch.bfloat16, False),
     ],
 )
+ALIGNMENTS = pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+
+
+@ALIGNMENTS
+@TYPES
 def test_step_in_every_type(backend, param, grad, stochastic, misaligned):
     model = make_model("cpu", param=param, grad=grad)
     check_step(backend, model, Options(stochastic_rounding=stochastic), misaligned)
@@ -143,18 +147,12 @@ def test_accumulate(backend, antithetic, statistics):
             t[1::2] = math.nan
     exact, ours = before.to(dtype=torch.float64), before.to(backend.device)
 
-    def run(model, op, *backend_name):
-        device = model["mean"][0].device
-        counters = torch.tensor([7, int(statistics == "sums"), 0], device=device)
-        lists = [model[name] for name in ("param", "m1", "m2", "grad", "mean", "std")]
-        if statistics == "pair":
-            lists[2] = []
-        generator = (model.offsets, model.streams, SEED, counters, antithetic, False)
-        op(*lists, *generator, *(torch.tensor(x, device=device) for x in (2.0, 0.0)), *backend_name)
-        assert counters.tolist() == [8, 1 + (statistics == "sums"), 0]
-
-    run(exact, reference.accumulate)
-    run(ours, ops.accumulate, backend.name)
+    counters = (7, int(statistics == "sums"), 0)
+    options = Options(
+        pair=statistics == "pair", antithetic=antithetic, grad_scale=2.0, found_inf=0.0, counters=counters
+    )
+    for counted in (accumulate(exact, options), accumulate(ours, options, backend)):
+        assert counted == [8, 1 + (statistics == "sums"), 0]
     for i, grad in enumerate(before["grad"]):
         old, new = (normals(before, i, d, antithetic) for d in (7, 8))
         grad, std = 0.5 * grad.double().abs(), before["std"][i].double()
@@ -209,17 +207,8 @@ def test_gauss_newton(backend, options):
     check_gauss_newton(backend, make_model("cpu"), options)
 
 
-@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize(
-    ("param", "grad", "stochastic"),
-    [
-        (torch.float32, torch.float32, False),
-        (torch.bfloat16, torch.bfloat16, False),
-        (torch.bfloat16, torch.bfloat16, True),
-        (torch.float16, torch.float16, False),
-        (torch.float32, torch.bfloat16, False),
-    ],
-)
+@ALIGNMENTS
+@TYPES
 def test_gauss_newton_in_every_type(backend, param, grad, stochastic, misaligned):
     model = make_model("cpu", param=param, grad=grad)
     check_gauss_newton(backend, model, Options(stochastic_rounding=stochastic), misaligned)
@@ -312,7 +301,7 @@ def test_gauss_newton_writes_nothing_outside_a_tensor(backend, n, param):
         assert torch.equal(t, before[name][0]) == (name not in ("param", "std")), name
 
 
-@pytest.mark.parametrize("misaligned", [False, True], ids=["aligned", "misaligned"])
+@ALIGNMENTS
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_gauss_newton_keeps_the_std_of_an_element_whose_gradient_is_not_finite(backend, value, misaligned):
     before = make_model("cpu", (100, 33))
@@ -463,13 +452,18 @@ def test_stochastic_rounding_is_the_references(backend):
     assert not torch.equal(out, mean.bfloat16().float())
 
 
+def first_statistic(grad, backend):
+    """m1 after the first sample of an update, which is the gradient as it was read."""
+    zeros = {name: [torch.zeros(grad.shape, device=backend.device)] for name in ("param", "m1", "m2", "mean", "std")}
+    model = Model({**zeros, "grad": [grad]}, (0,), (0,))
+    accumulate(model, Options(counters=(0, 0, 0)), backend)
+    return model["m1"][0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_gradient_is_read_exactly(backend, dtype):
     grad = torch.arange(-(2**15), 2**15).short().view(dtype).to(backend.device)
-    param, m1, m2, mean, std = (torch.zeros(grad.shape, device=backend.device) for _ in range(5))
-    counters = torch.zeros(3, dtype=torch.int64, device=backend.device)
-    lists = ([t] for t in (param, m1, m2, grad, mean, std))
-    ops.accumulate(*lists, [0], [0], 1, counters, False, False, None, None, backend.name)
+    m1 = first_statistic(grad, backend)
     number = ~grad.isnan()
     exact = grad.float()
     if backend.name in ("cuda", "triton"):
@@ -484,13 +478,10 @@ def test_float16_gradients_keep_their_digits_where_subnormal_floats_count_as_zer
     grad = torch.arange(-(2**15), 2**15).short().view(torch.float16)
     grad = grad[grad.isfinite()].to(backend.device)
     exact = grad.float()
-    param, m1, m2, mean, std = (torch.zeros(grad.shape, device=backend.device) for _ in range(5))
-    counters = torch.zeros(3, dtype=torch.int64, device=backend.device)
-    lists = ([t] for t in (param, m1, m2, grad, mean, std))
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such mode")
     try:
-        ops.accumulate(*lists, [0], [0], 1, counters, False, False, None, None, backend.name)
+        m1 = first_statistic(grad, backend)
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(m1, exact)
@@ -628,6 +619,11 @@ def kl_lists(device):
     return [t.to(device) for t in (0.4 + 0.05 * moved, std, torch.full_like(ratio, 0.4), prior_std)]
 
 
+def exact_kl(lists):
+    mean, std, prior_mean, prior_std = ([t.cpu().double() for t in tensors] for tensors in lists)
+    return reference.gaussian_kl(ops.State(mean, std, prior_mean=prior_mean, prior_std=prior_std))
+
+
 def test_kl_keeps_its_digits(backend):
     lists = kl_lists(backend.device)
     n = len(lists[0])
@@ -635,7 +631,7 @@ def test_kl_keeps_its_digits(backend):
     for i in range(0, n, 3):
         one = [[t[i : i + 1].clone()] for t in lists]
         kl, (grad_mean,), (grad_std,) = ops.gaussian_kl(*one, backend=backend.name)
-        exact = reference.gaussian_kl(*([t.cpu().double() for t in tensors] for tensors in one))
+        exact = exact_kl(one)
         assert kl.item() == pytest.approx(exact[0].item(), rel=1e-5, abs=1e-20)
         assert grad_mean.item() == pytest.approx(exact[1][0].item(), rel=1e-5, abs=1e-12)
         assert grad_std.item() == pytest.approx(exact[2][0].item(), rel=1e-5, abs=1e-12)
@@ -646,7 +642,7 @@ def test_gaussian_kl(backend, misaligned):
     model = make_model("cpu").to(backend.device, misaligned=misaligned)
     lists = [model[n] for n in ("mean", "std", "prior_mean", "prior_std")]
     kl, grad_mean, grad_std = ops.gaussian_kl(*lists, backend=backend.name)
-    exact = reference.gaussian_kl(*([t.cpu().double() for t in tensors] for tensors in lists))
+    exact = exact_kl(lists)
     assert kl.dtype == torch.float64
     assert kl.item() == pytest.approx(exact[0].item(), rel=1e-5)
     for i, (pm, ps, m, s) in enumerate(zip(*(lists[k] for k in (2, 3, 0, 1)), strict=True)):
@@ -706,7 +702,7 @@ def test_opcheck(backend):
     model = make_model(backend.device, (3, 70))
     counters = torch.tensor([1, 0, 0], device=backend.device)
     arguments = (model["param"], model["mean"], model["std"], [0, 0], [0, 1], 1, counters, False, False)
-    torch.library.opcheck(ops.sample.default, arguments, {"backend": backend.name})
+    torch.library.opcheck(torch.ops.distruction.sample.default, arguments, {"backend": backend.name})
     lists = (model[n] for n in ("param", "std", "grad", "mean"))
     arguments = (*lists, 10.0, [0, 0], [0, 1], 1, counters, False, False)
-    torch.library.opcheck(ops.gauss_newton.default, arguments, {"backend": backend.name})
+    torch.library.opcheck(torch.ops.distruction.gauss_newton.default, arguments, {"backend": backend.name})

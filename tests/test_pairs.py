@@ -162,6 +162,7 @@ def test_a_state_between_the_samples_is_refused_where_it_would_be_no_pair():
 
 def test_the_ops_refuse_a_pair_of_independent_draws():
     mean, counters = [torch.zeros(4)], torch.zeros(3, dtype=torch.int64)
+    state, draws = ops.State(mean, [torch.ones(4)], m1=[torch.zeros(4)]), ops.Draws([0], [0], 1, counters)
     with pytest.raises(ValueError, match=r"m1 without m2 .* antithetic pair; pass m2, or antithetic=True"):
-        ops.accumulate(mean, [torch.zeros(4)], [], mean, mean, [torch.ones(4)], [0], [0], 1, counters, False, False)
+        ops.accumulate(mean, mean, state, draws)
     assert counters.tolist() == [0, 0, 0]

@@ -9,50 +9,19 @@ from torch.distributions import Normal, kl_divergence
 from distruction import ops
 
 INF = math.inf
+FREE = {"max_mean_step": INF, "max_log_std_step": INF, "max_std": INF}
+SCALARS = {"lr": 1.0, "kl_weight": 0.0}
 
 
 def bgd_step(mean, std, m1, m2, *, prior=None, **options):
     """One update with exact expectations, which go in as the statistics of the samples before a zero gradient."""
-    o = {
-        "lr": 1.0,
-        "kl_weight": 0.0,
-        "loss_scale": 1.0,
-        "max_mean_step": INF,
-        "max_log_std_step": INF,
-        "max_std": INF,
-        "learn_mean": True,
-        "learn_std": True,
-        **options,
-    }
+    scalars = {name: torch.tensor(options.pop(name, x), dtype=torch.float64) for name, x in SCALARS.items()}
+    rule = ops.Rule(**scalars, **{"loss_scale": 1.0, **FREE, **options})
     mean, std = mean.clone(), std.clone()
     param, counters = torch.empty_like(mean), torch.zeros(3, dtype=torch.int64)
-    kl = ops.step(
-        [param],
-        [mean],
-        [std],
-        [torch.zeros_like(mean)],
-        [m1.clone()],
-        [m2.clone()],
-        [prior[0]] if prior else [],
-        [prior[1]] if prior else [],
-        torch.tensor(o["lr"], dtype=torch.float64),
-        torch.tensor(o["kl_weight"], dtype=torch.float64),
-        o["loss_scale"],
-        [0],
-        [0],
-        1,
-        counters,
-        False,
-        False,
-        o["max_mean_step"],
-        o["max_log_std_step"],
-        o["max_std"],
-        o["learn_mean"],
-        o["learn_std"],
-        None,
-        None,
-        "reference",
-    )
+    state = ops.State([mean], [std], [m1.clone()], [m2.clone()], *([t] for t in prior or ()))
+    draws = ops.Draws([0], [0], 1, counters)
+    kl = ops.step([param], [torch.zeros_like(mean)], state, draws, rule, backend="reference")
     return mean, std, kl, counters
 
 
@@ -110,14 +79,12 @@ def test_sampled_gradients_tend_to_the_same_posterior():
     n = 20_000
     mean, std, param = torch.zeros(n), torch.full((n,), std_init), torch.empty(n)
     counters = torch.zeros(3, dtype=torch.int64)
-    generator = ([0], [0], 5, counters, True, False)
-    ops.sample([param], [mean], [std], *generator, "reference")
+    state, draws = ops.State([mean], [std]), ops.Draws([0], [0], 5, counters, antithetic=True)
+    rule = ops.Rule(torch.tensor(1.0), torch.tensor(0.0), loss_scale=1.0, **FREE, learn_mean=False)
+    ops.sample([param], state, draws, backend="reference")
     steps = 50
     for _ in range(steps):
-        ops.step(
-            *([param], [mean], [std], [hessian * param / steps], [], [], [], [], torch.tensor(1.0), torch.tensor(0.0)),
-            *(1.0, *generator, INF, INF, INF, False, True, None, None, "reference"),
-        )
+        ops.step([param], [hessian * param / steps], state, draws, rule, backend="reference")
     # The noise of one sample's g * eps widens log std; its mean over many parameters is the conjugate value.
     assert (std**-2).mean().item() == pytest.approx(std_init**-2 + hessian, rel=0.02)
 

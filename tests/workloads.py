@@ -1,11 +1,12 @@
 """Tensors and options to run the ops on, and the calls, by a backend or by the reference."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from distruction import ops
-from distruction.ops import reference
+from distruction.ops import Amp, Draws, Rule, State, reference
 from distruction.ops.reference.philox import words_and_normals
 
 SIZES = (1, 3, 64, 0, 1000, 5001)
@@ -87,44 +88,61 @@ def optional(value, device):
     return None if value is None else torch.tensor(value, device=device)
 
 
+def state_of(model, *names):
+    """The model's mean and std, and of its other arrays those named."""
+    return State(**{name: model[name] for name in ("mean", "std", *names)})
+
+
+def draws_of(model, counters, antithetic=False, stochastic_rounding=False):
+    counters = torch.tensor(counters, device=model["mean"][0].device)
+    return Draws(model.offsets, model.streams, SEED, counters, antithetic, stochastic_rounding)
+
+
+def amp_of(model, o):
+    device = model["mean"][0].device
+    return Amp(optional(o.grad_scale, device), optional(o.found_inf, device))
+
+
+def rule_of(model, o):
+    """The options that are the rule's, whose names are its fields'."""
+    values = {f.name: getattr(o, f.name) for f in fields(Rule)}
+    scalars = {name: torch.tensor(values[name], device=model["mean"][0].device) for name in ("lr", "kl_weight")}
+    return Rule(**{**values, **scalars})
+
+
 def step(model, o, backend=None):
     """One step, by the reference if there is no backend; returns the counters and the KL."""
-    device = model["mean"][0].device
-    counters = torch.tensor(o.counters, device=device)
-    arguments = (
-        *(model[name] for name in ("param", "mean", "std", "grad")),
-        *(model["m1"] if o.statistics or o.pair else [], model["m2"] if o.statistics else []),
-        *((model["prior_mean"], model["prior_std"]) if o.prior else ([], [])),
-        *(torch.tensor(o.lr, device=device), torch.tensor(o.kl_weight, device=device), o.loss_scale),
-        *(model.offsets, model.streams, SEED, counters, o.antithetic, o.stochastic_rounding),
-        *(o.max_mean_step, o.max_log_std_step, o.max_std, o.learn_mean, o.learn_std),
-        *(optional(o.grad_scale, device), optional(o.found_inf, device)),
-    )
-    kl = reference.step(*arguments) if backend is None else ops.step(*arguments, backend=backend.name)
-    return counters.tolist(), kl.item()
+    statistics = ("m1", "m2") if o.statistics else ("m1",) if o.pair else ()
+    state = state_of(model, *statistics, *(("prior_mean", "prior_std") if o.prior else ()))
+    draws = draws_of(model, o.counters, o.antithetic, o.stochastic_rounding)
+    call = (model["param"], model["grad"], state, draws, rule_of(model, o), amp_of(model, o))
+    kl = reference.step(*call) if backend is None else ops.step(*call, backend=backend.name)
+    return draws.counters.tolist(), kl.item()
+
+
+def accumulate(model, o, backend=None):
+    """One accumulation, by the reference if there is no backend; returns the counters."""
+    state = state_of(model, "m1", *([] if o.pair else ["m2"]))
+    draws = draws_of(model, o.counters, o.antithetic, o.stochastic_rounding)
+    call = (model["param"], model["grad"], state, draws, amp_of(model, o))
+    reference.accumulate(*call) if backend is None else ops.accumulate(*call, backend=backend.name)
+    return draws.counters.tolist()
 
 
 def gauss_newton(model, o, backend=None):
     """One Gauss-Newton update, by the reference if there is no backend; returns the counters."""
-    device = model["mean"][0].device
-    counters = torch.tensor(o.counters, device=device)
-    arguments = (
-        *(model[name] for name in ("param", "std", "grad", "mean")),
-        *(o.evidence, model.offsets, model.streams, SEED, counters, o.antithetic, o.stochastic_rounding),
-        *(optional(o.grad_scale, device), optional(o.found_inf, device)),
-    )
+    draws = draws_of(model, o.counters, o.antithetic, o.stochastic_rounding)
+    call = (model["param"], model["grad"], state_of(model), draws)
     if backend is None:
-        reference.gauss_newton(*arguments)
+        reference.gauss_newton(*call, math.sqrt(o.evidence), amp_of(model, o))
     else:
-        ops.gauss_newton(*arguments, backend=backend.name)
-    return counters.tolist()
+        ops.gauss_newton(*call, o.evidence, amp_of(model, o), backend=backend.name)
+    return draws.counters.tolist()
 
 
 def sample(model, counters, antithetic=False, stochastic_rounding=False, backend=None):
-    counters = torch.tensor(counters, device=model["mean"][0].device)
-    where = (model.offsets, model.streams, SEED, counters, antithetic, stochastic_rounding)
-    lists = (model["param"], model["mean"], model["std"])
-    (reference.sample if backend is None else ops.sample)(*lists, *where, *([] if backend is None else [backend.name]))
+    call = (model["param"], state_of(model), draws_of(model, counters, antithetic, stochastic_rounding))
+    reference.sample(*call) if backend is None else ops.sample(*call, backend=backend.name)
 
 
 def normals(model, i, draw, antithetic=False):

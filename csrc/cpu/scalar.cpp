@@ -41,15 +41,10 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
   return kl;
 }
 
-template <bool with_prior>
-double step_of(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  if (!m.m1) return step_range<with_prior, Statistics::kNone>(m, r, draw, next, u, finite);
-  return m.m2 ? step_range<with_prior, Statistics::kSums>(m, r, draw, next, u, finite)
-              : step_range<with_prior, Statistics::kPair>(m, r, draw, next, u, finite);
-}
-
 double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool& finite) {
-  return m.prior_mean ? step_of<true>(m, r, draw, next, u, finite) : step_of<false>(m, r, draw, next, u, finite);
+  return for_variant(m, [&](auto with_prior, auto statistics) {
+    return step_range<with_prior.value, statistics.value>(m, r, draw, next, u, finite);
+  });
 }
 
 void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& finite) {

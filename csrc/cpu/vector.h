@@ -2,7 +2,7 @@
 // instruction set that the including file is compiled for.
 #pragma once
 
-#include "../convert.h"
+#include "../conversions.h"
 #include "../scalar.h"
 
 #if defined(__x86_64__)

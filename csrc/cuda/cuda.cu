@@ -145,12 +145,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (threadIdx.x == 0) c.partial[blockIdx.x] = kl;
 }
 
-template <bool with_prior>
-auto step_kernel_of(const Model& m) {
-  if (!m.m1) return step_kernel<with_prior, Statistics::kNone>;
-  return m.m2 ? step_kernel<with_prior, Statistics::kSums> : step_kernel<with_prior, Statistics::kPair>;
-}
-
 enum class Counting { kNothing, kSample, kUpdate };
 
 // Runs last, in one thread block: the sum of the partial sums in a fixed order, and the counters.
@@ -250,7 +244,9 @@ DISTRUCTION_API int32_t distruction_cuda_accumulate(
 
 DISTRUCTION_API int32_t distruction_cuda_step(
     int32_t device, cudaStream_t stream, const Model* m, const Options* o, double* partial, double* kl) {
-  const auto kernel = m->prior_mean ? step_kernel_of<true>(*m) : step_kernel_of<false>(*m);
+  const auto kernel = for_variant(*m, [](auto with_prior, auto statistics) {
+    return &step_kernel<decltype(with_prior)::value, decltype(statistics)::value>;
+  });
   cudaError_t error = cudaSetDevice(device);
   int64_t partials = 0;
   if (error == cudaSuccess) error = launch(kernel, *m, control_of(*m, *o, partial), partials, stream);

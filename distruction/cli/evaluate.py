@@ -1,36 +1,91 @@
 """``distruction evaluate``: what a model knows of the classes."""
 
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
 from rich.console import Console
+from torch import Tensor
 
 from .. import demo as demos
-from .. import models, report
+from .. import report
+from ..data.inputs import batches
+from ..data.raw import named
+from ..data.requests import Selection
+from ..errors import UsageError
+from ..metrics import accuracy, entropy_mia, predict
+from ..posterior_file import metadata_of
+from ..sources import SERVING, Model
 from .options import (
+    ClassesFile,
     DataRoot,
     DatasetOfModel,
     Device,
     ForgetClasses,
-    ModelFile,
+    ModelName,
     SkipUnreadable,
+    Weights,
+    Workers,
     alone,
-    data_of,
-    device_of,
+    find_examples,
+    open_source,
 )
 
 
 def evaluate(
-    model: ModelFile,
+    model: ModelName,
     forget_class: ForgetClasses,
+    posterior: Annotated[
+        Path | None, typer.Option(help="Posterior file, which knows the classes where the model does not.")
+    ] = None,
+    weights: Weights = None,
+    classes: ClassesFile = None,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     skip_unreadable: SkipUnreadable = False,
+    workers: Workers = 4,
     device: Device = "auto",
 ) -> None:
-    """Accuracy on the retained and the forgotten classes, and membership inference."""
+    """Accuracy on the retained and the forgotten classes, and membership inference where --data has train/ as well."""
     alone("evaluate")
-    network, config = models.load(model, device=device_of(device))
-    parts = data_of(config, dataset, data, need_test=True, skip_unreadable=skip_unreadable)
-    train_data, test_data = (part.to(device_of(device)) for part in parts)
-    row = demos.measure(network, train_data, test_data, forget_class)
+    source = open_source(model, weights, classes, device)
+    if posterior is not None:
+        source.agree_with(metadata_of(posterior).get(SERVING), f"the posterior {posterior}")
+    test = find_examples(source, dataset, data, part="test", skip_unreadable=skip_unreadable)
+    train = find_examples(source, dataset, data, part="train", skip_unreadable=skip_unreadable)
+    mask = _forgotten(test, forget_class)
+    row, logits = {}, _logits(source, test, workers, skip_unreadable)
+    for name, where in (("retain_test", ~mask), ("forget_test", mask)):
+        row[name] = accuracy(logits[0][where], logits[1][where]) if where.any() else float("nan")
+    if train.paths is None or train.paths != test.paths:
+        of_train = _forgotten(train, forget_class)
+        trained = _logits(source, train, workers, skip_unreadable)
+        if of_train.any():
+            row["forget_train"] = accuracy(trained[0][of_train], trained[1][of_train])
+            if not of_train.all():
+                row["mia"] = entropy_mia(
+                    trained[0][~of_train], torch.cat([logits[0][mask], logits[0][~mask]]), trained[0][of_train]
+                )
     columns = {k: v for k, v in demos.COLUMNS.items() if k in row}
-    name = dataset or config.get("data", "digits")
-    Console().print(report.table(f"{name}, class {', '.join(forget_class)}", {str(model): row}, columns))
+    name = dataset or source.origin or "digits"
+    Console().print(report.table(f"{name}, class {', '.join(forget_class)}", {model: row}, columns))
+
+
+def _forgotten(found: Selection, names: list[str]) -> Tensor:
+    """Mask of the examples of the classes."""
+    if found.images is not None:
+        mask = torch.zeros(len(found.labels), dtype=torch.bool)
+        for name in names:
+            mask |= found.images.members(name)
+        return mask
+    for name in names:
+        if name not in found.classes:
+            raise UsageError(f"class {name!r} is unknown; the model's classes are {named(found.classes, 20)}")
+    labels = [list(found.classes).index(name) for name in names]
+    return torch.isin(torch.tensor(found.labels), torch.tensor(labels))
+
+
+def _logits(source: Model, found: Selection, workers: int, skip_unreadable: bool) -> tuple[Tensor, Tensor]:
+    data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    return predict(source.network, batches(data, batch_size=512, workers=workers))

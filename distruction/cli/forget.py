@@ -7,9 +7,11 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import distributed, forgetting, models, objectives
-from ..data import forget_split, loader
+from .. import distributed, forgetting, objectives
+from ..data.inputs import batches
+from ..errors import UsageError
 from ..posterior import Posterior
+from ..sources import SERVING
 from .options import (
     MOST,
     Backend,
@@ -17,34 +19,56 @@ from .options import (
     CheckpointFile,
     CheckpointSeconds,
     CheckpointSteps,
+    ClassesFile,
     DataRoot,
     DatasetOfModel,
     Device,
     ForgetClasses,
-    ModelFile,
+    LogJson,
+    ModelName,
     ObjectiveName,
     Overwrite,
     Progress,
+    Records,
     ReleaseGradients,
     Seed,
     SkipUnreadable,
+    Weights,
+    Workers,
     auto_or_number,
-    data_of,
-    device_of,
     done,
+    find_examples,
+    holds,
+    open_source,
     output,
 )
+from .watch import Watch
 
 
 def forget(
-    model: ModelFile,
+    model: ModelName,
     posterior: Annotated[Path, typer.Option(help="Posterior file written by `prepare`.")],
-    out: Annotated[Path, typer.Option(help="Unlearned model file to write.")],
-    forget_class: ForgetClasses,
+    out: Annotated[Path, typer.Option(help="Unlearned model to write, in the form of --model.")],
+    forget_class: ForgetClasses = [],  # noqa: B006
+    records: Records = None,
+    request: Annotated[
+        str | None,
+        typer.Option(
+            help="class: what it shows is to be known no more; records: these alone, their classes live on; auto. "
+            "Default: class with --class, records with --records, else auto."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be forgotten, and stop.")] = False,
+    weights: Weights = None,
+    classes: ClassesFile = None,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     previous: Annotated[
-        Path | None, typer.Option(help="Posterior that the request before this one left (--posterior-out).")
+        Path | None,
+        typer.Option(
+            help="Posterior that the request before this one left (--posterior-out); --model may then also be the "
+            "file that preparation was given, which a compressed --posterior needs."
+        ),
     ] = None,
     posterior_out: Annotated[
         Path | None, typer.Option(help="Also write what is left of the posterior, for a later request.")
@@ -75,51 +99,77 @@ def forget(
     checkpoint_steps: CheckpointSteps = None,
     release_gradients: ReleaseGradients = False,
     skip_unreadable: SkipUnreadable = False,
+    workers: Workers = 4,
+    log_json: LogJson = None,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
     progress: Progress = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Forget a class, or several at once, reading the forget set and nothing else."""
-    output(out, overwrite)
+    """Forget classes or records, reading the forget set and nothing else.
+
+    The forget set is what --data holds: a folder of class folders (of which --class chooses), a folder of images of one
+    --class, or the files that --records names.
+    """
+    if request not in (None, "auto", "class", "records"):
+        raise UsageError(f"--request must be class, records or auto, not {request!r}")
+    source = open_source(model, weights, classes, device)
+    output(out, overwrite, folder=source.folder)
     if posterior_out is not None:
         output(posterior_out, overwrite)
-    network, config = models.load(model, device=device_of(device))
+    network = source.network
     prior = Posterior.load(posterior, model=network)
-    parts = data_of(config, dataset, data, need_test=False, skip_unreadable=skip_unreadable)
-    forget_data, _ = forget_split(parts[0].to(device_of(device)), forget_class)
-    result = forgetting.forget(
-        network,
-        prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
-        loader(forget_data, batch_size=batch_size, shuffle=True),
-        previous=None if previous is None else Posterior.load(previous, model=network),
-        request="class",
-        objective=objective,
-        steps=steps,
-        kl_weight=kl_weight,
-        level=level,
-        mc_samples=mc_samples,
-        data_per_step=data_per_step,
-        offload_prior=offload_prior,
-        seed=seed,
-        backend=backend,
-        checkpoint=checkpoint,
-        checkpoint_seconds=checkpoint_seconds,
-        checkpoint_steps=checkpoint_steps,
-        keep_checkpoint=True,
-        release_gradients=release_gradients,
-        progress=progress,
-    )
+    earlier = None if previous is None else Posterior.load(previous, model=network)
+    if earlier is not None and holds(network, prior):
+        earlier.mean_(network)  # what the earlier request made of it; the file of preparation serves as well
+    source.agree_with(prior.metadata.get(SERVING), f"the posterior {posterior}")
+    found = find_examples(source, dataset, data, wanted=forget_class, records=records, skip_unreadable=skip_unreadable)
+    if records is None and not forget_class and len(found.counts) == len(found.classes):
+        raise UsageError(
+            f"the data holds every class of the model ({found}): name the ones to forget by --class, or records by "
+            "--records"
+        )
+    console = Console()
+    if distributed.rank() == 0:
+        console.print(f"to forget: {found}", markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        return
+    forget_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    with Watch(log_json) as watch:
+        result = forgetting.forget(
+            network,
+            prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
+            batches(forget_data, batch_size=batch_size, shuffle=True, workers=workers),
+            previous=earlier,
+            request=request or ("records" if records else "class" if forget_class else "auto"),  # type: ignore[arg-type]
+            objective=objective,
+            steps=steps,
+            kl_weight=kl_weight,
+            level=level,
+            mc_samples=mc_samples,
+            data_per_step=data_per_step,
+            offload_prior=offload_prior,
+            seed=seed,
+            backend=backend,
+            checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds,
+            checkpoint_steps=checkpoint_steps,
+            keep_checkpoint=True,
+            release_gradients=release_gradients,
+            callback=watch,
+            progress=progress,
+        )
     if distributed.rank() > 0:
         return
     if posterior_out is not None:
+        result.posterior.metadata[SERVING] = source.facts()
         result.posterior.save(posterior_out)
-    models.save(network, out, config)
+    source.write(network, out, source.facts())
     done(checkpoint)
     steps_done = len(result.history)
-    Console().print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
+    console.print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
     if result.probability is not None:
-        Console().print(f"mean probability of the forgotten labels: {result.probability:.2g}")
+        console.print(f"mean probability of the forgotten labels: {result.probability:.2g}")
     if result.advice:
-        Console().print(f"The level {result.level} is not reached: {result.advice}.", soft_wrap=True)
+        console.print(f"The level {result.level} is not reached: {result.advice}.", soft_wrap=True)

@@ -2,19 +2,20 @@
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from .. import objectives, ops
-from ..data import Images, load
-from ..data.raw import named
+from .. import objectives, ops, sources
+from ..data import sets
+from ..data.inputs import Pixels
+from ..data.requests import Selection, in_memory, load_quietly, of_model
 from ..data.sets import NAMES
-from ..errors import UsageError
+from ..errors import PosteriorError, UsageError
 from ..files import check_writable, remove_leftovers
+from ..posterior import Posterior
 
 SEEDS = 2**63 - 1
 """The largest seed."""
@@ -72,10 +73,28 @@ def auto_or_number(text: str) -> float | str:
 
 
 BatchSize = Annotated[int, typer.Option(min=1, max=MOST, help="Examples per forward pass.")]
-ModelFile = Annotated[Path, typer.Option("--model", help="Model file (safetensors) written by `train` or `forget`.")]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="File written by `train` or `forget`; folder of timm's train.py or of save_pretrained; a timm name with "
+        "--weights; or package.module:function.",
+    ),
+]
+Weights = Annotated[Path | None, typer.Option(help="File of weights (safetensors, .pth) of a timm name or a function.")]
+ClassesFile = Annotated[
+    Path | None,
+    typer.Option("--classes", help="Names of the classes, one a line in the head's order, if the model lacks them."),
+]
 ForgetClasses = Annotated[
     list[str], typer.Option("--class", help="Name of the class to forget; of several, forgotten together, repeat it.")
 ]
+Records = Annotated[
+    Path | None,
+    typer.Option(help="List of records: CSV with path (or row) and label, JSON lines, or text with one a line."),
+]
+Workers = Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images which do not fit into memory.")]
+LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line for each step to this file.")]
 ObjectiveName = Annotated[
     str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
 ]
@@ -103,12 +122,15 @@ def device_of(name: str) -> torch.device:
         raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def output(path: Path, overwrite: bool) -> Path:
+def output(path: Path, overwrite: bool, *, folder: bool = False) -> Path:
+    """Refuse a place that cannot be written, or where something is that is not to be replaced."""
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; choose another file or pass --overwrite to replace it")
+    if path.exists() and path.is_dir() != folder:
+        raise UsageError(f"{path} is a {'folder' if path.is_dir() else 'file'}; choose another name for the result")
     if not path.parent.is_dir():
         raise UsageError(f"the folder {path.parent} does not exist; create it first")
-    check_writable(path)
+    check_writable(path / "config.json" if path.is_dir() else path)
     remove_leftovers(path)
     return path
 
@@ -117,6 +139,15 @@ def done(checkpoint: Path | None) -> None:
     """Delete the checkpoint, now that the result is on the disk."""
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+
+
+def holds(network: torch.nn.Module, posterior: Posterior) -> bool:
+    """Whether the weights are the posterior's means."""
+    try:
+        posterior.check(network, same_weights=True)
+    except PosteriorError:
+        return False
+    return True
 
 
 def alone(command: str) -> None:
@@ -129,22 +160,47 @@ def check_root(name: str, root: Path | None) -> None:
         raise UsageError(f"the digits come with scikit-learn, not from {root}; drop --data, or name a --dataset in it")
 
 
-def data_of(
-    config: Mapping[str, Any], dataset: str | None, root: Path | None, *, need_test: bool, skip_unreadable: bool
-) -> tuple[Images, Images]:
-    """The data set of a model's file, or the one that is asked for instead.
+def open_source(
+    model: str, weights: Path | None, classes: Path | None, device: str, *, read: bool = True
+) -> sources.Model:
+    """The model that the options name."""
+    return sources.open_model(
+        model, weights=weights, classes=sources.read_classes(classes), device=device_of(device), read=read
+    )
+
+
+def find_examples(
+    source: sources.Model,
+    dataset: str | None,
+    root: Path | None,
+    *,
+    wanted: list[str] | None = None,
+    records: Path | None = None,
+    part: str = "train",
+    skip_unreadable: bool = False,
+) -> Selection:
+    """The examples of a request, in the data set that the model was trained on or in the one that is named.
 
     Raises:
-        UsageError: it has other classes than the model, whose labels would then mean something else.
+        UsageError: they are not there, or of classes that the model lacks.
     """
-    name = dataset or config.get("data", "digits")
+    wanted = wanted or []
+    config = source.config
+    root = root or (None if dataset else source.data)
+    name = dataset or config.get("data") or ("digits" if config else ".")
     check_root(name, root)
-    parts = load(name, root, side=config["img_size"], need_test=need_test, skip_unreadable=skip_unreadable)
-    classes = parts[0].classes
-    if len(classes) != config["num_classes"] or list(classes) != config.get("classes", list(classes)):
-        known = f": {named(config['classes'])}" if "classes" in config else ""
-        raise UsageError(
-            f"the model tells {config['num_classes']} classes apart{known}; the data set {name!r} has {len(classes)}: "
-            f"{named(classes)}; pass the data that it was trained on"
-        )
-    return parts
+    place = (root or Path()) / name
+    if name in NAMES:
+        whole = bool(dataset) or root is None or sets.is_kept_whole(name, root) or not root.is_dir()
+    else:
+        whole = sets.is_kept_whole(name, root) or (bool(dataset) and not place.is_dir())
+    if whole:
+        side = source.inputs.side if isinstance(source.inputs, Pixels) else source.input_shape[-1]
+        parts = load_quietly(name, root, side=side, need_test=part == "test", skip_unreadable=skip_unreadable)
+        mine = of_model(parts, source.classes, config.get("num_classes"), source.inputs, name)
+        source.classes = mine[0].classes
+        return in_memory(mine[part == "test"], wanted=wanted, records=records, where=f"the data set {name!r}")
+    if root is None and not dataset:
+        raise UsageError("no images are named: pass their folder by --data")
+    folder = place if place.is_dir() and name not in NAMES else root or place
+    return source.select(folder, classes=wanted, records=records, part=part)

@@ -6,14 +6,16 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from torch import nn
 
-from .. import models, objectives, planning
+from .. import models, objectives, planning, sources
 from ..compression import STORAGE
-from .options import MOST, BatchSize, ObjectiveName, ReleaseGradients
+from .options import MOST, BatchSize, ObjectiveName, ReleaseGradients, Weights
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="vit-micro, a timm model, or a model file written by `train`.")],
+    model: Annotated[str, typer.Option(help="vit-micro, a timm model, or whatever `prepare` takes.")],
+    weights: Weights = None,
     img_size: Annotated[int, typer.Option(min=1, max=MOST, help="Side of the images in pixels.")] = 224,
     in_chans: Annotated[int, typer.Option(min=1, max=MOST, help="Channels of the images.")] = 3,
     num_classes: Annotated[int, typer.Option(min=1, max=MOST)] = 1000,
@@ -33,13 +35,18 @@ def plan(
     ] = None,
 ) -> None:
     """Say how much memory prepare and forget will need, before anything is allocated."""
+    known: nn.Module | str = model
+    shape = (in_chans, img_size, img_size)
     if Path(model).is_file():
         config = models.config(model)
-        model, num_classes = config["name"], config["num_classes"]
-        in_chans, img_size = config["in_chans"], config["img_size"]
+        known, num_classes = config["name"], config["num_classes"]
+        shape = (config["in_chans"], config["img_size"], config["img_size"])
+    elif Path(model).is_dir() or ":" in model or weights is not None:
+        source = sources.open_model(model, weights=weights, read=False)
+        known, shape = source.network, source.input_shape
     found = planning.plan(
-        model,
-        (in_chans, img_size, img_size),
+        known,
+        shape,
         batch_size=batch_size,
         num_classes=num_classes,
         dtype=dtype,

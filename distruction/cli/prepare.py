@@ -1,13 +1,18 @@
 """``distruction prepare``: learning the posterior."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .. import distributed, models, preparation
-from ..data import loader
+from .. import distributed, preparation
+from ..data.inputs import batches
+from ..data.raw import named
+from ..data.requests import label_counts
+from ..errors import DataWarning
+from ..sources import SERVING
 from .options import (
     MOST,
     Backend,
@@ -15,26 +20,33 @@ from .options import (
     CheckpointFile,
     CheckpointSeconds,
     CheckpointSteps,
+    ClassesFile,
     DataRoot,
     DatasetOfModel,
     Device,
-    ModelFile,
+    LogJson,
+    ModelName,
     Overwrite,
     Progress,
     ReleaseGradients,
     Seed,
     SkipUnreadable,
+    Weights,
+    Workers,
     auto_or_number,
-    data_of,
-    device_of,
     done,
+    find_examples,
+    open_source,
     output,
 )
+from .watch import Watch
 
 
 def prepare(
-    model: ModelFile,
+    model: ModelName,
     out: Annotated[Path, typer.Option(help="Posterior file to write.")],
+    weights: Weights = None,
+    classes: ClassesFile = None,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     method: Annotated[str, typer.Option(help="gauss-newton, or the paper's bgd.")] = "gauss-newton",
@@ -60,6 +72,8 @@ def prepare(
     checkpoint_steps: CheckpointSteps = None,
     release_gradients: ReleaseGradients = False,
     skip_unreadable: SkipUnreadable = False,
+    workers: Workers = 4,
+    log_json: LogJson = None,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
@@ -68,26 +82,37 @@ def prepare(
 ) -> None:
     """Learn the posterior, while the training data is there."""
     output(out, overwrite)
-    network, config = models.load(model, device=device_of(device))
-    parts = data_of(config, dataset, data, need_test=False, skip_unreadable=skip_unreadable)
-    train_data = parts[0].to(device_of(device))
-    posterior = preparation.prepare(
-        network,
-        loader(train_data, batch_size=batch_size, shuffle=True),
-        method=method,
-        steps=steps,
-        std_init=std_init,
-        evidence=evidence,
-        mc_samples=mc_samples,
-        seed=seed,
-        backend=backend,
-        checkpoint=checkpoint,
-        checkpoint_seconds=checkpoint_seconds,
-        checkpoint_steps=checkpoint_steps,
-        keep_checkpoint=True,
-        release_gradients=release_gradients,
-        progress=progress,
-    )
+    source = open_source(model, weights, classes, device)
+    found = find_examples(source, dataset, data, skip_unreadable=skip_unreadable)
+    if distributed.rank() == 0:
+        Console().print(f"training data: {found}", markup=False, highlight=False, soft_wrap=True)
+    if absent := [name for name in found.classes if name not in found.counts]:
+        warnings.warn(
+            f"the data holds nothing of the model's classes {named(absent)}: the posterior will not hold them fast",
+            DataWarning,
+            stacklevel=2,
+        )
+    train_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    with Watch(log_json) as watch:
+        posterior = preparation.prepare(
+            source.network,
+            batches(train_data, batch_size=batch_size, shuffle=True, workers=workers),
+            method=method,
+            steps=steps,
+            std_init=std_init,
+            evidence=evidence,
+            mc_samples=mc_samples,
+            seed=seed,
+            backend=backend,
+            checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds,
+            checkpoint_steps=checkpoint_steps,
+            keep_checkpoint=True,
+            release_gradients=release_gradients,
+            callback=watch,
+            progress=progress,
+        )
+    posterior.metadata |= {SERVING: source.facts(), "label_counts": label_counts(train_data.labels)}
     if distributed.rank() > 0:
         return
     posterior.save(out, compress=compress)

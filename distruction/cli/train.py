@@ -10,6 +10,7 @@ from rich.console import Console
 from .. import demo as demos
 from .. import models, training
 from ..data import detect, forget_split, load, loader
+from ..data.inputs import Pixels
 from .options import (
     MOST,
     BatchSize,
@@ -33,7 +34,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Model file to write.")],
     data: DataRoot = None,
     dataset: Dataset = None,
-    model: Annotated[str, typer.Option(help="vit-micro or a timm model.")] = "vit-micro",
+    model: Annotated[str, typer.Option(help="vit-micro, vit-micro-conv or a timm model.")] = "vit-micro",
     pretrained: Pretrained = None,
     img_size: Annotated[
         int | None,
@@ -70,6 +71,7 @@ def train(
         "in_chans": train_data.images.shape[1],
         "img_size": img_size or side,
     }
+    served = {"classes": list(train_data.classes), "images": Pixels.of(train_data).facts()}
     if without_class:
         _, train_data = forget_split(train_data, without_class)
     torch.manual_seed(seed)
@@ -79,7 +81,7 @@ def train(
         models.resize_inputs(network, config["img_size"])
     settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "crop": crop, "flip": flip}
     training.train(network, train_data, **settings, seed=seed, progress=progress)
-    models.save(network, out, {**config, "data": dataset, "classes": list(train_data.classes)})
+    models.save(network, out, {**config, "data": dataset, **served})
     measured, name = (test_data, "test") if len(test_data) else (train_data, "training")
     accuracy = demos.accuracy(*demos.predict(network, loader(measured, batch_size=512)))
     Console().print(f"{out}: {accuracy:.1f} % on the {name} set")

@@ -11,12 +11,12 @@ import torch
 from ..errors import UsageError
 from .raw import Raw, Source, decode, extensions, ignored, named
 
-_TEST = ("test", "val", "valid", "validation")
+TEST = ("test", "val", "valid", "validation")
 
 
 def holds(place: Path) -> bool:
     """Whether ``place/train`` has folders in it."""
-    return bool(_classes(place / "train"))
+    return bool(class_folders(place / "train"))
 
 
 def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
@@ -26,15 +26,15 @@ def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
         UsageError: a class has no images, the test part has a class of its own, or an image cannot be read.
     """
     train = place / "train"
-    names = _classes(train)
-    test = next((place / name for name in _TEST if _classes(place / name)), None)
-    extra = sorted(set(_classes(test)) - set(names)) if test is not None else []
+    names = class_folders(train)
+    test = next((place / name for name in TEST if class_folders(place / name)), None)
+    extra = sorted(set(class_folders(test)) - set(names)) if test is not None else []
     if extra:
         raise UsageError(f"{test} has classes that {train} lacks: {', '.join(extra)}")
     parts: list[list[tuple[Path, int]]] = []
     notes: tuple[str, ...] = ()
     for folder in (train, test):
-        files, others = _files(folder, names) if folder is not None else ([], [])
+        files, others = labelled_files(folder, names) if folder is not None else ([], [])
         parts.append(files)
         notes += ignored(others, folder) if folder is not None else ()
     _check_classes(parts[0], names, f"{train}: Found no valid file for the classes", notes)
@@ -48,7 +48,7 @@ def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
         (images[:cut], labels[:cut]),
         (images[cut:], labels[cut:]) if test is not None else None,
         tuple(names),
-        f"{place} has train/, but none of {', '.join(f'{n}/' for n in _TEST)} with class folders",
+        f"{place} has train/, but none of {', '.join(f'{n}/' for n in TEST)} with class folders",
         notes + unreadable,
     )
 
@@ -60,14 +60,14 @@ def _check_classes(files: list[tuple[Path, int]], names: list[str], what: str, n
         raise UsageError("; ".join((f"{what} {named(lacking)}", *notes)))
 
 
-def _classes(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
     """The class folders: all that are not hidden, such as those that Jupyter and file managers leave behind."""
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path, names: list[str]) -> tuple[list[tuple[Path, int]], list[Path]]:
+def labelled_files(folder: Path, names: list[str]) -> tuple[list[tuple[Path, int]], list[Path]]:
     """The images with their labels, in torchvision's order, and what else is there."""
     images: list[tuple[Path, int]] = []
     others = [folder / e.name for e in os.scandir(folder) if not e.is_dir() or e.name.startswith(".")]

@@ -83,11 +83,13 @@ class Images(Dataset):
         raise UsageError(f"class {name!r} is unknown; the classes are {', '.join((*self.classes, *self.fine_classes))}")
 
 
-def loader(data: Examples, *, batch_size: int, shuffle: bool = False) -> DataLoader:
-    """A loader of normalised ``(images, labels)`` batches, the last one possibly smaller."""
-    order = RandomSampler(data) if shuffle else SequentialSampler(data)
-    batches = BatchSampler(order, batch_size, drop_last=False)
-    return DataLoader(data, sampler=batches, batch_size=None)  # type: ignore[arg-type]
+def loader(data: Dataset | Examples, *, batch_size: int, shuffle: bool = False) -> DataLoader:
+    """Batches, the last one possibly smaller, of a data set that is indexed by lists of positions, such as `Images`.
+
+    The order of ``shuffle`` is drawn from the global generator.
+    """
+    order = RandomSampler(data) if shuffle else SequentialSampler(data)  # type: ignore[arg-type]
+    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)  # type: ignore[arg-type]
 
 
 def grouped(data: Images, groups: Mapping[str, Sequence[str]]) -> Images:

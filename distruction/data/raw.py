@@ -143,7 +143,7 @@ def decode(
         pixels = np.empty((len(readable), channels, side, side), np.uint8)
 
         def fill(row: int) -> None:
-            found = attempt(readable[row], lambda source: _pixels(source, channels, side if resize else None))
+            found = attempt(readable[row], lambda source: pixels_of(source, channels, side if resize else None))
             if found is not None:
                 pixels[row] = found
 
@@ -200,16 +200,29 @@ def _kind(source: Source) -> tuple[tuple[int, int], bool]:
         return (width, height), image.mode in ("1", "L")
 
 
-def _pixels(source: Source, channels: int, side: int | None) -> np.ndarray:
-    with _open(source) as file:
-        turn = _turn(file)
-        image = file.convert("L" if channels == 1 else "RGB")
-    if turn is not None:
-        image = image.transpose(turn)
+def pixels_of(source: Source, channels: int, side: int | None) -> np.ndarray:
+    """An image as bytes, (channels, height, width), upright; cropped and resized to ``side`` where that is given.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    image = upright(source, "L" if channels == 1 else "RGB")
     if side is not None:
         image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     array = np.asarray(image)
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def upright(source: Source, mode: str) -> Image.Image:
+    """An image in Pillow's ``mode``, turned as its EXIF orientation says.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    with _open(source) as file:
+        turn = _turn(file)
+        image = file.convert(mode)
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_memory(needed: int) -> None:

@@ -154,6 +154,16 @@ def detect(root: str | Path | None) -> str:
     )
 
 
+def is_kept_whole(name: str, root: Path | None) -> bool:
+    """Whether `load` finds the data set as archives, Parquet files or class folders with its published classes."""
+    known = KNOWN.get(name)
+    if name == "cifar20":
+        return is_kept_whole("cifar100", root)
+    if known is not None:
+        return root is None or _found(known.tried(root), (known.native, *ANY)) is not None
+    return name == "digits" or parquet.holds(Path(name) if root is None else root / name)
+
+
 def _found(places: Iterator[Path] | list[Path], forms: tuple[Format, ...]) -> tuple[Path, Format] | None:
     return next(((place, form) for place in places for form in forms if form.holds(place)), None)
 

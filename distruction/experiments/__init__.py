@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..scenarios import write_indices
 from . import jobs
 from .grid import PRESETS, Grid, preset, read
-from .jobs import Context
+from .materials import Context
 
 if TYPE_CHECKING:
     from .results import Cell

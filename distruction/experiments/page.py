@@ -18,7 +18,8 @@ from ..metrics import wilson_interval
 from ..report import examples, folder, write_json
 from . import figures, tables
 from .grid import Grid
-from .jobs import Context, Job, make_split, sweep_cells
+from .jobs import Job, sweep_cells
+from .materials import Context, make_split
 from .results import COLUMNS, Cell, Contest, Table, collect, contest, summarise
 from .results import tables as summaries_of
 from .runner import Outcome

@@ -21,8 +21,10 @@ import torch
 
 from ..errors import DataWarning, UsageError
 from ..extras import needed
-from .jobs import Context, Job, execute
+from .jobs import Job
+from .materials import Context
 from .store import Store
+from .work import execute
 
 with needed("experiments"):
     from filelock import FileLock, Timeout

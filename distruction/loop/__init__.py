@@ -5,7 +5,7 @@ from .checkpoint import Checkpoint
 from .loaders import FORGET_SET, TRAINING, Role, check_loader, examples_in
 from .run import run
 from .schedules import cosine, rising
-from .step import Callback, Controller, Step
+from .step import Callback, Controller, Step, Terminated
 
 __all__ = [
     "FORGET_SET",
@@ -17,6 +17,7 @@ __all__ = [
     "Controller",
     "Role",
     "Step",
+    "Terminated",
     "check_loader",
     "cosine",
     "examples_in",

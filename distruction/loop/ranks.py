@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..errors import UsageError
 from ..modules import learnable
-from ..sharding import groups_of, is_sharded, largest, layout, local
+from ..sharding import average_by_dividing, groups_of, is_sharded, largest, layout, local
 
 
 class Gradients:
@@ -37,6 +37,8 @@ class Gradients:
                     "all ranks); for others use BGD in a loop of your own"
                 )
         self.sharded = bool(sharded)
+        if sharded and sharded[0].device.type == "cpu":
+            average_by_dividing(model)
         self.norms: list[dict[str, Tensor]] = []
         # Both wrappers average over the ranks where a sum is due.
         self._scale = distributed.size() if sharded or wrapped else 1

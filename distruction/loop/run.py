@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .checkpoint import Checkpoint
 from .labels import Labels, answers_at_once
 from .loaders import Role, check_loader
 from .ranks import Gradients
-from .step import Callback, Controller, Step
+from .step import Callback, Controller, Step, Terminated
 
 STEPS_BETWEEN_CHECKS = 10
 """After so many steps the host asks a device whether an update was refused; the CPU is asked in each."""
@@ -120,10 +121,15 @@ def run(
                         optimizer.raise_if_nonfinite()
                 done = controller is not None and controller.after_step(optimizer, history)
                 if controller is not None:
+                    history[-1] = replace(history[-1], probability=getattr(controller, "value", None))
                     reshard(model)
-                if callback is not None and callback(history[-1]) is True:
-                    done = True
-                show(len(history), f"{role.title} loss {history[-1].loss:.3f}")
+                try:
+                    done = (callback is not None and callback(history[-1]) is True) or done
+                except Terminated:
+                    if checkpoint.path is not None and distributed.rank() == 0 and not gradients.sharded:
+                        checkpoint.save(optimizer, history, controller=controller)
+                    raise
+                show(len(history), f"{role.title} {history[-1]}")
                 if checkpoint.path is not None and len(history) < steps:
                     due = distributed.rank() == 0 and checkpoint.due(len(history) - saved_at, time.monotonic() - saved)
                     # Shards are gathered by all ranks together; else rank 0 needs nobody.

@@ -19,6 +19,8 @@ class Step:
             labels.
         kl: KL(q || p) in nats after the step; 0 while preparing.
         kl_weight: lambda in force; 0 while preparing.
+        probability: mean probability of what is to be forgotten at the means, when it was last measured; ``None``
+            where it is not.
     """
 
     step: int
@@ -27,6 +29,19 @@ class Step:
     accuracy: float
     kl: float
     kl_weight: float
+    probability: float | None = None
+
+    def __str__(self) -> str:
+        told = [f"loss {self.loss:.3f}"]
+        if self.probability is not None:
+            told.append(f"probability {self.probability:.2g}")
+        if self.kl or self.kl_weight:
+            told += [f"KL {self.kl:.1f}", f"lambda {self.kl_weight:.2g}"]
+        return " ".join(told)
+
+
+class Terminated(BaseException):
+    """Raised by a callback: the process is to end now, after a checkpoint."""
 
 
 Callback = Callable[[Step], Any]

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import loader
 from ..forgetting import ForgetReport
-from .base import Method, Mixed, Task, batches, fit, forget_with, learnable_parameters
+from ..modules import learnable
+from .base import Method, Mixed, Task, fit, forget_with
 
 
 def other_labels(labels: Tensor, num_classes: int) -> Tensor:
@@ -22,10 +24,10 @@ def amnesiac(task: Task, *, epochs: int = 3, lr: float = 1e-4, batch_size: int =
     """Adam on the forget set, relabelled once, together with the retain set."""
     relabelled = other_labels(task.forget.labels, task.num_classes)
     data = Mixed((task.forget, relabelled), (task.retain, task.retain.labels))
-    optimizer = torch.optim.Adam(learnable_parameters(task.model), lr=lr)
+    optimizer = torch.optim.Adam(learnable(task.model).values(), lr=lr)
     for _ in range(epochs):
-        loader = batches(data, batch_size=batch_size)
-        fit(task.model, loader, lambda logits, targets, inputs: F.cross_entropy(logits, targets), optimizer)
+        batches = loader(data, batch_size=batch_size, shuffle=True)
+        fit(task.model, batches, lambda logits, targets, inputs: F.cross_entropy(logits, targets), optimizer)
 
 
 def amnesiac_kl(task: Task, **settings: Any) -> ForgetReport:

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 
-from ..data import Images
+from ..data import Images, loader
 from ..errors import NonFiniteError, UsageError
 from ..forgetting import ForgetReport, forget
 from ..objectives import Objective
@@ -84,12 +84,6 @@ class Selected(Dataset):
 
     def __getitem__(self, index: Sequence[int]) -> Batch:
         return self.source[self.positions[torch.as_tensor(index)].tolist()]
-
-
-def batches(data: Dataset, *, batch_size: int, shuffle: bool = True) -> DataLoader:
-    """Batches of a data set that is indexed by lists of positions; the order is drawn from the global generator."""
-    order = RandomSampler(data) if shuffle else SequentialSampler(data)  # type: ignore[arg-type]
-    return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
 
 
 @dataclass
@@ -185,11 +179,6 @@ def fit(
     model.eval()
 
 
-def learnable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters with ``requires_grad``."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def forget_with(
     task: Task,
     objective: str | Objective,
@@ -209,7 +198,7 @@ def forget_with(
     return forget(
         task.model,
         task.prior,
-        batches(data, batch_size=batch_size),
+        loader(data, batch_size=batch_size, shuffle=True),
         objective=objective,
         steps=steps,
         kl_weight=kl_weight,

@@ -9,16 +9,18 @@ import copy
 
 import torch
 
+from ..data import loader
+from ..modules import learnable
 from ..objectives import MaskedTeacher
-from .base import Method, Task, batches, fit, learnable_parameters
+from .base import Method, Task, fit
 
 
 def delete(task: Task, *, epochs: int = 10, lr: float = 0.01, batch_size: int = 128) -> None:
     """SGD with momentum 0.9, as published."""
     loss = MaskedTeacher(copy.deepcopy(task.model))
-    optimizer = torch.optim.SGD(learnable_parameters(task.model), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(learnable(task.model).values(), lr=lr, momentum=0.9)
     for _ in range(epochs):
-        fit(task.model, batches(task.forget, batch_size=batch_size), loss, optimizer)
+        fit(task.model, loader(task.forget, batch_size=batch_size, shuffle=True), loss, optimizer)
 
 
 METHOD = Method(

@@ -5,9 +5,10 @@ Dugue, "Machine Unlearning Without Repair using DiStruction", 2024.
 
 from typing import Any
 
+from ..data import loader
 from ..forgetting import ForgetReport, forget
 from ..objectives import DEFAULT
-from .base import Method, Task, batches, forget_with
+from .base import Method, Task, forget_with
 
 
 def distruction(task: Task, *, objective: str = DEFAULT, **settings: Any) -> ForgetReport:
@@ -42,7 +43,7 @@ def found(
     return forget(
         task.model,
         task.prior,
-        batches(task.forget, batch_size=64),
+        loader(task.forget, batch_size=64, shuffle=True),
         objective=objective,
         level=level,
         data_per_step=data_per_step,

@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from .base import Method, Task, batches, fit, learnable_parameters
+from ..data import loader
+from ..modules import learnable
+from .base import Method, Task, fit
 
 
 def finetune(
@@ -16,10 +18,10 @@ def finetune(
     batch_size: int = 64,
 ) -> None:
     """SGD on the retain set alone, starting from the trained model."""
-    optimizer = torch.optim.SGD(learnable_parameters(task.model), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(learnable(task.model).values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     for _ in range(epochs):
-        loader = batches(task.retain, batch_size=batch_size)
-        fit(task.model, loader, lambda logits, targets, inputs: F.cross_entropy(logits, targets), optimizer)
+        batches = loader(task.retain, batch_size=batch_size, shuffle=True)
+        fit(task.model, batches, lambda logits, targets, inputs: F.cross_entropy(logits, targets), optimizer)
 
 
 METHOD = Method(

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import loader
 from ..forgetting import ForgetReport
+from ..modules import learnable
 from ..objectives import Distillation
-from .base import Method, Task, batches, fit, forget_with, learnable_parameters
+from .base import Method, Task, fit, forget_with
 
 
 def distance(teacher: nn.Module, temperature: float, sign: float = 1.0) -> Distillation:
@@ -46,7 +48,7 @@ def scrub(
     """
     teacher = copy.deepcopy(task.model)
     away, close = distance(teacher, temperature, -1.0), distance(teacher, temperature)
-    optimizer = torch.optim.Adam(learnable_parameters(task.model), lr=lr)
+    optimizer = torch.optim.Adam(learnable(task.model).values(), lr=lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(decay_epochs), gamma=decay)
 
     def min_loss(logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
@@ -54,8 +56,8 @@ def scrub(
 
     for epoch in range(epochs):
         if epoch < max_epochs:
-            fit(task.model, batches(task.forget, batch_size=forget_batch), away, optimizer)
-        fit(task.model, batches(task.retain, batch_size=retain_batch), min_loss, optimizer)
+            fit(task.model, loader(task.forget, batch_size=forget_batch, shuffle=True), away, optimizer)
+        fit(task.model, loader(task.retain, batch_size=retain_batch, shuffle=True), min_loss, optimizer)
         schedule.step()
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import fisher
+from ..data import loader
 from ..errors import UsageError
 from ..modules import learnable
-from .base import Method, Mixed, Selected, Task, batches
+from .base import Method, Mixed, Selected, Task
 
 
 @torch.no_grad()
@@ -36,16 +37,16 @@ def ssd(task: Task, *, alpha: float = 10.0, strength: float = 1.0, batch_size: i
     _check(alpha, strength)
     data = _everything(task)
     by_class = Selected(data, data.labels.argsort(stable=True))
-    whole = fisher.batch_mean(task.model, batches(by_class, batch_size=batch_size, shuffle=False))
-    forget = fisher.batch_mean(task.model, batches(task.forget, batch_size=batch_size, shuffle=False))
+    whole = fisher.batch_mean(task.model, loader(by_class, batch_size=batch_size))
+    forget = fisher.batch_mean(task.model, loader(task.forget, batch_size=batch_size))
     dampen_(task.model, whole, forget, alpha=alpha, strength=strength)
 
 
 def ssd_per_sample(task: Task, *, alpha: float = 10.0, strength: float = 1.0, batch_size: int = 16) -> None:
     """SSD with the diagonal Fisher that its paper defines: squared gradients of single examples."""
     _check(alpha, strength)
-    whole = fisher.per_sample(task.model, batches(_everything(task), batch_size=batch_size, shuffle=False))
-    forget = fisher.per_sample(task.model, batches(task.forget, batch_size=batch_size, shuffle=False))
+    whole = fisher.per_sample(task.model, loader(_everything(task), batch_size=batch_size))
+    forget = fisher.per_sample(task.model, loader(task.forget, batch_size=batch_size))
     dampen_(task.model, whole, forget, alpha=alpha, strength=strength)
 
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import loader
 from ..forgetting import ForgetReport
+from ..modules import learnable
 from ..objectives import Distillation, divergence
-from .base import Method, Mixed, Selected, Task, batches, fit, forget_with, learnable_parameters
+from .base import Method, Mixed, Selected, Task, fit, forget_with
 
 
 class TwoTeachers:
@@ -54,9 +56,9 @@ def teacher(
         (task.forget, torch.ones(len(task.forget), dtype=torch.int64)),
         (retain, torch.zeros(len(retain), dtype=torch.int64)),
     )
-    optimizer = torch.optim.Adam(learnable_parameters(task.model), lr=lr)
+    optimizer = torch.optim.Adam(learnable(task.model).values(), lr=lr)
     for _ in range(epochs):
-        fit(task.model, batches(data, batch_size=batch_size), loss, optimizer)
+        fit(task.model, loader(data, batch_size=batch_size, shuffle=True), loss, optimizer)
 
 
 def teacher_kl(task: Task, *, temperature: float = 1.0, **settings: Any) -> ForgetReport:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ..data import loader
 from ..errors import UsageError
 from ..forgetting import ForgetReport
-from .base import Method, Mixed, Selected, Task, batches, fit, forget_with, learnable_parameters
+from ..modules import learnable
+from .base import Method, Mixed, Selected, Task, fit, forget_with
 
 
 def learn_noise(
@@ -67,11 +69,11 @@ def unsir(
         return F.cross_entropy(logits, targets)
 
     impair = Mixed((noise, noise_labels), (retain, retain_labels))
-    optimizer = torch.optim.Adam(learnable_parameters(task.model), lr=lr)
-    fit(task.model, batches(impair, batch_size=impair_batch), loss_fn, optimizer)
-    optimizer = torch.optim.Adam(learnable_parameters(task.model), lr=lr)
+    optimizer = torch.optim.Adam(learnable(task.model).values(), lr=lr)
+    fit(task.model, loader(impair, batch_size=impair_batch, shuffle=True), loss_fn, optimizer)
+    optimizer = torch.optim.Adam(learnable(task.model).values(), lr=lr)
     repair = Mixed((retain, retain_labels))
-    fit(task.model, batches(repair, batch_size=repair_batch), loss_fn, optimizer)
+    fit(task.model, loader(repair, batch_size=repair_batch, shuffle=True), loss_fn, optimizer)
 
 
 def unsir_kl(

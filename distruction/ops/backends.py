@@ -1,17 +1,52 @@
 """The one table of backends: which implementation of the ops serves which device.
 
-A backend is a module with the functions ``sample``, ``accumulate``, ``step``, ``gauss_newton`` and ``gaussian_kl``
-of the signatures in `distruction.ops.reference`, and ``unavailable(device)``: why it cannot serve a device type,
-or ``None`` where it can.
+A backend is a module with the functions of `Backend`.
 """
 
 import functools
 import importlib
 import os
 import warnings
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from torch import Tensor
 
 from ..errors import BackendUnavailable, UsageError
+from .calls import Amp, Draws, Rule, State
+
+
+class Backend(Protocol):
+    """What a backend's module has; what the functions do is in `distruction.ops`, which has checked the tensors."""
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot serve a device type, or ``None`` where it can."""
+
+    def sample(self, out: Sequence[Tensor], state: State, draws: Draws) -> None:
+        """See `distruction.ops.sample`."""
+
+    def accumulate(self, param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, amp: Amp) -> None:
+        """See `distruction.ops.accumulate`."""
+
+    def step(
+        self, param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, rule: Rule, amp: Amp
+    ) -> Tensor:
+        """See `distruction.ops.step`."""
+
+    def gauss_newton(
+        self,
+        param: Sequence[Tensor],
+        grad: Sequence[Tensor],
+        state: State,
+        draws: Draws,
+        root_evidence: float,
+        amp: Amp,
+    ) -> None:
+        """See `distruction.ops.gauss_newton`; takes the root of the evidence."""
+
+    def gaussian_kl(self, state: State) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """See `distruction.ops.gaussian_kl`."""
+
 
 MODULES = {
     "reference": "distruction.ops.reference",
@@ -29,9 +64,9 @@ ENVIRONMENT = "DISTRUCTION_BACKEND"
 
 
 @functools.cache
-def _load(name: str) -> ModuleType | str:
+def _load(name: str) -> Backend | str:
     try:
-        return importlib.import_module(MODULES[name])
+        return cast(Backend, importlib.import_module(MODULES[name]))
     except ImportError as error:
         return str(error)
 
@@ -39,13 +74,10 @@ def _load(name: str) -> ModuleType | str:
 def unavailable(name: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot serve ``device_type`` with a remedy, or ``None`` where it can."""
     module = _load(name)
-    if isinstance(module, str):
-        return module
-    reason: str | None = module.unavailable(device_type)
-    return reason
+    return module if isinstance(module, str) else module.unavailable(device_type)
 
 
-def resolve(name: str, device_type: str) -> ModuleType:
+def resolve(name: str, device_type: str) -> Backend:
     """The module that serves ``device_type`` when a user asked for backend ``name``.
 
     Warns, once, where ``"auto"`` finds no kernels for the device.
@@ -60,7 +92,7 @@ def resolve(name: str, device_type: str) -> ModuleType:
 
 
 @functools.cache
-def _resolve(name: str, device_type: str) -> ModuleType:
+def _resolve(name: str, device_type: str) -> Backend:
     if name == "auto":
         reasons = {b: unavailable(b, device_type) for b in AUTO.get(device_type, ("reference",))}
         name = next(b for b, reason in reasons.items() if reason is None)

@@ -74,15 +74,9 @@ def words(block: int, blocks: int, *, draw: int, stream: int, seed: int) -> Tens
 
 class _Kernels(native.Kernels):
     def launch(
-        self,
-        name: str,
-        model: native.Model,
-        device: torch.device,
-        *,
-        scalars: dict[str, Tensor | None] | None = None,
-        options: dict[str, float | bool] | None = None,
+        self, name: str, model: native.Model, device: torch.device, scalars: native.Scalars, numbers: native.Numbers
     ) -> Tensor | None:
-        values = {k: v.item() for k, v in (scalars or {}).items() if v is not None}
+        values = {k: v.item() for k, v in scalars.items() if v is not None}
         arguments: tuple[object, ...] = ()
         if values.pop("found_inf", 0.0) != 0:
             # The update is refused; its KL is still that of the posterior.
@@ -92,7 +86,7 @@ class _Kernels(native.Kernels):
                 return torch.zeros((), dtype=torch.float64)
             name = "gaussian_kl"
         elif name in ("accumulate", "step", "gauss_newton"):
-            arguments = (ctypes.byref(native.Options(**{"grad_scale": 1.0, **values, **(options or {})})),)
+            arguments = (ctypes.byref(native.Options(**{"grad_scale": 1.0, **values, **numbers})),)
         kernel = getattr(_library, f"distruction_cpu_{name}")
         kl = kernel(
             ctypes.c_int32(_set_number(os.environ.get(ENVIRONMENT))),

@@ -25,17 +25,11 @@ def unavailable(device_type: str) -> str | None:
 
 class _Kernels(native.Kernels):
     def launch(
-        self,
-        name: str,
-        model: native.Model,
-        device: torch.device,
-        *,
-        scalars: dict[str, Tensor | None] | None = None,
-        options: dict[str, float | bool] | None = None,
+        self, name: str, model: native.Model, device: torch.device, scalars: native.Scalars, numbers: native.Numbers
     ) -> Tensor | None:
-        fields: dict[str, float] = {"grad_scale": 1.0, **(options or {})}
+        fields: dict[str, float] = {"grad_scale": 1.0, **numbers}
         kept = []  # what the pointers point to
-        for scalar, value in (scalars or {}).items():
+        for scalar, value in scalars.items():
             if value is None:
                 continue
             if value.device.type == "cpu" and scalar != "found_inf":

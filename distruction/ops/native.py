@@ -7,13 +7,15 @@ mirrors the structures of ``csrc/model.h``; `distruction.ops` has checked every 
 """
 
 import ctypes
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .calls import Amp, Draws, Rule, State
 
 ABI = 4
 """The interface that this version of the package speaks; ``distruction_abi()`` of a library must be the same."""
@@ -36,6 +38,15 @@ _ARRAYS = (
     "grad_mean",
     "grad_std",
 )
+
+
+_RULE = ("loss_scale", "max_mean_step", "max_a", "max_std", "learn_mean", "learn_std")
+
+Scalars = Mapping[str, Tensor | None]
+"""The scalars that may live on a GPU: lr, kl_weight, grad_scale, found_inf."""
+
+Numbers = Mapping[str, float | bool]
+"""The other fields of `Options`."""
 
 
 class Model(ctypes.Structure):
@@ -84,49 +95,30 @@ def load(name: str, remedy: str) -> ctypes.CDLL:
     return library
 
 
-def _int64s(values: Sequence[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def model(
-    state: dict[str, Sequence[Tensor]],
-    *,
-    param: Sequence[Tensor] = (),
-    grad: Sequence[Tensor] = (),
-    offsets: Sequence[int] = (),
-    streams: Sequence[int] = (),
-    seed: int = 0,
-    counters: Tensor | None = None,
-    antithetic: bool = False,
-    stochastic_rounding: bool = False,
-) -> tuple[Model, list[object]]:
+def model(state: State, draws: Draws | None = None, **lists: Sequence[Tensor]) -> tuple[Model, list[object]]:
     """Fill a `Model`; the second value keeps its arrays alive.
 
     Args:
-        state: lists of float32 tensors by their name in the structure; empty lists become null.
+        lists: further tensors by their name in the structure; empty lists, as those of the state, become null.
     """
-    mean = state["mean"]
+    n = len(state.mean)
     arrays = {
-        "numel": _int64s([m.numel() for m in mean]),
-        "offset": _int64s(offsets or [0] * len(mean)),
-        "stream": _int64s(streams or [0] * len(mean)),
+        "numel": array("q", map(Tensor.numel, state.mean)),
+        "offset": array("q", draws.offsets if draws else [0] * n),
+        "stream": array("q", draws.streams if draws else [0] * n),
     }
-    for name, tensors in {**state, "param": param, "grad": grad}.items():
+    for name, tensors in {**vars(state), **lists}.items():
         if tensors:
-            arrays[name] = _int64s([t.data_ptr() for t in tensors])
-    for name, tensors in (("param", param), ("grad", grad)):
-        if tensors:
-            arrays[name + "_type"] = _int64s([_TYPES[t.dtype] for t in tensors])
-    filled = Model(
-        tensors=len(mean),
-        **{name: ctypes.addressof(array) for name, array in arrays.items()},
-        counters=counters.data_ptr() if counters is not None else None,
+            arrays[name] = array("q", map(Tensor.data_ptr, tensors))
+        if tensors and name in ("param", "grad"):
+            arrays[name + "_type"] = array("q", [_TYPES[t.dtype] for t in tensors])
+    filled = Model(tensors=n, **{name: values.buffer_info()[0] for name, values in arrays.items()})
+    if draws:
+        filled.counters = draws.counters.data_ptr()
         # ctypes keeps the low 64 bits, so that a negative seed is its two's complement.
-        seed=seed,
-        antithetic=antithetic,
-        stochastic_rounding=stochastic_rounding,
-    )
-    return filled, [arrays, counters]
+        filled.seed = draws.seed
+        filled.antithetic, filled.stochastic_rounding = draws.antithetic, draws.stochastic_rounding
+    return filled, [arrays, draws]
 
 
 def mutated(*lists: Sequence[Tensor]) -> None:
@@ -136,193 +128,58 @@ def mutated(*lists: Sequence[Tensor]) -> None:
 
 
 class Kernels(ABC):
-    """The ops of a backend over its launchers, which read `Model` and `Options`; signatures as in the reference."""
+    """The functions of `distruction.ops.backends.Backend` over a library's launchers, which read these structures."""
 
     @abstractmethod
     def launch(
-        self,
-        name: str,
-        model: Model,
-        device: torch.device,
-        *,
-        scalars: dict[str, Tensor | None] | None = None,
-        options: dict[str, float | bool] | None = None,
+        self, name: str, model: Model, device: torch.device, scalars: Scalars, numbers: Numbers
     ) -> Tensor | None:
-        """Run a kernel; returns the KL of those that sum it.
+        """Run the kernel of an op on tensors of ``device``; returns the KL of those that sum it."""
 
-        Args:
-            name: sample, accumulate, step, gauss_newton or gaussian_kl.
-            model: the tensors.
-            device: theirs.
-            scalars: lr, kl_weight, grad_scale and found_inf, as the op got them.
-            options: the other fields of `Options`.
-        """
-
-    def sample(
-        self,
-        out: Sequence[Tensor],
-        mean: Sequence[Tensor],
-        std: Sequence[Tensor],
-        offsets: Sequence[int],
-        streams: Sequence[int],
-        seed: int,
-        counters: Tensor,
-        antithetic: bool,
-        stochastic_rounding: bool,
-    ) -> None:
+    def sample(self, out: Sequence[Tensor], state: State, draws: Draws) -> None:
         """See `distruction.ops.sample`."""
-        filled, _keep = model(
-            {"mean": mean, "std": std},
-            param=out,
-            offsets=offsets,
-            streams=streams,
-            seed=seed,
-            counters=counters,
-            antithetic=antithetic,
-            stochastic_rounding=stochastic_rounding,
-        )
-        self.launch("sample", filled, counters.device)
+        filled, _keep = model(state, draws, param=out)
+        self.launch("sample", filled, draws.counters.device, {}, {})
         mutated(out)
 
-    def accumulate(
-        self,
-        param: Sequence[Tensor],
-        m1: Sequence[Tensor],
-        m2: Sequence[Tensor],
-        grad: Sequence[Tensor],
-        mean: Sequence[Tensor],
-        std: Sequence[Tensor],
-        offsets: Sequence[int],
-        streams: Sequence[int],
-        seed: int,
-        counters: Tensor,
-        antithetic: bool,
-        stochastic_rounding: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def accumulate(self, param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, amp: Amp) -> None:
         """See `distruction.ops.accumulate`."""
-        filled, _keep = model(
-            {"mean": mean, "std": std, "m1": m1, "m2": m2},
-            param=param,
-            grad=grad,
-            offsets=offsets,
-            streams=streams,
-            seed=seed,
-            counters=counters,
-            antithetic=antithetic,
-            stochastic_rounding=stochastic_rounding,
-        )
-        scalars = {"grad_scale": grad_scale, "found_inf": found_inf}
-        self.launch("accumulate", filled, counters.device, scalars=scalars)
-        mutated(param, m1, m2, [counters])
+        filled, _keep = model(state, draws, param=param, grad=grad)
+        self.launch("accumulate", filled, draws.counters.device, vars(amp), {})
+        mutated(param, state.m1, state.m2, [draws.counters])
 
     def step(
-        self,
-        param: Sequence[Tensor],
-        mean: Sequence[Tensor],
-        std: Sequence[Tensor],
-        grad: Sequence[Tensor],
-        m1: Sequence[Tensor],
-        m2: Sequence[Tensor],
-        prior_mean: Sequence[Tensor],
-        prior_std: Sequence[Tensor],
-        lr: Tensor,
-        kl_weight: Tensor,
-        loss_scale: float,
-        offsets: Sequence[int],
-        streams: Sequence[int],
-        seed: int,
-        counters: Tensor,
-        antithetic: bool,
-        stochastic_rounding: bool,
-        max_mean_step: float,
-        max_log_std_step: float,
-        max_std: float,
-        learn_mean: bool,
-        learn_std: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        self, param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, rule: Rule, amp: Amp
     ) -> Tensor:
         """See `distruction.ops.step`."""
-        filled, _keep = model(
-            {"mean": mean, "std": std, "m1": m1, "m2": m2, "prior_mean": prior_mean, "prior_std": prior_std},
-            param=param,
-            grad=grad,
-            offsets=offsets,
-            streams=streams,
-            seed=seed,
-            counters=counters,
-            antithetic=antithetic,
-            stochastic_rounding=stochastic_rounding,
-        )
-        kl = self.launch(
-            "step",
-            filled,
-            counters.device,
-            scalars={"lr": lr, "kl_weight": kl_weight, "grad_scale": grad_scale, "found_inf": found_inf},
-            options={
-                "loss_scale": loss_scale,
-                "max_mean_step": max_mean_step,
-                # asinh(a) <= max_log_std_step bounds |delta log std|.
-                "max_a": math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf,
-                "max_std": max_std,
-                "learn_mean": learn_mean,
-                "learn_std": learn_std,
-            },
-        )
-        mutated(param, [counters], mean if learn_mean else [], std if learn_std else [])
+        filled, _keep = model(state, draws, param=param, grad=grad)
+        scalars = {"lr": rule.lr, "kl_weight": rule.kl_weight, **vars(amp)}
+        numbers = {name: getattr(rule, name) for name in _RULE}
+        kl = self.launch("step", filled, draws.counters.device, scalars, numbers)
+        learnt = (state.mean if rule.learn_mean else (), state.std if rule.learn_std else ())
+        mutated(param, [draws.counters], *learnt)
         assert kl is not None
         return kl
 
     def gauss_newton(
         self,
         param: Sequence[Tensor],
-        std: Sequence[Tensor],
         grad: Sequence[Tensor],
-        mean: Sequence[Tensor],
-        evidence: float,
-        offsets: Sequence[int],
-        streams: Sequence[int],
-        seed: int,
-        counters: Tensor,
-        antithetic: bool,
-        stochastic_rounding: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        state: State,
+        draws: Draws,
+        root_evidence: float,
+        amp: Amp,
     ) -> None:
         """See `distruction.ops.gauss_newton`."""
-        filled, _keep = model(
-            {"mean": mean, "std": std},
-            param=param,
-            grad=grad,
-            offsets=offsets,
-            streams=streams,
-            seed=seed,
-            counters=counters,
-            antithetic=antithetic,
-            stochastic_rounding=stochastic_rounding,
-        )
-        self.launch(
-            "gauss_newton",
-            filled,
-            counters.device,
-            scalars={"grad_scale": grad_scale, "found_inf": found_inf},
-            options={"root_evidence": math.sqrt(evidence)},
-        )
-        mutated(param, std, [counters])
+        filled, _keep = model(state, draws, param=param, grad=grad)
+        numbers = {"root_evidence": root_evidence}
+        self.launch("gauss_newton", filled, draws.counters.device, vars(amp), numbers)
+        mutated(param, state.std, [draws.counters])
 
-    def gaussian_kl(
-        self,
-        mean: Sequence[Tensor],
-        std: Sequence[Tensor],
-        prior_mean: Sequence[Tensor],
-        prior_std: Sequence[Tensor],
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def gaussian_kl(self, state: State) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """See `distruction.ops.gaussian_kl`."""
-        grad_mean, grad_std = [torch.empty_like(m) for m in mean], [torch.empty_like(s) for s in std]
-        state = {"mean": mean, "std": std, "prior_mean": prior_mean, "prior_std": prior_std}
-        filled, _keep = model({**state, "grad_mean": grad_mean, "grad_std": grad_std})
-        kl = self.launch("gaussian_kl", filled, mean[0].device)
+        grad_mean, grad_std = [torch.empty_like(m) for m in state.mean], [torch.empty_like(s) for s in state.std]
+        filled, _keep = model(state, grad_mean=grad_mean, grad_std=grad_std)
+        kl = self.launch("gaussian_kl", filled, state.mean[0].device, {}, {})
         assert kl is not None
         return kl, grad_mean, grad_std

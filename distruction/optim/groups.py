@@ -157,16 +157,17 @@ class Groups(torch.optim.Optimizer):
         grad_scale = None if grad_scale is None else grad_scale.to(device)
         members = self._members(index, params)
         if group["statistic"] == "gauss-newton":
-            members.gauss_newton(counters, grad_scale, found_inf)
+            members.gauss_newton(counters, ops.Amp(grad_scale, found_inf))
             return None
         skips = (found_inf, found_inf) if splits is None else splits
         if splits is not None or not completes or self._sample_group is not None:
-            members.accumulate(counters, grad_scale, skips[0])
+            members.accumulate(counters, ops.Amp(grad_scale, skips[0]))
         if splits is None and not completes:
             return None
         names = [] if self._prior is None else [group["param_names"][self._position[p]] for p in params]
         scalars = self._scalar(index, "lr", device), self._scalar(index, "kl_weight", device)
-        return members.step(counters, scalars, self._prior, names, grad_scale, skips[1], self._sample_group)
+        amp = ops.Amp(grad_scale, skips[1])
+        return members.step(counters, scalars, self._prior, names, amp, self._sample_group)
 
     @torch.no_grad()
     def _release(self, index: int, p: Tensor) -> None:

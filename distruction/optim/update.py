@@ -17,6 +17,9 @@ STREAMED_ELEMENTS = 2**24
 """Elements of a prior that is not at hand in float32 which are restored at a time, in whole tensors: 64 MiB each for
 mean and std."""
 
+RULE = ("max_mean_step", "max_log_std_step", "max_std", "learn_mean", "learn_std")
+"""A group's options that the update rule takes under their own names."""
+
 
 class Members:
     """Some parameters of a group as the ops take them: this rank's pieces, contiguous, on one device.
@@ -49,7 +52,7 @@ class Members:
     def sample(self, counters: Tensor) -> None:
         """Write the sample of the current draw into the parameters."""
         if not self.group["at_means"]:
-            ops.sample(self.outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
+            ops.sample(self.outs, self._state(), self._draws(counters), backend=self.group["backend"])
         self._copy_back()
 
     def expected(self, counters: Tensor) -> list[Tensor]:
@@ -57,28 +60,15 @@ class Members:
         if self.group["at_means"]:
             return [local(s["mean"]).to(t.dtype) for s, t in zip(self._states, self._held, strict=True)]
         made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in self._held]
-        outs = self.pieces.of(made)
-        ops.sample(outs, self.mean, self.std, *self._generator(counters), self.group["backend"])
+        ops.sample(self.pieces.of(made), self._state(), self._draws(counters), backend=self.group["backend"])
         return made
 
-    def accumulate(self, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def accumulate(self, counters: Tensor, amp: ops.Amp) -> None:
         """Take the gradients into the statistics and write the next sample."""
-        m1, m2 = self._statistics()
-        grads = self._gradients()
-        ops.accumulate(
-            self.outs,
-            m1,
-            m2,
-            grads,
-            self.mean,
-            self.std,
-            *self._generator(counters),
-            grad_scale,
-            found_inf,
-            self.group["backend"],
-        )
+        state, draws = self._state(*self._statistics()), self._draws(counters)
+        ops.accumulate(self.outs, self._gradients(), state, draws, amp, backend=self.group["backend"])
         if not self.outs:
-            advance(counters, False, found_inf)
+            advance(counters, False, amp.found_inf)
         self._copy_back()
 
     def step(
@@ -87,8 +77,7 @@ class Members:
         scalars: tuple[Tensor, Tensor],
         prior: Posterior | None,
         names: Sequence[str],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        amp: ops.Amp,
         sample_group: Any,
     ) -> Tensor:
         """Update with the last sample's gradients and write the next sample; returns the KL of what is here.
@@ -99,58 +88,41 @@ class Members:
             sample_group: ranks whose statistics are summed; they hold the last sample's already.
         """
         group = self.group
-        m1, m2 = self._statistics() if group["mc_samples"] > 1 or sample_group is not None else ([], [])
+        statistics = self._statistics() if group["mc_samples"] > 1 or sample_group is not None else ([], [])
         if sample_group is None:
             grads = self._gradients()
         else:
             # All samples are in the statistics; the step takes one more gradient, so it gets a zero.
-            all_reduce_([*m1, *m2], sample_group)
+            all_reduce_([*statistics[0], *statistics[1]], sample_group)
             ranks = dist.get_world_size(sample_group)
             counters[0] += (ranks - 1) * group["mc_samples"] - 1
             counters[1] = counters[1] * ranks - 1
-            grads, grad_scale, found_inf = [torch.zeros_like(m) for m in self.mean], None, None
+            grads, amp = [torch.zeros_like(m) for m in self.mean], ops.Amp()
         pairs = [] if prior is None else [prior.fetch(name, counters.device) for name in names]
+        at_prior = [self.pieces.of([pair[i] for pair in pairs]) if pairs else [] for i in range(2)]
+        sign = -1 if group["maximize"] else 1
+        named = {name: group[name] for name in RULE}
         kl = ops.step(
             self.outs,
-            self.mean,
-            self.std,
             grads,
-            m1,
-            m2,
-            self.pieces.of([m for m, _ in pairs]) if pairs else [],
-            self.pieces.of([s for _, s in pairs]) if pairs else [],
-            *scalars,
-            -group["data_per_step"] if group["maximize"] else group["data_per_step"],
-            *self._generator(counters),
-            group["max_mean_step"],
-            group["max_log_std_step"],
-            group["max_std"],
-            group["learn_mean"],
-            group["learn_std"],
-            grad_scale,
-            found_inf,
-            group["backend"],
+            self._state(*statistics, *at_prior),
+            self._draws(counters),
+            ops.Rule(*scalars, loss_scale=sign * group["data_per_step"], **named),
+            amp,
+            backend=group["backend"],
         )
         if not self.outs:
-            advance(counters, True, found_inf)
+            advance(counters, True, amp.found_inf)
         self._copy_back()
         return kl
 
-    def gauss_newton(self, counters: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def gauss_newton(self, counters: Tensor, amp: ops.Amp) -> None:
         """Add the gradients' squares to the precisions and write the next sample."""
-        ops.gauss_newton(
-            self.outs,
-            self.std,
-            self._gradients(),
-            self.mean,
-            self.group["data_per_step"],
-            *self._generator(counters),
-            grad_scale,
-            found_inf,
-            self.group["backend"],
-        )
+        group, state, draws = self.group, self._state(), self._draws(counters)
+        evidence = group["data_per_step"]
+        ops.gauss_newton(self.outs, self._gradients(), state, draws, evidence, amp, backend=group["backend"])
         if not self.outs:
-            advance(counters, True, found_inf)
+            advance(counters, True, amp.found_inf)
         self._copy_back()
 
     def separate(self, counters: Tensor, seed: int) -> None:
@@ -161,14 +133,18 @@ class Members:
         for state in self._states:
             state["m2"] = torch.zeros_like(state["m1"])
         m2 = self.pieces.of([s["m2"] for s in self._states])
-        where = self.pieces.offsets, self.pieces.streams, seed, first, self.group["antithetic"], False
+        draws = ops.Draws(self.pieces.offsets, self.pieces.streams, seed, first, self.group["antithetic"])
         # A sample of mean 0 and std m1 is m1 * eps.
-        ops.sample(m2, [torch.zeros_like(m) for m in m1], m1, *where, self.group["backend"])
+        ops.sample(m2, ops.State([torch.zeros_like(m) for m in m1], m1), draws, backend=self.group["backend"])
 
-    def _generator(self, counters: Tensor) -> tuple[Any, ...]:
-        group = self.group
-        rounding = group["stochastic_rounding"]
-        return self.pieces.offsets, self.pieces.streams, group["seed"], counters, group["antithetic"], rounding
+    def _state(self, *others: list[Tensor]) -> ops.State:
+        return ops.State(self.mean, self.std, *others)
+
+    def _draws(self, counters: Tensor) -> ops.Draws:
+        group, pieces = self.group, self.pieces
+        return ops.Draws(
+            pieces.offsets, pieces.streams, group["seed"], counters, group["antithetic"], group["stochastic_rounding"]
+        )
 
     def _statistics(self) -> tuple[list[Tensor], list[Tensor]]:
         # A state may come with m2: that of an optimizer that kept it, or of a pair whose samples are of two seeds.

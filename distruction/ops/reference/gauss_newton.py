@@ -14,43 +14,30 @@ The mean does not enter the statistic, nor does eps: no old draw is regenerated.
 which does not overflow with t**2. A change of less than the rounding of std, 6e-8 of it in float32, is lost.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..calls import Amp, Draws, State
 from .sample import sample
-from .step import unscale
+from .step import advance, unscale
 
 LARGEST = 2.0**126
 """The largest t: its reciprocal is the smallest normal float32 number, which is also the smallest std."""
 
 
 def gauss_newton(
-    param: Sequence[Tensor],
-    std: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    evidence: float,
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, root_evidence: float, amp: Amp
 ) -> None:
     """See `distruction.ops.gauss_newton`."""
-    if found_inf is not None and found_inf.item() != 0:
+    if amp.refuses():
         return
-    for s, g in zip(std, grad, strict=True):
-        t = (unscale(g, grad_scale, s.dtype) * s * math.sqrt(evidence)).abs()
+    for s, g in zip(state.std, grad, strict=True):
+        t = (unscale(g, amp, s.dtype) * s * root_evidence).abs()
         finite = t <= LARGEST
         shrunk = (s / torch.hypot(t, torch.ones_like(t))).clamp(min=1.0 / LARGEST)
         s.copy_(torch.where(finite, torch.minimum(shrunk, s), s))
-        counters[2] |= ~finite.all()
-    counters[0] += 1
-    counters[1] = 0
-    sample(param, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding)
+        draws.counters[2] |= ~finite.all()
+    advance(draws.counters)
+    sample(param, state, draws)

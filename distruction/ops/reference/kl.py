@@ -10,10 +10,10 @@ This is the paper's KL in terms of differences, which keep their digits as q ten
 dKL/dmean has the wrong sign.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from ..calls import State
 
 
 def d_minus_log1p(d: Tensor, ratio: Tensor) -> Tensor:
@@ -36,13 +36,11 @@ def kl_terms(mean: Tensor, std: Tensor, prior_mean: Tensor, prior_std: Tensor) -
     return 0.5 * dm * dm + (0.5 * d * d + d_minus_log1p(d, std / prior_std)), dm, d
 
 
-def gaussian_kl(
-    mean: Sequence[Tensor], std: Sequence[Tensor], prior_mean: Sequence[Tensor], prior_std: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def gaussian_kl(state: State) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See `distruction.ops.gaussian_kl`."""
-    total = torch.zeros((), dtype=torch.float64, device=mean[0].device if mean else None)
+    total = torch.zeros((), dtype=torch.float64, device=state.mean[0].device if state.mean else None)
     grad_mean, grad_std = [], []
-    for m, s, pm, ps in zip(mean, std, prior_mean, prior_std, strict=True):
+    for m, s, pm, ps in zip(state.mean, state.std, state.prior_mean, state.prior_std, strict=True):
         kl, dm, d = kl_terms(m, s, pm, ps)
         total += kl.sum(dtype=torch.float64)
         grad_mean.append(dm / ps)

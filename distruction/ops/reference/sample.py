@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..calls import Draws, State
 from .philox import words_and_normals
 
 
@@ -21,27 +22,26 @@ def round_to(value: Tensor, out: Tensor, words: Tensor | None) -> None:
     out.copy_(value)
 
 
-def sample(
-    out: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-) -> None:
+def normals(draws: Draws, i: int, like: Tensor) -> Tensor:
+    """The normals of the draw that tensor ``i`` holds, in the type and shape of ``like``."""
+    return _words_and_normals(draws, i, like)[1]
+
+
+def sample(out: Sequence[Tensor], state: State, draws: Draws) -> None:
     """See `distruction.ops.sample`."""
-    for o, m, s, offset, stream in zip(out, mean, std, offsets, streams, strict=True):
-        words, eps = words_and_normals(
-            m.numel(),
-            offset=offset,
-            stream=stream,
-            seed=seed,
-            draw=counters[0],
-            antithetic=antithetic,
-            device=m.device,
-        )
-        theta = m + s * eps.to(m.dtype).view_as(m)
-        round_to(theta, o, words if stochastic_rounding else None)
+    for i, (o, m, s) in enumerate(zip(out, state.mean, state.std, strict=True)):
+        words, eps = _words_and_normals(draws, i, m)
+        round_to(m + s * eps, o, words if draws.stochastic_rounding else None)
+
+
+def _words_and_normals(draws: Draws, i: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    words, eps = words_and_normals(
+        like.numel(),
+        offset=draws.offsets[i],
+        stream=draws.streams[i],
+        seed=draws.seed,
+        draw=draws.counters[0],
+        antithetic=draws.antithetic,
+        device=like.device,
+    )
+    return words, eps.to(like.dtype).view_as(like)

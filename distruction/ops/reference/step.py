@@ -24,15 +24,14 @@ Of an antithetic pair, whose draws are -eps and eps, the first gradient g' alone
     E[g] = (g + g') / 2,     E[g * eps] = eps * (g - g') / 2
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..calls import Amp, Draws, Rule, State
 from .kl import kl_terms
-from .philox import words_and_normals
-from .sample import sample
+from .sample import normals, sample
 
 
 def shrink(std: Tensor, a: Tensor) -> Tensor:
@@ -41,169 +40,77 @@ def shrink(std: Tensor, a: Tensor) -> Tensor:
     return torch.where(a > 0, std / w, std * w)
 
 
-def unscale(grad: Tensor, grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def unscale(grad: Tensor, amp: Amp, dtype: torch.dtype) -> Tensor:
+    """The gradient in the state's type, without GradScaler's scale."""
     grad = grad.to(dtype)
-    return grad if grad_scale is None else grad / grad_scale.to(dtype)
+    return grad if amp.grad_scale is None else grad / amp.grad_scale.to(dtype)
 
 
-def accumulate(
-    param: Sequence[Tensor],
-    m1: Sequence[Tensor],
-    m2: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def advance(counters: Tensor) -> None:
+    """Count the draw that an update ends with."""
+    counters[0] += 1
+    counters[1] = 0
+
+
+def accumulate(param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, amp: Amp) -> None:
     """See `distruction.ops.accumulate`."""
-    if found_inf is not None and found_inf.item() != 0:
+    if amp.refuses():
         return
-    first = torch.tensor(not m2, device=counters.device) | (counters[1] == 0)
-    for i, (a1, g, m, offset, stream) in enumerate(zip(m1, grad, mean, offsets, streams, strict=True)):
-        g = unscale(g, grad_scale, m.dtype)
-        a1.copy_(torch.where(first, g, a1 + g))
-        if not m2:
-            continue
-        _, eps = words_and_normals(
-            m.numel(),
-            offset=offset,
-            stream=stream,
-            seed=seed,
-            draw=counters[0],
-            antithetic=antithetic,
-            device=m.device,
-        )
-        g_eps = g * eps.to(m.dtype).view_as(m)
-        m2[i].copy_(torch.where(first, g_eps, m2[i] + g_eps))
-    counters[:2] += 1
-    sample(param, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding)
+    first = torch.tensor(not state.m2, device=draws.counters.device) | (draws.counters[1] == 0)
+    for i, (m1, g, m) in enumerate(zip(state.m1, grad, state.mean, strict=True)):
+        g = unscale(g, amp, m.dtype)
+        m1.copy_(torch.where(first, g, m1 + g))
+        if state.m2:
+            g_eps = g * normals(draws, i, m)
+            state.m2[i].copy_(torch.where(first, g_eps, state.m2[i] + g_eps))
+    draws.counters[:2] += 1
+    sample(param, state, draws)
 
 
-def step(
-    param: Sequence[Tensor],
-    mean: Sequence[Tensor],
-    std: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    m1: Sequence[Tensor],
-    m2: Sequence[Tensor],
-    prior_mean: Sequence[Tensor],
-    prior_std: Sequence[Tensor],
-    lr: Tensor,
-    kl_weight: Tensor,
-    loss_scale: float,
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    stochastic_rounding: bool,
-    max_mean_step: float,
-    max_log_std_step: float,
-    max_std: float,
-    learn_mean: bool,
-    learn_std: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Tensor:
+def step(param: Sequence[Tensor], grad: Sequence[Tensor], state: State, draws: Draws, rule: Rule, amp: Amp) -> Tensor:
     """See `distruction.ops.step`."""
-    total = torch.zeros((), dtype=torch.float64, device=counters.device)
-    skip = found_inf is not None and found_inf.item() != 0
-    max_a = math.sinh(max_log_std_step) if max_log_std_step < 700 else math.inf
-    for i, (m, s) in enumerate(zip(mean, std, strict=True)):
-        prior = (prior_mean[i], prior_std[i]) if prior_mean else None
+    total = torch.zeros((), dtype=torch.float64, device=draws.counters.device)
+    skip = amp.refuses()
+    for i, (m, s) in enumerate(zip(state.mean, state.std, strict=True)):
         if not skip:
-            _update_tensor(
-                m,
-                s,
-                unscale(grad[i], grad_scale, m.dtype),
-                m1[i] if m1 else None,
-                m2[i] if m2 else None,
-                prior,
-                lr=lr.to(m.dtype),
-                kl_weight=kl_weight.to(m.dtype),
-                loss_scale=loss_scale,
-                offset=offsets[i],
-                stream=streams[i],
-                seed=seed,
-                counters=counters,
-                antithetic=antithetic,
-                max_mean_step=max_mean_step,
-                max_a=max_a,
-                max_std=max_std,
-                learn_mean=learn_mean,
-                learn_std=learn_std,
-            )
-        if prior is not None:
-            total += kl_terms(m, s, *prior)[0].sum(dtype=torch.float64)
+            _update(i, unscale(grad[i], amp, m.dtype), state, draws, rule)
+        if state.prior_mean:
+            total += kl_terms(m, s, state.prior_mean[i], state.prior_std[i])[0].sum(dtype=torch.float64)
     if not skip:
-        counters[0] += 1
-        counters[1] = 0
-        sample(param, mean, std, offsets, streams, seed, counters, antithetic, stochastic_rounding)
+        advance(draws.counters)
+        sample(param, state, draws)
     return total
 
 
-def _update_tensor(
-    mean: Tensor,
-    std: Tensor,
-    grad: Tensor,
-    m1: Tensor | None,
-    m2: Tensor | None,
-    prior: tuple[Tensor, Tensor] | None,
-    *,
-    lr: Tensor,
-    kl_weight: Tensor,
-    loss_scale: float,
-    offset: int,
-    stream: int,
-    seed: int,
-    counters: Tensor,
-    antithetic: bool,
-    max_mean_step: float,
-    max_a: float,
-    max_std: float,
-    learn_mean: bool,
-    learn_std: bool,
-) -> None:
-    _, eps = words_and_normals(
-        mean.numel(),
-        offset=offset,
-        stream=stream,
-        seed=seed,
-        draw=counters[0],
-        antithetic=antithetic,
-        device=mean.device,
-    )
-    eps = eps.to(mean.dtype).view_as(mean)
+def _update(i: int, grad: Tensor, state: State, draws: Draws, rule: Rule) -> None:
+    """Update the mean and std of tensor ``i``."""
+    mean, std = state.mean[i], state.std[i]
+    lr, kl_weight = rule.lr.to(mean.dtype), rule.kl_weight.to(mean.dtype)
+    eps = normals(draws, i, mean)
     s1, s2 = grad, grad * eps
-    if m1 is not None:
-        samples = (counters[1] + 1).to(mean.dtype)
-        s2 = (grad - m1) * eps if m2 is None else s2 + m2
+    if state.m1:
+        m1, samples = state.m1[i], (draws.counters[1] + 1).to(mean.dtype)
+        s2 = s2 + state.m2[i] if state.m2 else (grad - m1) * eps
         s1, s2 = (s1 + m1) / samples, s2 / samples
-    s1, s2 = s1 * loss_scale, s2 * loss_scale
-    if prior is None:
+    s1, s2 = s1 * rule.loss_scale, s2 * rule.loss_scale
+    if not state.prior_mean:
         a = 0.5 * std * s2
     else:
+        prior_mean, prior_std = state.prior_mean[i], state.prior_std[i]
         s1, s2 = (1.0 - kl_weight) * s1, (1.0 - kl_weight) * s2
-        d = (std - prior[1]) / prior[1]
+        d = (std - prior_std) / prior_std
         a = 0.5 * (std * s2 + kl_weight * d * (2.0 + d))
-    bound = max_mean_step * std
+    bound = rule.max_mean_step * std
     new_mean = mean - torch.clamp(lr * std * std * s1, -bound, bound)
-    if prior is not None:
-        v = lr * kl_weight * (std / prior[1]) ** 2
+    if state.prior_mean:
+        v = lr * kl_weight * (std / prior_std) ** 2
         # From the nearer end: the other one's digits would cancel.
-        distance, share = prior[0] - new_mean, 1.0 / (1.0 + v)
-        new_mean = torch.where(v < 1.0, new_mean + v * share * distance, prior[0] - share * distance)
-    new_std = shrink(std, a.clamp(-max_a, max_a)).clamp(max=max_std)
+        distance, share = prior_mean - new_mean, 1.0 / (1.0 + v)
+        new_mean = torch.where(v < 1.0, new_mean + v * share * distance, prior_mean - share * distance)
+    new_std = shrink(std, a.clamp(-rule.max_a, rule.max_a)).clamp(max=rule.max_std)
     finite = s1.isfinite() & s2.isfinite() & new_mean.isfinite() & new_std.isfinite() & (new_std > 0)
-    if learn_mean:
+    if rule.learn_mean:
         mean.copy_(torch.where(finite, new_mean, mean))
-    if learn_std:
+    if rule.learn_std:
         std.copy_(torch.where(finite, new_std, std))
-    counters[2] |= ~finite.all()
+    draws.counters[2] |= ~finite.all()

@@ -1,0 +1,77 @@
+// The generator in vectors: words and normals of consecutive elements, in the order of the elements.
+#pragma once
+
+#include "vector.h"  // first: the generator's templates find its overloads
+
+#include "../generator.h"
+
+#define DISTRUCTION_NOINLINE static __attribute__((noinline))
+
+namespace distruction {
+namespace {
+
+// Normals that one round of the generator's loop makes: four vectors of counters in flight.
+constexpr int kUnit = 8 * kLanes;
+
+// The block whose counter stands in 32-bit lane `lane`, such that transposing four by four within 128 bits, the only
+// cheap direction, gives the normals in the order of the elements.
+constexpr uint64_t block_of_lane(int lane) { return static_cast<uint64_t>(kLanes / 4 * (lane % 4) + lane / 4); }
+
+struct LaneBlocks {
+  uint64_t of[2][kLanes / 2];
+  constexpr LaneBlocks() : of() {
+    for (int i = 0; i < kLanes; ++i) of[i % 2][i / 2] = block_of_lane(i);
+  }
+};
+constexpr LaneBlocks kLaneBlocks;
+
+// The low words of two vectors of 64-bit lanes, as the even and the odd lanes of one vector of words.
+DISTRUCTION_FN Word pack(Wide even, Wide odd) {
+#if defined(__AVX512F__)
+  return (Word)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, (_MM_PERM_ENUM)0xA0);
+#elif defined(__AVX2__)
+  return (Word)_mm256_blend_epi32((__m256i)even, _mm256_shuffle_epi32((__m256i)odd, 0xA0), 0xAA);
+#else
+  return (Word)((even & 0xFFFFFFFFu) | (odd << 32));
+#endif
+}
+
+DISTRUCTION_FN void store_transposed(uint32_t* out, const Word (&x)[4]) {
+  const Word a = interleave<false>(x[0], x[1]), b = interleave<false>(x[2], x[3]);
+  const Word c = interleave<true>(x[0], x[1]), d = interleave<true>(x[2], x[3]);
+  store(out, interleave_pairs<false>(a, b));
+  store(out + kLanes, interleave_pairs<true>(a, b));
+  store(out + 2 * kLanes, interleave_pairs<false>(c, d));
+  store(out + 3 * kLanes, interleave_pairs<true>(c, d));
+}
+
+// The words, the normals or both of `count` elements from generator block `block` on, rounded up to whole units.
+template <bool with_words, bool with_normals>
+DISTRUCTION_NOINLINE void generate(
+    uint64_t block, int count, Draw draw, uint32_t stream, uint32_t* __restrict words, float* __restrict eps) {
+  for (int done = 0; done < count; done += kUnit) {
+    Wide c[4][4];
+    for (int g = 0; g < 4; ++g) {
+      c[g][0] = load<Wide>(kLaneBlocks.of[g % 2]) + (block + static_cast<uint64_t>(done / 4 + g / 2 * kLanes));
+      c[g][1] = c[g][0] >> 32;
+      c[g][2] = Wide{} + draw.number;
+      c[g][3] = Wide{} + stream;
+    }
+    philox<4>(c, draw.seed);
+    for (int p = 0; p < 2; ++p) {
+      Word w[4];
+      for (int j = 0; j < 4; ++j) w[j] = pack(c[2 * p][j], c[2 * p + 1][j]);
+      if (with_words) store_transposed(words + done + p * 4 * kLanes, w);
+      if (with_normals) {
+        Float n[4];
+        box_muller(w[0], w[1], draw.sign, n[0], n[1]);
+        box_muller(w[2], w[3], draw.sign, n[2], n[3]);
+        const Word bits[4] = {as_word(n[0]), as_word(n[1]), as_word(n[2]), as_word(n[3])};
+        store_transposed(reinterpret_cast<uint32_t*>(eps) + done + p * 4 * kLanes, bits);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace distruction

@@ -1,0 +1,154 @@
+"""Mock requests while the data is there, so that the damage of a later one can be forecast (`distruction.damage`)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from .damage import KEY, Rehearsal, disturbance
+from .errors import UsageError
+from .forgetting import forget
+from .loop import TRAINING, Batches
+from .loop.batches import Batching, call
+from .loop.loaders import restarted
+from .modules import deterministic, logits_of
+from .posterior import Posterior
+from .seeds import private_generators, seed_all, seed_of
+from .strength import examined
+
+OBJECTIVES = ("masked-teacher", "uniform-others")
+"""What is rehearsed: of the two, the second disturbs more, so that the line has a slope."""
+
+
+def rehearse(
+    model: nn.Module,
+    posterior: Posterior,
+    loader: Batches,
+    held_out: Batches,
+    *,
+    classes: Sequence[int] | None = None,
+    most: int = 4,
+    objectives: Sequence[str] = OBJECTIVES,
+    records: int = 1024,
+    seed: int = 0,
+    backend: str = "auto",
+    progress: bool = True,
+) -> list[Rehearsal]:
+    """Forget some classes from a fresh posterior, one at a time, and keep what it cost in the posterior's metadata.
+
+    `distruction.forget` then has a `Forecast` in its report. The model ends as it was. It costs one request for each
+    class and objective, and a reading of the held-out data after each.
+
+    Args:
+        model: the model that the posterior was prepared for, holding its means.
+        posterior: fresh from `distruction.prepare`; its metadata gets the rehearsals. Save it afterwards.
+        loader: labelled batches of the training set, of which the mock requests are taken.
+        held_out: labelled batches that the model was not trained on.
+        classes: labels to forget; ``None`` takes ``most`` of them, spread evenly over the sorted labels.
+        most: how many classes, where they are not named.
+        objectives: each class is forgotten with each of these.
+        records: of a class, at most, in a mock request.
+        seed: of the requests and of the probes.
+        backend: see `distruction.ops`.
+        progress: show a progress bar.
+
+    Raises:
+        UsageError: a class is not in the training set, or nothing is held out.
+    """
+    posterior.check(model, same_weights=True)
+    before, labels = _classes(model, held_out)
+    if before.shape != labels.shape or labels.is_floating_point():
+        raise UsageError(
+            f"a rehearsal measures accuracy, so held_out must give one class number for each example, not targets of "
+            f"shape {tuple(labels.shape)} and type {labels.dtype} for answers of shape {tuple(before.shape)}"
+        )
+    requests = _requests(model, loader, classes, most, records, seed)
+    found = []
+    try:
+        for label, batches in track(requests.items(), "rehearse", disable=not progress, transient=True):
+            for objective in objectives:
+                posterior.mean_(model)
+                report = forget(
+                    model,
+                    posterior,
+                    batches,
+                    request="class",
+                    objective=objective,
+                    seed=seed,
+                    backend=backend,
+                    progress=False,
+                )
+                after, _ = _classes(model, held_out)
+                others = labels != label
+                data = examined(batches, next(model.parameters()).device, seed=seed)
+                moved = disturbance(model, posterior, data, [label], report.kl, seed=seed)
+                found.append(
+                    Rehearsal(
+                        label,
+                        objective,
+                        _percent((before == labels)[others]),
+                        _percent((after == labels)[others]),
+                        None if others.all() else _percent((after == labels)[~others]),
+                        bool(report.reached),
+                        (before != after)[others].double().mean().item(),
+                        int(others.sum()),
+                        moved,
+                    )
+                )
+    finally:
+        posterior.mean_(model)
+    posterior.metadata[KEY] = [asdict(r) for r in found]
+    return found
+
+
+def _requests(
+    model: nn.Module, loader: Batches, classes: Sequence[int] | None, most: int, records: int, seed: int
+) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """Batches by label, from one reading of the training set."""
+    batching = Batching(loader, next(model.parameters()).device, needs_inputs=True, role=TRAINING)
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    with private_generators():
+        seed_all(seed_of(seed, 9))
+        for loaded in restarted(loader):
+            batch = batching(loaded)
+            inputs, targets = batch.whole_inputs, batch.targets
+            if not isinstance(inputs, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+                raise UsageError("rehearsals are of whole classes: the training set must give (tensor, class numbers)")
+            for label in targets.unique().tolist():
+                if classes is None or label in classes:
+                    mine = kept.setdefault(label, [])
+                    room = records - sum(len(y) for _, y in mine)
+                    if room > 0:
+                        rows = (targets == label).nonzero().squeeze(-1)[:room]
+                        mine.append((inputs[rows], targets[rows]))
+    if missing := sorted(set(classes or ()) - set(kept)):
+        raise UsageError(f"the training set has no examples of class {', '.join(map(str, missing))} to rehearse")
+    labels = sorted(kept)
+    if classes is None and len(labels) > most:
+        labels = [labels[round(i * (len(labels) - 1) / max(1, most - 1))] for i in range(most)]
+    return {label: _batched(kept[label]) for label in labels}
+
+
+def _batched(parts: list[tuple[Tensor, Tensor]], size: int = 64) -> list[tuple[Tensor, Tensor]]:
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+@torch.no_grad()
+def _classes(model: nn.Module, loader: Batches) -> tuple[Tensor, Tensor]:
+    """The class that the model calls each example, and its label."""
+    batching = Batching(loader, next(model.parameters()).device, needs_inputs=True, role=TRAINING)
+    found, labels = [], []
+    with deterministic(model), private_generators():
+        seed_all(0)
+        for loaded in restarted(loader):
+            batch = batching(loaded)
+            found.append(logits_of(call(model, batch.whole_inputs)).argmax(dim=-1).cpu())
+            labels.append(batch.targets.cpu())
+    return torch.cat(found), torch.cat(labels)
+
+
+def _percent(hits: Tensor) -> float:
+    return 100.0 * hits.double().mean().item()

@@ -1,0 +1,74 @@
+"""Image classifiers of Hugging Face: folders that ``save_pretrained`` wrote."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.inputs import Called
+from ..errors import UsageError
+from ..report import folder as whole_folder
+from .base import SERVING, Model
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether it holds a model's config."""
+    return (folder / "config.json").is_file()
+
+
+def open_folder(folder: Path, *, device: str | torch.device = "cpu", weights: bool = True) -> Model:
+    """The model, its labels and its image processor; nothing is fetched.
+
+    Raises:
+        UsageError: transformers is missing, or the folder holds no image classifier with its processor.
+    """
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    except ImportError as error:
+        raise UsageError(f"{folder} is a folder of Hugging Face's: pip install transformers to read it") from error
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
+        if weights:
+            network: Any = AutoModelForImageClassification.from_pretrained(str(folder), local_files_only=True)
+            network.to(device)
+        else:
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+            with torch.device("meta"):
+                network = AutoModelForImageClassification.from_config(config)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"{folder} cannot be read as an image classifier with its processor: {reason}") from error
+    names = network.config.id2label
+    channels = 1 if getattr(network.config, "num_channels", 3) == 1 else 3
+
+    def inputs(image: Image.Image) -> Tensor:
+        found: Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+        return found
+
+    def write(network: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
+        with whole_folder(path, overwrite=True) as draft:
+            network.save_pretrained(str(draft))  # type: ignore[operator]
+            processor.save_pretrained(str(draft))
+            (draft / "distruction.json").write_text(json.dumps({SERVING: facts}, indent=2) + "\n")
+
+    shape = tuple(inputs(Image.new("L" if channels == 1 else "RGB", (64, 64))).shape)
+    # Of its entries only those that say what is done with the pixels: others name classes and versions.
+    told = {
+        k: v
+        for k, v in processor.to_dict().items()
+        if k.startswith(("do_", "size", "crop", "resample", "rescale", "image_"))
+    }
+    return Model(
+        name=str(folder),
+        network=network,
+        classes=tuple(names[label] for label in sorted(names)),
+        inputs=Called(inputs, channels, {"kind": "transformers", **json.loads(json.dumps(told, default=str))}),
+        input_shape=(shape[0], shape[1], shape[2]),
+        write=write,
+        origin=str(folder),
+        folder=True,
+    )
