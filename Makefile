@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Errors alone: a cache that root must not write and a newer pip are no concern of the demo.
+QUIET_PIP = $(BIN)/python -m pip --disable-pip-version-check install -qq --root-user-action=ignore $(PIP_ARGS)
 
 .PHONY: demo test test-slow lint docs dist setup clean
 
@@ -17,13 +19,14 @@ setup: $(READY)
 
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("distruction needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(PIP_ARGS) "setuptools>=77" wheel "$(TORCH)"
-	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-build-isolation -e ".[test]" "$(TORCH)"
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch and the tests' packages into $(VENV) ..."
+	@$(QUIET_PIP) "setuptools>=77" wheel "$(TORCH)"
+	@$(QUIET_PIP) --no-build-isolation -e ".[test]" "$(TORCH)"
+	@touch $@
 
 demo: $(READY)
-	$(BIN)/distruction demo --overwrite $(DEMO_ARGS)
+	@$(BIN)/distruction demo --overwrite $(DEMO_ARGS)
 
 # One thread for each of the workers: more of them than cores wait for each other.
 test: $(READY)

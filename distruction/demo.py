@@ -161,6 +161,19 @@ def run_demo(
     return runs
 
 
+def phases(runs: Sequence[Run]) -> dict[str, float]:
+    """Seconds of each phase over all runs, without the measurements; a seed's model is trained and prepared once."""
+    first = list({run.seed: run for run in reversed(runs)}.values())
+    found = {
+        "train": sum(run.rows["baseline"]["seconds"] for run in first),
+        "prepare, the training data still there": sum(run.rows["(preparation)"]["seconds"] for run in first),
+        "forget, with the forget set alone": sum(run.rows["DiStruction"]["seconds"] for run in runs),
+        "retrain, to compare with": sum(run.rows["retrain"]["seconds"] for run in runs),
+    }
+    ablations = [row["seconds"] for run in runs for name, row in run.rows.items() if name.endswith(" std")]
+    return {**found, "ablations": sum(ablations)} if ablations else found
+
+
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, tuple[float, float]]]:
     """Mean and standard deviation (n - 1) over the runs of each metric by method."""
     return {

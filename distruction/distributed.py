@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 
 BUCKET_BYTES = 32 * 2**20
@@ -114,9 +113,10 @@ def all_reduce_(tensors: Sequence[Tensor], group: Any = None) -> None:
         if len(bucket) == 1 and bucket[0].is_contiguous():
             dist.all_reduce(bucket[0], group=group)
             continue
-        flat = _flatten_dense_tensors(bucket)
+        flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.all_reduce(flat, group=group)
-        torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+        parts = flat.split([t.numel() for t in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

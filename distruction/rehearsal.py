@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from .damage import KEY, Rehearsal, disturbance
@@ -15,6 +14,7 @@ from .loop.batches import Batching, call
 from .loop.loaders import restarted
 from .modules import deterministic, logits_of
 from .posterior import Posterior
+from .progress import bar
 from .seeds import private_generators, seed_all, seed_of
 from .strength import examined
 
@@ -67,36 +67,38 @@ def rehearse(
     requests = _requests(model, loader, classes, most, records, seed)
     found = []
     try:
-        for label, batches in track(requests.items(), "rehearse", disable=not progress, transient=True):
-            for objective in objectives:
-                posterior.mean_(model)
-                report = forget(
-                    model,
-                    posterior,
-                    batches,
-                    request="class",
-                    objective=objective,
-                    seed=seed,
-                    backend=backend,
-                    progress=False,
-                )
-                after, _ = _classes(model, held_out)
-                others = labels != label
-                data = examined(batches, next(model.parameters()).device, seed=seed)
-                moved = disturbance(model, posterior, data, [label], report.kl, seed=seed)
-                found.append(
-                    Rehearsal(
-                        label,
-                        objective,
-                        _percent((before == labels)[others]),
-                        _percent((after == labels)[others]),
-                        None if others.all() else _percent((after == labels)[~others]),
-                        bool(report.reached),
-                        (before != after)[others].double().mean().item(),
-                        int(others.sum()),
-                        moved,
+        with bar("rehearse", len(requests), hidden=not progress) as show:
+            for done, (label, batches) in enumerate(requests.items(), 1):
+                for objective in objectives:
+                    posterior.mean_(model)
+                    report = forget(
+                        model,
+                        posterior,
+                        batches,
+                        request="class",
+                        objective=objective,
+                        seed=seed,
+                        backend=backend,
+                        progress=False,
                     )
-                )
+                    after, _ = _classes(model, held_out)
+                    others = labels != label
+                    data = examined(batches, next(model.parameters()).device, seed=seed)
+                    moved = disturbance(model, posterior, data, [label], report.kl, seed=seed)
+                    found.append(
+                        Rehearsal(
+                            label,
+                            objective,
+                            _percent((before == labels)[others]),
+                            _percent((after == labels)[others]),
+                            None if others.all() else _percent((after == labels)[~others]),
+                            bool(report.reached),
+                            (before != after)[others].double().mean().item(),
+                            int(others.sum()),
+                            moved,
+                        )
+                    )
+                show(done, "rehearse")
     finally:
         posterior.mean_(model)
     posterior.metadata[KEY] = [asdict(r) for r in found]

@@ -53,6 +53,15 @@ def test_fisher_std_is_the_squared_gradient_of_each_example():
     torch.testing.assert_close(found.stds["head.weight"], (64 + 20 / 5 * fisher).rsqrt())
 
 
+def test_a_phase_is_counted_once_for_each_time_that_it_ran():
+    def run(name, seed, forget):
+        rows = {"baseline": 40, "(preparation)": 10, "DiStruction": forget, "retrain": 30, "Fisher std": 2}
+        return demo.Run(name, seed, {method: {"seconds": float(s)} for method, s in rows.items()})
+
+    seconds = demo.phases([run("3", 0, 1), run("8", 0, 5), run("3", 1, 7)])
+    assert list(seconds.values()) == [80.0, 20.0, 13.0, 90.0, 6.0]
+
+
 def test_the_spread_of_runs_is_of_a_sample():
     """Divided by n - 1, as everywhere."""
     values = [97.0, 98.5, 96.2, 97.9]

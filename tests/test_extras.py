@@ -20,7 +20,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "ivon-opt": "ivon"}
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "ivon-opt": "ivon", "pyyaml": "yaml"}
 """Packages whose module has another name."""
 OPTIONAL = {
     MODULES.get(name, name)
@@ -152,3 +152,10 @@ def test_each_import_is_of_the_core_or_says_its_extra():
             extra = "cli" if in_cli else extra
             assert extra is not None, f"{path}: {module} is imported outside of `with needed(...)`"
             assert module in installs(extra), f"{path}: the extra {extra} does not bring {module}"
+
+
+def test_every_package_is_in_the_wheel():
+    """setuptools takes what is named; a new folder that is not would be missing from the wheel alone."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "distruction").rglob("__init__.py")}
+    assert set(setuptools["packages"]) == {".".join(folder.parts) for folder in folders} | {"distruction.kernels"}

@@ -38,6 +38,9 @@ def demo(
     title = f"digits, class {', '.join(forget_class)} forgotten, seed {', '.join(map(str, seed))}"
     rows = demos.summary(runs) if len(runs) > 1 else runs[0].rows
     console = Console()
+    spent = demos.phases(runs)
+    for phase, seconds in spent.items():
+        console.print(f"{seconds / sum(spent.values()):4.0%}  {seconds:7.1f} s  {phase}", highlight=False)
     console.print(report.table(title, rows, demos.COLUMNS))
     if len(runs) > 1:
         worst = max(runs, key=lambda r: r.loss_of_retained)

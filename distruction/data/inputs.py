@@ -8,14 +8,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .. import distributed
 from ..errors import UsageError
+from ..extras import needed
 from .images import Images, loader
 from .raw import pixels_of, upright
+
+with needed("vision"):
+    from PIL import Image, ImageOps
 
 IN_MEMORY = 2**28
 """Bytes of decoded images up to which they are read once and kept; more are read again in each epoch."""

@@ -13,12 +13,15 @@ Nothing is fetched from a network.
 
 from pathlib import Path
 
-import timm
 import torch
 
 from ..errors import UsageError
+from ..extras import needed
 from . import factory, hugging_face, own, timm_models
 from .base import SERVING, Model, write_state
+
+with needed("vision"):
+    import timm
 
 __all__ = ["SERVING", "Model", "open_model", "read_classes", "write_state"]
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from ..data.inputs import Called, Inputs
 from ..errors import UsageError
+from ..extras import needed
 from .base import Model, load_weights, read_state, write_state
+
+with needed("vision"):
+    from PIL import Image
 
 
 def open_call(

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..data.inputs import Called
 from ..errors import UsageError
+from ..extras import needed
 from ..report import folder as whole_folder
 from .base import SERVING, Model
+
+with needed("vision"):
+    from PIL import Image
 
 
 def is_folder(folder: Path) -> bool:
@@ -39,12 +42,11 @@ def open_folder(folder: Path, *, device: str | torch.device = "cpu", weights: bo
     """The model, its labels and its image processor; nothing is fetched.
 
     Raises:
-        UsageError: transformers is missing, or the folder holds no image classifier with its processor.
+        MissingPackage: transformers is not installed.
+        UsageError: the folder holds no image classifier with its processor.
     """
-    try:
+    with needed("language", f"{folder}, a folder of Hugging Face's,"):
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-    except ImportError as error:
-        raise UsageError(f"{folder} is a folder of Hugging Face's: pip install transformers to read it") from error
     try:
         processor: Any = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
         if weights:

@@ -4,18 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import yaml  # type: ignore[import-untyped]
-from timm.data import create_transform, resolve_data_config
-from timm.data.readers.class_map import load_class_map
-from timm.utils import natural_key
 from torch import Tensor, nn
 
 from ..data.folder import class_folders
 from ..data.inputs import Called
 from ..errors import UsageError
+from ..extras import needed
 from .base import Model, load_weights, read_state, write_state
+
+with needed("vision"):
+    import timm
+    import yaml  # type: ignore[import-untyped]
+    from timm.data import create_transform, resolve_data_config
+    from timm.data.readers.class_map import load_class_map
+    from timm.utils import natural_key
 
 CHECKPOINTS = ("model_best.pth.tar", "last.pth.tar")
 
