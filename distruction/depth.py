@@ -29,7 +29,7 @@ from .strength import STEPS_BETWEEN_LOOKS, DualAscent, Probability
 COSINE = 0.25
 """Mean cosine at which the features of a class count as dispersed."""
 CYCLE, SPEED, PACE = 100, 0.5, 0.25
-"""Steps in which the step size decays to zero, its factor at their start, and the least factor of the ascents' rates."""
+"""Steps in which the step size decays to zero, its factor at their start, and the ascents' least one."""
 MARGIN, SCALE, FALLING, CLIP = 0.05, 0.1, 0.02, 2.0
 """The ascent aims so far under the level; the difference that counts as 1; by what c falls where it falls by itself."""
 RATE = 0.03

@@ -1,4 +1,4 @@
-"""The command line: ``distruction train | plan | prepare | forget | verify | evaluate | attack | demo | bench | doctor``."""
+"""The command line: ``distruction``, with a module for each command."""
 
 from ..extras import needed
 
