@@ -3,31 +3,38 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from torch import nn
 
-from .. import attacks, models, report
-from ..data import forget_split
+from .. import attacks, report
+from ..data.inputs import ImageFiles
+from ..data.raw import named
 from ..errors import UsageError
+from ..methods.base import Selected
+from ..sources import Model
 from .options import (
+    ClassesFile,
     DataRoot,
     DatasetOfModel,
     Device,
     ForgetClasses,
-    ModelFile,
+    ModelName,
     Overwrite,
     Seed,
     SkipUnreadable,
+    Weights,
     alone,
-    data_of,
-    device_of,
+    find_examples,
+    members,
+    open_source,
     output,
 )
 
 
 def attack(
-    model: ModelFile,
+    model: ModelName,
     forget_class: ForgetClasses,
     original: Annotated[
         Path | None, typer.Option(help="The model before it forgot: for the distance and the barrier between the two.")
@@ -40,6 +47,8 @@ def attack(
         str | None, typer.Option(help="Name of the layer that gives the logits; default: it is looked for.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the numbers to this JSON file.")] = None,
+    weights: Weights = None,
+    classes: ClassesFile = None,
     data: DataRoot = None,
     dataset: DatasetOfModel = None,
     skip_unreadable: SkipUnreadable = False,
@@ -54,12 +63,12 @@ def attack(
     alone("attack")
     if out is not None:
         output(out, overwrite)
-    network, config = models.load(model, device=device_of(device))
-    parts = data_of(config, dataset, data, need_test=True, skip_unreadable=skip_unreadable)
-    train_data, test_data = (part.to(device_of(device)) for part in parts)
-    train, test = forget_split(train_data, forget_class), forget_split(test_data, forget_class)
-    before = None if original is None else _of_the_same_classes(original, config, device)
-    gold = {path: _of_the_same_classes(path, config, device) for path in retrained or []}
+    source = open_source(model, weights, classes, device)
+    train, train_data = _parts(source, forget_class, dataset, data, "train", skip_unreadable)
+    test, _ = _parts(source, forget_class, dataset, data, "test", skip_unreadable)
+    network = source.network
+    before = None if original is None else _of_the_same_classes(original, source, device)
+    gold = {path: _of_the_same_classes(path, source, device) for path in retrained or []}
     attacked = {str(model): network}
     attacked |= {} if before is None else {str(original): before}
     attacked |= {str(path): other for path, other in gold.items()}
@@ -84,8 +93,25 @@ def attack(
         console.print(report.table(f"class {', '.join(forget_class)}", rows, shown))
 
 
-def _of_the_same_classes(path: Path, config: dict[str, object], device: str) -> nn.Module:
-    other, facts = models.load(path, device=device_of(device))
-    if facts["num_classes"] != config["num_classes"]:
-        raise UsageError(f"{path} tells {facts['num_classes']} classes apart, the model {config['num_classes']}")
-    return other
+def _parts(
+    source: Model, names: list[str], dataset: str | None, root: Path | None, part: str, skip_unreadable: bool
+) -> tuple[tuple[Selected, Selected], Selected]:
+    """The forgotten and the retained examples of a part, and all of them."""
+    found = find_examples(source, dataset, root, part=part, skip_unreadable=skip_unreadable)
+    data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    if isinstance(data, ImageFiles):
+        raise UsageError(f"the {len(data):,} images of {part} do not fit into memory, and the attacks need them there")
+    mask = members(found, names)
+    forgotten, retained = ((mask if gone else ~mask).nonzero().squeeze(-1) for gone in (True, False))
+    if len(forgotten) == 0:
+        raise UsageError(f"{part} has no example of class {', '.join(names)}")
+    return (Selected(data, forgotten), Selected(data, retained)), Selected(data, torch.arange(len(mask)))
+
+
+def _of_the_same_classes(path: Path, source: Model, device: str) -> nn.Module:
+    other = open_source(str(path), None, None, device)
+    if None not in (other.classes, source.classes) and other.classes != source.classes:
+        raise UsageError(
+            f"{path} tells {named(other.known_classes(), 20)} apart, the model {named(source.known_classes(), 20)}"
+        )
+    return other.network

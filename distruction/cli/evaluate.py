@@ -11,9 +11,7 @@ from torch import Tensor
 from .. import demo as demos
 from .. import report
 from ..data.inputs import batches
-from ..data.raw import named
 from ..data.requests import Selection
-from ..errors import UsageError
 from ..metrics import accuracy, entropy_mia, predict
 from ..posterior_file import metadata_of
 from ..sources import SERVING, Model
@@ -29,6 +27,7 @@ from .options import (
     Workers,
     alone,
     find_examples,
+    members,
     open_source,
 )
 
@@ -54,12 +53,12 @@ def evaluate(
         source.agree_with(metadata_of(posterior).get(SERVING), f"the posterior {posterior}")
     test = find_examples(source, dataset, data, part="test", skip_unreadable=skip_unreadable)
     train = find_examples(source, dataset, data, part="train", skip_unreadable=skip_unreadable)
-    mask = _forgotten(test, forget_class)
+    mask = members(test, forget_class)
     row, logits = {}, _logits(source, test, workers, skip_unreadable)
     for name, where in (("retain_test", ~mask), ("forget_test", mask)):
         row[name] = accuracy(logits[0][where], logits[1][where]) if where.any() else float("nan")
     if train.paths is None or train.paths != test.paths:
-        of_train = _forgotten(train, forget_class)
+        of_train = members(train, forget_class)
         trained = _logits(source, train, workers, skip_unreadable)
         if of_train.any():
             row["forget_train"] = accuracy(trained[0][of_train], trained[1][of_train])
@@ -70,20 +69,6 @@ def evaluate(
     columns = {k: v for k, v in demos.COLUMNS.items() if k in row}
     name = dataset or (source.origin if source.origin not in ("", ".") else data) or "digits"
     Console().print(report.table(f"{name}, class {', '.join(forget_class)}", {model: row}, columns))
-
-
-def _forgotten(found: Selection, names: list[str]) -> Tensor:
-    """Mask of the examples of the classes."""
-    if found.images is not None:
-        mask = torch.zeros(len(found.labels), dtype=torch.bool)
-        for name in names:
-            mask |= found.images.members(name)
-        return mask
-    for name in names:
-        if name not in found.classes:
-            raise UsageError(f"class {name!r} is unknown; the model's classes are {named(found.classes, 20)}")
-    labels = [list(found.classes).index(name) for name in names]
-    return torch.isin(torch.tensor(found.labels), torch.tensor(labels))
 
 
 def _logits(source: Model, found: Selection, workers: int, skip_unreadable: bool) -> tuple[Tensor, Tensor]:

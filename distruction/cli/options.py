@@ -7,10 +7,12 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from .. import objectives, ops, sources
 from ..data import sets
 from ..data.inputs import Pixels
+from ..data.raw import named
 from ..data.requests import Selection, in_memory, load_quietly, of_model
 from ..data.sets import NAMES
 from ..errors import PosteriorError, UsageError
@@ -204,3 +206,17 @@ def find_examples(
         raise UsageError("no images are named: pass their folder by --data")
     folder = place if place.is_dir() and name not in NAMES else root or place
     return source.select(folder, classes=wanted, records=records, part=part)
+
+
+def members(found: Selection, names: list[str]) -> Tensor:
+    """Mask of the examples of the classes."""
+    if found.images is not None:
+        mask = torch.zeros(len(found.labels), dtype=torch.bool)
+        for name in names:
+            mask |= found.images.members(name)
+        return mask
+    for name in names:
+        if name not in found.classes:
+            raise UsageError(f"class {name!r} is unknown; the model's classes are {named(found.classes, 20)}")
+    labels = [list(found.classes).index(name) for name in names]
+    return torch.isin(torch.tensor(found.labels), torch.tensor(labels))

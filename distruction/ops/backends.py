@@ -19,6 +19,8 @@ from .calls import Amp, Draws, Rule, State
 class Backend(Protocol):
     """What a backend's module has; what the functions do is in `distruction.ops`, which has checked the tensors."""
 
+    __name__: str
+
     def unavailable(self, device_type: str) -> str | None:
         """Why it cannot serve a device type, or ``None`` where it can."""
 
