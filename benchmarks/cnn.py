@@ -19,7 +19,7 @@ from distruction import forget, prepare
 from distruction.data import Images, forget_split, load, loader
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
-from distruction.train import train
+from distruction.training import train
 
 NAME = "tf_efficientnet_lite0"
 FINE_TUNING: dict[str, Any] = {"epochs": 6, "lr": 1e-3, "noise": 0.0}
