@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.calls import Amp, Draws, State
+from distruction.ops.calls import Amp, Draws, State
+
 from .approximate import reciprocal, square_root
 from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
 from .philox import KEYS, words_and_normals

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.calls import State
+from distruction.ops.calls import State
+
 from .approximate import log2, reciprocal
 from .multi_tensor import MEAN, PRIOR_MEAN, PRIOR_STD, STD, block_of, load, locate, pointer, sum_of_groups
 from .tables import finish, launches, on, sums_of_kl

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.calls import Draws, State
+from distruction.ops.calls import Draws, State
+
 from .multi_tensor import MEAN, PARAM, STD, STREAM, block_of, load, locate, pointer
 from .philox import KEYS, words_and_normals
 from .tables import drawing, launches, mutated, on

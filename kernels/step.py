@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.calls import Amp, Draws, Rule, State
+from distruction.ops.calls import Amp, Draws, Rule, State
+
 from .approximate import inverse, reciprocal, square_root
 from .kl import twice_kl
 from .multi_tensor import (

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.calls import Amp, Draws
+from distruction.ops.calls import Amp, Draws
+
 from .multi_tensor import finish_kernel
 from .philox import KEYS
 

@@ -17,7 +17,8 @@ from .materials import Context, data_hash, fresh, make_split, pretrained_hash
 from .store import key_of
 
 FORMATS = {"model": 1, "posterior": 3}
-"""Raised when a job's result changes for the same facts, so that no old entry is taken, nor what follows from one."""
+"""Raised when a job's result changes for the same facts, so that neither old entries nor what was made from them is
+taken."""
 
 
 @dataclass(frozen=True)

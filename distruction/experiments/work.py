@@ -156,7 +156,7 @@ def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
     task = _task(facts, split, context)
     before = copy.deepcopy(task.model)
     retrained = _load_model("retrained", facts["retrained"], context)
-    # Not the bad teacher's own: its pupil would be measured by its teacher.
+    # Not the bad teacher's own: the student would be measured by its teacher.
     incompetent = fresh({**facts["model"], "seed": seed_of(facts["model"]["seed"], 6)}, context)
     report = None
     if facts["method"] == "retrain" and not facts["settings"]:
