@@ -67,7 +67,7 @@ def evaluate(
                     trained[0][~of_train], torch.cat([logits[0][mask], logits[0][~mask]]), trained[0][of_train]
                 )
     columns = {k: v for k, v in demos.COLUMNS.items() if k in row}
-    name = dataset or (source.origin if source.origin not in ("", ".") else data) or "digits"
+    name = dataset or (source.origin if source.origin not in ("", ".") else str(data or "")) or "digits"
     Console().print(report.table(f"{name}, class {', '.join(forget_class)}", {model: row}, columns))
 
 

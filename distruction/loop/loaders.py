@@ -101,8 +101,8 @@ def examples_in(loader: Any) -> int | None:
         return sum(map(len, sampler))
     if type(sampler) in (SequentialSampler, RandomSampler) and sampler is loader.sampler and loader.batch_size is None:
         # The data set gives batches.
-        whole = isinstance(dataset, list | tuple) and _size(sampler) == len(dataset)
-        return _in_batches(dataset) if whole else None
+        every_batch = isinstance(dataset, list | tuple) and _size(sampler) == len(dataset)
+        return _in_batches(dataset) if every_batch else None
     drawn = _size(sampler) if sampler is not None else None
     if drawn is not None and hasattr(dataset, "__getitem__"):
         if sampler is getattr(loader, "batch_sampler", None):  # of one's own

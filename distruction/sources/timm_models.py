@@ -15,7 +15,7 @@ from .base import Model, load_weights, read_state, write_state
 
 with needed("vision"):
     import timm
-    import yaml  # type: ignore[import-untyped]
+    import yaml
     from timm.data import create_transform, resolve_data_config
     from timm.data.readers.class_map import load_class_map
     from timm.utils import natural_key
