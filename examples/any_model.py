@@ -15,14 +15,13 @@ import torch
 import distruction
 from distruction.data.inputs import batches
 
-parser = argparse.ArgumentParser()
-for name in ("model", "images", "posterior", "out"):
-    parser.add_argument(f"--{name}", required=name != "out")
-parser.add_argument("--steps", type=int)
-
 
 def main() -> None:
     """Prepare, or forget."""
+    parser = argparse.ArgumentParser()
+    for name in ("model", "images", "posterior", "out"):
+        parser.add_argument(f"--{name}", required=name != "out")
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
     model = distruction.sources.open_model(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     found = model.select(args.images)
