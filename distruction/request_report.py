@@ -149,7 +149,7 @@ def collect(
     removed = sorted(int(c) for c in request["labels"]) if result.request == "class" else []
     after = seen(model, loader, removed)
     origin = posterior if previous is None else previous
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad(), restored(model, parameters):
         origin.mean_(model)
         before = seen(model, loader, removed)
