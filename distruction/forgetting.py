@@ -24,7 +24,7 @@ from .optim import BGD
 from .posterior import Posterior
 from .preparation import total_evidence
 from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
-from .targets import ADVANTAGE, CORRECTED, TARGETS, Advantage, Unseen, quantiles_of
+from .targets import Advantage, Unseen, of_target, quantiles_of
 from .teachers import AtMeans, SameModel
 
 LEVEL = 0.01
@@ -168,7 +168,7 @@ def forget(
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if target is not None:
-        request, level = _of_target(target, request, level, objective)
+        request, level = of_target(target, request, level, objective)
     if depth not in (None, "features"):
         raise UsageError(f"depth must be 'features' or None, not {depth!r}")
     if depth is None and not (cosine_level is None and classifier is None):
@@ -407,20 +407,6 @@ def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module)
         return "class" if whole and len(data.counts) < len(known) else "records"
     classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
-
-
-def _of_target(
-    target: str, request: str, level: float | None, objective: object
-) -> tuple[Literal["class", "records"], float | None]:
-    """The request and the level that a target stands for."""
-    if target not in TARGETS:
-        raise UsageError(f"target must be {', '.join(TARGETS)} or None, not {target!r}")
-    kind: Literal["class", "records"] = "class" if target == "gone" else "records"
-    if request not in ("auto", kind):
-        raise UsageError(f"target={target!r} is a request for {kind}, not for {request}: leave out request")
-    if target == "unseen" and not (level is None and objective == objectives.DEFAULT):
-        raise UsageError("target='unseen' has an objective and a level of its own: leave out objective and level")
-    return kind, {"gone": level, "unseen": ADVANTAGE, "corrected": CORRECTED if level is None else level}[target]
 
 
 def _level(level: float | None, kind: str, posterior: Posterior) -> float:

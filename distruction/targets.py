@@ -13,7 +13,7 @@ where an attacker who sees the log-odds could not tell the records from unseen o
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from .loop import Role
 from .loop.batches import Batches, Batching, Inputs, call
 from .metrics import log_odds
 from .modules import deterministic, logits_of, unwrapped
-from .objectives import divergence, others
+from .objectives import DEFAULT, divergence, others
 from .sharding import reshard
 from .strength import ForgetSet, Probability, batches_of
 
@@ -39,6 +39,24 @@ CORRECTED = 0.05
 ADVANTAGE = 0.06
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
+
+
+def of_target(
+    target: str, request: str, level: float | None, objective: object
+) -> tuple[Literal["class", "records"], float | None]:
+    """The request and the level that a target stands for.
+
+    Raises:
+        UsageError: there is no such target, or another argument says otherwise.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"target must be {', '.join(TARGETS)} or None, not {target!r}")
+    kind: Literal["class", "records"] = "class" if target == "gone" else "records"
+    if request not in ("auto", kind):
+        raise UsageError(f"target={target!r} is a request for {kind}, not for {request}: leave out request")
+    if target == "unseen" and not (level is None and objective == DEFAULT):
+        raise UsageError("target='unseen' has an objective and a level of its own: leave out objective and level")
+    return kind, {"gone": level, "unseen": ADVANTAGE, "corrected": CORRECTED if level is None else level}[target]
 
 
 @torch.no_grad()
