@@ -146,7 +146,7 @@ def test_any_model_of_class_folders(run, here, monkeypatch):
 def test_shards_on_two_processes(run, here, command):
     """The whole set is one batch, whose order does not matter: one process without shards does the same."""
     sharded = next(words for words in commands("sharded_vit.py") if ("--out" in words) == (command == "forget"))
-    sharded += ["--steps", "20"]
+    sharded += ["--steps", "10" if command == "prepare" else "20"]  # BGD lets rounding grow with each step
     if command == "prepare":
         # Gauss-Newton's signs go by an example's place in the batch.
         sharded = [*sharded, "--method", "bgd", "--std-init", "0.02"]
