@@ -13,6 +13,7 @@ from . import distributed, objectives
 from .describe import described
 from .errors import PosteriorError, UsageError
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
+from .loop.tokens import require_causal
 from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
@@ -22,6 +23,8 @@ from .teachers import SameModel
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
+LEVEL_OF_TEXTS = 0.1
+"""The same of the tokens that a request for texts asks for: greedy decoding gives hardly one of them then."""
 STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
 """Updates with a given lambda, and at most where lambda is found: for a class, and for records."""
 LARGEST_RATIO = 1e5
@@ -39,7 +42,7 @@ class ForgetReport:
             nothing had to be done.
         seconds: wall time of the unlearning alone, of this process.
         kl: KL(q || p) in nats, of all requests together.
-        request: what was taken to be asked: ``class`` or ``records``.
+        request: what was taken to be asked: ``class``, ``records`` or, of a language model, ``texts``.
         level: what the probability should be at most; ``None`` where ``kl_weight`` was given.
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
@@ -99,14 +102,16 @@ def forget(
             these records alone go and their labels live on; the model is changed as little as possible, not at all
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, or, where p does not say, where it has at most half
-            of the labels that the model knows.
+            of the labels that the model knows. A language model's texts are ``texts``: their tokens are to be no likelier
+            than ``level``, in up to 400 steps; ``records`` of it are changed as little as possible, as above.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
             for a class and 50 for records.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
-            end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
+            end at, for ``kl_weight="auto"``. ``None``: 0.01; for texts 0.1, of the tokens that their labels ask for,
+            in the mean over the tokens; for records what the model's accuracy on data that it has
             not seen is likely to be: that of samples of p, from its metadata, or 0.9.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
         lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps.
@@ -156,9 +161,11 @@ def forget(
     check_loader(loader, FORGET_SET, STEPS if steps is None else steps)
     posterior.check(model)
     data = examined(loader, next(model.parameters()).device, seed=seed)
+    if data.text:
+        require_causal(model)
     kind = _kind(request, data, posterior, model)
     if steps is None:
-        steps = (MOST_STEPS if kind == "class" else STEPS_FOR_RECORDS) if automatic else STEPS
+        steps = (STEPS_FOR_RECORDS if kind == "records" else MOST_STEPS) if automatic else STEPS
     cycle = min(CYCLE, steps) if automatic else steps
     settings = {
         "objective": objectives.name_of(objective),
@@ -206,9 +213,12 @@ def forget(
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
     teacher = getattr(unlearn, "teacher", None)
+    prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
 
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
+
+    loss_fn.per_text = getattr(unlearn, "per_text", False)  # type: ignore[attr-defined]
 
     start = time.perf_counter()
     control = None
@@ -243,13 +253,13 @@ def forget(
             role=FORGET_SET,
             needs_inputs=needs_inputs,
             controller=control,
-            before_passes=teacher if isinstance(teacher, SameModel) else None,
+            before_passes=prepared,
         )
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
     value = None
-    if data.counts:
+    if data.counts or data.text:
         with deterministic(model):
             value = probability()
     found = {"labels": {str(c): n for c, n in data.counts.items()}, "records": data.records, "request": kind}
@@ -292,6 +302,10 @@ def _labels_forgotten(posterior: Posterior) -> list[int]:
 
 
 def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module) -> str:
+    if data.text:
+        if request == "class":
+            raise UsageError("request='class' is for class numbers, and the forget set holds texts: leave request out")
+        return "texts" if request == "auto" else request
     if request != "auto" or not data.counts:
         return "class" if request == "auto" else request
     known: Mapping[str, int] | None = posterior.metadata.get("label_counts")
@@ -304,8 +318,8 @@ def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module)
 def _level(level: float | None, kind: str, posterior: Posterior) -> float:
     if level is not None:
         return level
-    if kind == "class":
-        return LEVEL
+    if kind != "records":
+        return LEVEL if kind == "class" else LEVEL_OF_TEXTS
     sampled = posterior.metadata.get("sampled_accuracy")
     return 0.9 if sampled is None else min(max(sampled / 100, 0.5), 0.99)
 
