@@ -102,8 +102,8 @@ def forget(
             these records alone go and their labels live on; the model is changed as little as possible, not at all
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, or, where p does not say, where it has at most half
-            of the labels that the model knows. A language model's texts are ``texts``: their tokens are to be no likelier
-            than ``level``, in up to 400 steps; ``records`` of it are changed as little as possible, as above.
+            of the labels that the model knows. A language model's are ``texts``: their tokens are to be no likelier than
+            ``level``, in up to 400 steps; as ``records`` they are changed as little as possible.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
@@ -239,22 +239,26 @@ def forget(
     if idle:
         optimizer = make_optimizer(None)
     else:
-        optimizer, history = run(
-            model,
-            loader,
-            loss_fn,
-            make_optimizer,
-            steps=steps,
-            seed=seed,
-            checkpoint=point,
-            schedule=schedule,
-            callback=callback,
-            progress=progress,
-            role=FORGET_SET,
-            needs_inputs=needs_inputs,
-            controller=control,
-            before_passes=prepared,
-        )
+        try:
+            optimizer, history = run(
+                model,
+                loader,
+                loss_fn,
+                make_optimizer,
+                steps=steps,
+                seed=seed,
+                checkpoint=point,
+                schedule=schedule,
+                callback=callback,
+                progress=progress,
+                role=FORGET_SET,
+                needs_inputs=needs_inputs,
+                controller=control,
+                before_passes=prepared,
+            )
+        finally:
+            if hasattr(unlearn, "remove"):  # its hook on the model
+                unlearn.remove()
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()

@@ -16,13 +16,13 @@ mean above is that of one process with the same batch. Squares of the ranks' own
 
 **Next tokens.** A text's tokens are examples of their own (`signed_tokens`): y_t ~ p(y | x_1 .. x_t, theta) is drawn at
 each position with the given text as the inputs, not the tokens drawn before. Given the inputs, the gradients x_t of
--log p(y_t) are then independent and each has the mean zero, so that E[(sum_t x_t)**2] = sum_t E[x_t**2]: a sign for each
+-log p(y_t) are then independent and each has the mean zero, so that E[(sum_t x_t)**2] = sum_t E[x_t**2]: a sign per
 text and a sign for each token are both unbiased for the Fisher of the given texts. They have the same variance too,
 
     Var[(sum_t s_t x_t)**2] = 2 (sum_t E[x_t**2])**2 + sum_t (E[x_t**4] - 3 E[x_t**2]**2),
 
-as even moments do not see a sign. The choice matters where the targets are given (`Given`): their gradients have another
-mean than zero, and one sign for each text would square the text's sum, with cross terms between its tokens. So the sign
+as even moments do not see a sign. The choice matters where the targets are given (`Given`): their gradients have a
+mean other than zero, and one sign for each text would square the text's sum, with cross terms between its tokens. So the sign
 is the token's.
 """
 
@@ -163,8 +163,8 @@ def signed_tokens(
 ) -> Tensor:
     """The same of a language model: this rank's tokens, each with a sign, as the mean that its share is taken of.
 
-    Each token takes one uniform number and one sign of the whole batch's, in the order of the batch: neither padding nor
-    the ranks change what is drawn.
+    Each token takes one uniform number and one sign of the whole batch's, in the batch's order: neither padding nor the
+    ranks change what is drawn.
 
     Args:
         logits: (tokens, vocabulary) of this rank.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .language_objectives import SimNPO, Steering, npo
 from .modules import logits_of
 from .posterior import Posterior
 from .teachers import AtMeans, Randomised
@@ -220,6 +221,9 @@ REGISTRY: dict[str, Entry] = {
         copies=True,
         teaches=True,
     ),
+    "npo": Entry("of texts: negative preference against the model from before", npo),
+    "simnpo": Entry("of texts: the same by mean token likelihood alone", lambda *_: SimNPO()),
+    "rmu": Entry("of texts: hidden states go to a random direction", lambda model, *_: Steering(model)),
 }
 """Objectives by name."""
 

@@ -3,9 +3,9 @@
 A batch is a mapping as Hugging Face's collators give it: ``input_ids`` (rows, length), ``labels`` of the same shape
 with -100 where nothing is asked of the model, and what else the model takes (``attention_mask``, ``position_ids``).
 The logits at one position answer for the label at the next (labels are shifted once, here). Losses are given the
-answering logits, (tokens, vocabulary), and the labels, (tokens,), of this rank's rows: a token is to them what an example
-is elsewhere. Their mean times the rank's share of the tokens adds up to the mean over the whole batch, so that no logits
-travel between the ranks.
+answering logits, (tokens, vocabulary), and the labels, (tokens,), of this rank's rows: a token is to them what an
+example is elsewhere. Their mean times the rank's share of the tokens adds up to the mean over the whole batch, so that
+no logits travel between the ranks.
 """
 
 from collections.abc import Mapping
