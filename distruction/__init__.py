@@ -37,6 +37,7 @@ _SUBMODULES = (
     "distributed",
     "errors",
     "methods",
+    "language_metrics",
     "metrics",
     "models",
     "objectives",

@@ -102,8 +102,8 @@ def forget(
             these records alone go and their labels live on; the model is changed as little as possible, not at all
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, or, where p does not say, where it has at most half
-            of the labels that the model knows. A language model's are ``texts``: their tokens are to be no likelier than
-            ``level``, in up to 400 steps; as ``records`` they are changed as little as possible.
+            of the labels that the model knows. A language model's are ``texts``: their tokens are to be at most as
+            likely as ``level``, in up to 400 steps; as ``records`` the model is changed as little as possible.
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier.
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400

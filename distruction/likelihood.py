@@ -22,8 +22,8 @@ text and a sign for each token are both unbiased for the Fisher of the given tex
     Var[(sum_t s_t x_t)**2] = 2 (sum_t E[x_t**2])**2 + sum_t (E[x_t**4] - 3 E[x_t**2]**2),
 
 as even moments do not see a sign. The choice matters where the targets are given (`Given`): their gradients have a
-mean other than zero, and one sign for each text would square the text's sum, with cross terms between its tokens. So the sign
-is the token's.
+mean other than zero, and one sign per text would square the text's sum, with cross terms between its tokens. So the
+sign is the token's.
 """
 
 import copy
