@@ -109,8 +109,8 @@ def truth_ratio(paraphrased: Tensor, perturbed: list[Tensor]) -> float:
 def forget_quality(unlearned: Any, retrained: Any) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test between truth ratios on the forget set.
 
-    TOFU, section 2.2.2. Large: the test cannot tell the unlearned model from one that was trained without the forget set;
-    few texts cannot either.
+    TOFU, section 2.2.2. Large: the test cannot tell the unlearned model from one that was trained without the forget
+    set; with few texts it never can.
 
     Args:
         unlearned, retrained: truth ratios of both models, one for each question.
@@ -121,8 +121,8 @@ def forget_quality(unlearned: Any, retrained: Any) -> float:
 def min_k(log_likelihoods: list[Tensor], percent: float = 20.0) -> Tensor:
     """Mean log p of the ``percent`` least likely tokens of each text (at least one), float64, (texts,).
 
-    Min-K% Prob (Shi et al., "Detecting Pretraining Data from Large Language Models", 2023, arXiv 2310.16789); 100 is the
-    negative loss. Higher for members.
+    Min-K% Prob (Shi et al., "Detecting Pretraining Data from Large Language Models", 2023, arXiv 2310.16789); 100 is
+    the negative loss. Higher for members.
 
     Raises:
         UsageError: percent is not in (0, 100].
