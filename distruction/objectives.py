@@ -189,12 +189,14 @@ class Entry:
         summary: one line about it.
         make: of the model, the posterior that holds it as it was before, and the labels of earlier requests.
         copies: whether it holds other weights for the whole model.
+        of_texts: whether it is for causal language models alone.
         teaches: whether each update needs one more forward pass, of a teacher.
     """
 
     summary: str
     make: Callable[[nn.Module, Posterior, Labels], Objective]
     copies: bool = False
+    of_texts: bool = False
     teaches: bool = False
 
 
@@ -221,9 +223,9 @@ REGISTRY: dict[str, Entry] = {
         copies=True,
         teaches=True,
     ),
-    "npo": Entry("of texts: negative preference against the model from before", npo),
-    "simnpo": Entry("of texts: the same by mean token likelihood alone", lambda *_: SimNPO()),
-    "rmu": Entry("of texts: hidden states go to a random direction", lambda model, *_: Steering(model)),
+    "npo": Entry("of texts: negative preference against the model from before", npo, of_texts=True),
+    "simnpo": Entry("of texts: the same by mean token likelihood alone", lambda *_: SimNPO(), of_texts=True),
+    "rmu": Entry("of texts: hidden states go to a random direction", lambda model, *_: Steering(model), of_texts=True),
 }
 """Objectives by name."""
 
