@@ -39,6 +39,7 @@ _SUBMODULES = (
     "distributed",
     "errors",
     "methods",
+    "language_metrics",
     "metrics",
     "models",
     "objectives",

@@ -3,8 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from .errors import PosteriorError, UsageError
 from .features import Features
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
 from .loop.step import require_count
+from .loop.tokens import require_causal
 from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
@@ -29,6 +30,8 @@ from .teachers import AtMeans, SameModel
 
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
+LEVEL_OF_TEXTS = 0.1
+"""The same of the tokens that a request for texts asks for: greedy decoding gives hardly one of them then."""
 STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
 """Updates with a given lambda, and at most where lambda is found: for a class, and for records."""
 LARGEST_RATIO = 1e5
@@ -46,7 +49,7 @@ class ForgetReport:
             nothing had to be done.
         seconds: wall time of the unlearning alone, of this process.
         kl: KL(q || p) in nats, of all requests together.
-        request: what was taken to be asked: ``class`` or ``records``.
+        request: what was taken to be asked: ``class``, ``records`` or, of a language model, ``texts``.
         level: what the probability should be at most; ``None`` where ``kl_weight`` was given.
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
@@ -118,7 +121,9 @@ def forget(
             these records alone go and their labels live on; the model is changed as little as possible, not at all
             where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, and not those of all labels, or, where p does not
-            say, where it has at most half of the labels that the model knows.
+            say, where it has at most half of the labels that the model knows. A language model's are ``texts``: their
+            tokens are to be at most as likely as ``level``, in up to 400 steps; as ``records`` the model is changed as
+            little as possible.
         target: what is to be reached, in place of ``request``: ``gone``, these classes; ``unseen``, these records, as
             if the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``,
             the labels of these records, which are wrong (`distruction.targets`).
@@ -129,7 +134,8 @@ def forget(
             for a class and 50 for records.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
-            end at, for ``kl_weight="auto"``. ``None``: 0.01; for records what the model's accuracy on data that it has
+            end at, for ``kl_weight="auto"``. ``None``: 0.01; for texts 0.1, of the tokens that their labels ask for,
+            in the mean over the tokens; for records what the model's accuracy on data that it has
             not seen is likely to be: that of samples of p, from its metadata, or 0.9.
         depth: ``features``: a class is also dispersed in front of the classifier, where a few examples would find it
             again although no logit shows it (`distruction.depth`).
@@ -202,16 +208,18 @@ def forget(
     check_loader(loader, FORGET_SET, STEPS if steps is None else steps)
     posterior.check(model)
     data = examined(loader, next(model.parameters()).device, seed=seed)
-    if automatic and not data.counts and not isinstance(objective, str):
+    if data.text:
+        require_causal(model)
+    elif automatic and not data.counts and not isinstance(objective, str):
         raise UsageError(
             "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
             "numbers: pass kl_weight (lambda)"
         )
     kind = _kind(request, data, posterior, model)
-    if depth is not None and kind == "records":
+    if depth is not None and kind != "class":
         raise UsageError(
-            "depth='features' disperses whole classes, and these records' classes live on: leave it out, or say "
-            "request='class' if the classes are to go"
+            f"depth='features' disperses whole classes, and this request is for {kind}: leave it out, or say "
+            "request='class' if classes are to go"
         )
     if steps is None:
         gentle = kind == "records" and target is None
@@ -276,10 +284,12 @@ def forget(
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
     teacher = getattr(unlearn, "teacher", None)
+    prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
 
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
 
+    loss_fn.per_text = getattr(unlearn, "per_text", False)  # type: ignore[attr-defined]
     dispersed = None if features is None else Dispersed(loss_fn, features)
 
     start = time.perf_counter()
@@ -305,7 +315,7 @@ def forget(
     if idle:
         optimizer = make_optimizer(None)
     else:
-        with features or nullcontext():
+        with features or nullcontext(), _removed(unlearn):
             optimizer, history = run(
                 model,
                 loader,
@@ -321,14 +331,14 @@ def forget(
                 needs_inputs=needs_inputs,
                 labels=True if isinstance(objective, str) else None,
                 controller=deepening or control,
-                before_passes=teacher if isinstance(teacher, SameModel) else None,
+                before_passes=prepared,
                 after_forward=None if features is None else features.gather,
             )
     seconds = time.perf_counter() - start
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
     value = advantage = None
-    if data.counts:
+    if data.counts or data.text:
         with deterministic(model), features or nullcontext():
             value = probability()
             advantage = looked_at() if quantiles else None
@@ -375,6 +385,16 @@ def forget(
     )
 
 
+@contextmanager
+def _removed(objective: Any) -> Iterator[None]:
+    """An objective's hook on the model is gone at the end, whatever happens inside."""
+    try:
+        yield
+    finally:
+        if hasattr(objective, "remove"):
+            objective.remove()
+
+
 def _check_previous(previous: Posterior | None, identity: str) -> None:
     if previous is None:
         return
@@ -398,6 +418,10 @@ def _labels_forgotten(posterior: Posterior) -> list[int]:
 
 
 def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module) -> str:
+    if data.text:
+        if request == "class":
+            raise UsageError("request='class' is for class numbers, and the forget set holds texts: leave request out")
+        return "texts" if request == "auto" else request
     if request != "auto" or not data.counts:
         return "class" if request == "auto" else request
     known: Mapping[str, int] | None = posterior.metadata.get("label_counts")
@@ -412,8 +436,8 @@ def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module)
 def _level(level: float | None, kind: str, posterior: Posterior) -> float:
     if level is not None:
         return level
-    if kind == "class":
-        return LEVEL
+    if kind != "records":
+        return LEVEL if kind == "class" else LEVEL_OF_TEXTS
     sampled = posterior.metadata.get("sampled_accuracy")
     return 0.9 if sampled is None else min(max(sampled / 100, 0.5), 0.99)
 

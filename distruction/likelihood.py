@@ -13,6 +13,17 @@ the diagonal of the Fisher, which for these likelihoods is the generalized Gauss
 (Martens, "New Insights and Perspectives on the Natural Gradient Method", arXiv 1412.1193, sections 8 and 9). Where a
 batch is spread over ranks, B is the whole batch: the ranks' gradients are added first and squared then, so that the
 mean above is that of one process with the same batch. Squares of the ranks' own sums, averaged, have the same mean.
+
+**Next tokens.** A text's tokens are examples of their own (`signed_tokens`): y_t ~ p(y | x_1 .. x_t, theta) is drawn at
+each position with the given text as the inputs, not the tokens drawn before. Given the inputs, the gradients x_t of
+-log p(y_t) are then independent and each has the mean zero, so that E[(sum_t x_t)**2] = sum_t E[x_t**2]: a sign per
+text and a sign for each token are both unbiased for the Fisher of the given texts. They have the same variance too,
+
+    Var[(sum_t s_t x_t)**2] = 2 (sum_t E[x_t**2])**2 + sum_t (E[x_t**4] - 3 E[x_t**2]**2),
+
+as even moments do not see a sign. The choice matters where the targets are given (`Given`): their gradients have a
+mean other than zero, and one sign per text would square the text's sum, with cross terms between its tokens. So the
+sign is the token's.
 """
 
 import copy
@@ -145,6 +156,46 @@ def signed(likelihood: Likelihood | Given, outputs: Tensor, targets: Tensor, gen
         )
     signs = torch.randint(0, 2, losses.shape, generator=generator, device=losses.device)
     return (losses * (2 * signs - 1)).sum() / math.sqrt(len(losses))
+
+
+def signed_tokens(
+    likelihood: Likelihood | Given, logits: Tensor, tokens: Tensor, start: int, total: int, generator: torch.Generator
+) -> Tensor:
+    """The same of a language model: this rank's tokens, each with a sign, as the mean that its share is taken of.
+
+    Each token takes one uniform number and one sign of the whole batch's, in the batch's order: neither padding nor the
+    ranks change what is drawn.
+
+    Args:
+        logits: (tokens, vocabulary) of this rank.
+        tokens: the given ones, (tokens,).
+        start, total: where they stand among the whole batch's tokens, and how many these are.
+    """
+    numbers = torch.rand(2, total, generator=generator, device=logits.device, dtype=torch.float64)
+    uniform, sign = numbers[:, start : start + len(tokens)]
+    if isinstance(likelihood, Categorical):
+        tokens = _drawn(logits.detach(), uniform)
+    elif isinstance(likelihood, Likelihood):
+        raise UsageError(
+            f"{type(likelihood).__name__} is no likelihood of next tokens: leave likelihood out, or pass Categorical()"
+        )
+    losses = likelihood.losses(logits, tokens)
+    return (losses * (2 * (sign < 0.5) - 1).to(losses.dtype)).mean() * math.sqrt(total)
+
+
+TOKENS_AT_ONCE = 256
+"""Tokens whose distributions are summed up in float64 at a time."""
+
+
+@torch.no_grad()
+def _drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Classes by the inverse of the cumulative distribution at ``uniform``, (tokens,)."""
+    drawn = []
+    for part, u in zip(logits.split(TOKENS_AT_ONCE), uniform.split(TOKENS_AT_ONCE), strict=True):
+        cumulative = part.double().softmax(dim=-1).cumsum(dim=-1)
+        # Of the last value, which rounding leaves near 1.
+        drawn.append(torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True).squeeze(-1))
+    return torch.cat(drawn).clamp(max=logits.shape[-1] - 1)
 
 
 def _unreduced(loss_fn: Callable[..., Any]) -> Callable[..., Any]:

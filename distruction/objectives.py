@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .language_objectives import SimNPO, Steering, npo
 from .modules import logits_of
 from .posterior import Posterior
 from .registry import Registry
@@ -189,12 +190,14 @@ class Entry:
         summary: one line about it.
         make: of the model, the posterior that holds it as it was before, and the labels of earlier requests.
         copies: whether it holds other weights for the whole model.
+        of_texts: whether it is for causal language models alone.
         teaches: whether each update needs one more forward pass, of a teacher.
     """
 
     summary: str
     make: Callable[[nn.Module, Posterior, Labels], Objective]
     copies: bool = False
+    of_texts: bool = False
     teaches: bool = False
 
 
@@ -221,6 +224,9 @@ _OWN = {
         copies=True,
         teaches=True,
     ),
+    "npo": Entry("of texts: negative preference against the model from before", npo, of_texts=True),
+    "simnpo": Entry("of texts: the same by mean token likelihood alone", lambda *_: SimNPO(), of_texts=True),
+    "rmu": Entry("of texts: hidden states go to a random direction", lambda model, *_: Steering(model), of_texts=True),
 }
 REGISTRY = Registry[Entry]("objective", _OWN)
 """Objectives by name."""

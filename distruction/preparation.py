@@ -13,7 +13,7 @@ from . import distributed
 from .describe import described
 from .errors import UsageError
 from .initial import initial_std
-from .likelihood import Categorical, Given, Likelihood, signed
+from .likelihood import Categorical, Given, Likelihood, signed, signed_tokens
 from .loop import (
     TRAINING,
     Batches,
@@ -29,6 +29,7 @@ from .loop import (
 from .loop.batches import unpack
 from .loop.counts import label_counts
 from .loop.step import require_count
+from .loop.tokens import Sequences
 from .modules import fingerprint, learnable, require_suitable
 from .optim import BGD
 from .posterior import Posterior
@@ -95,7 +96,8 @@ def prepare(
             size, over the number of examples). ``auto``: n / (2 * 0.05 * num_examples) for n weights, so that samples
             of the posterior lose about 0.05 nats per example against the means at most: a weight with curvature F gets
             std**2 <= 1 / (evidence * num_examples * F), which costs 1 / (2 * evidence * num_examples).
-        num_examples: training examples; ``None`` is what the loader says that an epoch of it draws.
+        num_examples: training examples (of a language model texts, or tokens: what ``evidence`` is to count per; the
+            product is in tokens); ``None`` is what the loader says that an epoch of it draws.
         loss_fn: (logits, targets) -> mean loss, a negative log-likelihood in nats; ``None`` is cross entropy.
             Gauss-Newton needs one loss per example: a loss that takes ``reduction="none"``, or gives (batch,) losses.
             It then uses the given targets, whose gradients vanish where the model fits its data, so that the stds come
@@ -235,6 +237,7 @@ def prepare(
     posterior.metadata = {
         **settings,
         "steps_done": len(history),
+        "loss_per": loss.unit,
         "torch": torch.__version__.split("+")[0],
         "sampled_loss": sum(s.loss for s in tail) / len(tail),
         "sampled_accuracy": None if math.isnan(accuracy) else accuracy,
@@ -265,15 +268,18 @@ class Loss:
 
     Attributes:
         step: steps done before this one.
+        unit: what the loss is a mean over.
     """
 
     def __init__(self, likelihood: Likelihood | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None) -> None:
         self.likelihood = likelihood
         self.loss_fn = loss_fn or F.cross_entropy
         self.step = 0
+        self.unit = "examples"
 
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
         """The loss to minimise."""
+        self.unit = "tokens" if isinstance(inputs, Sequences) else self.unit
         if self.likelihood is not None:
             return self.likelihood.losses(logits, targets).mean()
         return self.loss_fn(logits, targets)
@@ -296,6 +302,9 @@ class SignedLoss(Loss):
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
         """The loss whose squared gradient is the statistic."""
         generator = torch.Generator(logits.device).manual_seed(seed_of(self.seed, 3, self.step))
+        if isinstance(inputs, Sequences):
+            self.unit = "tokens"
+            return signed_tokens(self.per_example, logits, targets, inputs.start, inputs.total, generator)
         return signed(self.per_example, logits, targets, generator)
 
     def shown(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ the means could follow, or it would run away in the tail of a cycle and the next
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from .features import Features, mean_cosine
 from .loop import FORGET_SET, Batches, Step, cosine
 from .loop.batches import Batching, Inputs, apply, call
 from .loop.loaders import restarted
+from .loop.tokens import IGNORED, asked, joined
 from .modules import logits_of, unwrapped
 from .optim import BGD
 from .seeds import private_generators, seed_all, seed_of
@@ -45,6 +46,8 @@ MARGIN = 0.7
 FALLING = 0.8
 """v falls by itself where it is below this share of what it was at the look before."""
 RATE_UP, RATE_DOWN, CLIP = 0.2, 0.4, 2.0
+OWN = "tokens of the labels"
+"""Among a model's inputs a name that none of them has."""
 LARGEST_WEIGHT = 0.99
 SMALLEST_WEIGHT = 0.01
 """Bounds of lambda: under the smaller one means would take hundreds of steps to settle, so that from there on a larger
@@ -60,6 +63,7 @@ class ForgetSet:
         counts: records by label, in the order of the labels; empty where targets are no class numbers.
         inputs, targets: `EXAMPLES` of them, drawn at random, or all.
         batch_size: of the largest batch.
+        text: targets are the labels of a causal language model's texts, (rows, length).
     """
 
     records: int
@@ -67,12 +71,14 @@ class ForgetSet:
     inputs: Inputs
     targets: Tensor
     batch_size: int
+    text: bool = False
 
 
 @torch.no_grad()
 def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
     """Read the forget set once; the same on all ranks and in a resumed run."""
     batching = Batching(loader, device, needs_inputs=True, role=FORGET_SET)
+    text = False
     chooser = torch.Generator().manual_seed(seed_of(seed, 4))
     counts: dict[int, int] = {}
     records = batch_size = 0
@@ -82,6 +88,10 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
         for loaded in restarted(loader):
             batch = batching(loaded)
             inputs, targets = batch.whole_inputs, batch.targets
+            if batch.sequences is not None:
+                # What each rank reads of its own rows is not enough: all look at the same texts.
+                inputs, targets = batching.texts(loaded)
+                text = True
             records += len(targets)
             batch_size = max(batch_size, len(targets))
             if targets.ndim == 1 and not targets.is_floating_point():
@@ -91,25 +101,26 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
             # The records with the largest of random keys are a uniform draw without replacement.
             keys = torch.rand(len(targets), generator=chooser)
             if kept is not None:
-                keys, targets = torch.cat([kept[0], keys]), torch.cat([kept[2], targets])
-                inputs = _joined(kept[1], inputs)
+                keys = torch.cat([kept[0], keys])
+                targets = joined(kept[2], targets, IGNORED) if text else torch.cat([kept[2], targets])
+                inputs = _joined(kept[1], inputs, text)
             best = keys.topk(min(EXAMPLES, len(keys))).indices.sort().values
             kept = keys[best], _rows(inputs, best), targets[best.to(targets.device)]
     if kept is None:
         raise UsageError("the forget set is empty, so there is nothing to forget")
-    return ForgetSet(records, dict(sorted(counts.items())), kept[1], kept[2], batch_size)
+    return ForgetSet(records, dict(sorted(counts.items())), kept[1], kept[2], batch_size, text)
 
 
 def _rows(inputs: Inputs, rows: Tensor | slice) -> Inputs:
     return apply(lambda t: t[rows if isinstance(rows, slice) else rows.to(t.device)], inputs)
 
 
-def _joined(a: Inputs, b: Inputs) -> Inputs:
+def _joined(a: Inputs, b: Inputs, text: bool = False) -> Inputs:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.cat([a, b])
     assert not isinstance(a, Tensor)
     assert not isinstance(b, Tensor)
-    return {name: torch.cat([t, b[name]]) for name, t in a.items()}
+    return {name: joined(t, b[name], 0) if text and t.ndim == 2 else torch.cat([t, b[name]]) for name, t in a.items()}
 
 
 def batches_of(data: ForgetSet) -> Iterator[tuple[Inputs, Tensor]]:
@@ -121,6 +132,8 @@ def batches_of(data: ForgetSet) -> Iterator[tuple[Inputs, Tensor]]:
 
 class Probability:
     """Mean over the forget set's examples of the probability that the model gives to what is to be forgotten.
+
+    Of a language model's texts: the mean over the tokens that the labels ask for, given the true tokens before them.
 
     Args:
         model: in eval mode when it is called.
@@ -162,7 +175,10 @@ class Probability:
             classes = logits.shape[-1]
             return logits if features is None else torch.cat([logits, features.take()], dim=-1)
 
-        for inputs, _ in batches_of(self._data):
+        for inputs, targets in batches_of(self._data):
+            if self._data.text:
+                values.append(self._of_tokens(inputs, targets))
+                continue
             logits = distributed.by_rows(answer, inputs)
             if features is not None:
                 logits, rows_of_features = logits[:, :classes], logits[:, classes:]
@@ -170,6 +186,8 @@ class Probability:
             values.append(self._checked(logits))
         torch.clear_autocast_cache()
         reshard(self._model)
+        if self._data.text:
+            return torch.cat(values).mean().item()
         if seen:
             self.cosine = mean_cosine(torch.cat(seen), self._data.targets).item()
         return self._value(torch.cat(values))
@@ -178,6 +196,19 @@ class Probability:
         p = logits.double().softmax(dim=-1)
         own = self._data.targets[:, None]
         return (p.gather(-1, own) if self._labels is None else p[:, list(self._labels)]).sum(dim=-1).mean().item()
+
+    def _of_tokens(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """The probability of each token that the texts ask for, on every rank."""
+        assert not isinstance(inputs, Tensor)
+        where = asked(labels, inputs.get("position_ids"), inputs.get("attention_mask"))
+        own = labels[:, 1:].where(where, 0)
+
+        def answered(part: Mapping[str, Tensor]) -> Tensor:
+            tokens = part[OWN]
+            logits = logits_of(call(self._model, {k: t for k, t in part.items() if k != OWN}))[:, :-1]
+            return logits.double().log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+        return distributed.by_rows(answered, {**inputs, OWN: own})[where].exp()
 
     def _checked(self, logits: Tensor) -> Tensor:
         if logits.ndim != 2 or logits.shape[-1] < 2:

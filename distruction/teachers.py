@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UsageError
-from .loop.batches import Inputs, call
+from .loop.batches import Inputs, call, keywords
+from .loop.tokens import Sequences
 from .modules import deterministic, learnable, logits_of, unwrapped
 from .posterior import Posterior
 from .sharding import is_sharded, local, reshard
@@ -35,11 +36,17 @@ class SameModel(ABC):
             with ExitStack() as stack:
                 if any(module.training for module in self._model.modules()):
                     stack.enter_context(deterministic(self._model))
-                self._kept = inputs, versions, distributed.by_rows(self._answer, inputs)
+                # A language model's batch is this rank's own, and only tokens that are asked for are answered for.
+                answer = (
+                    inputs.answers(self._answer(inputs))
+                    if isinstance(inputs, Sequences)
+                    else distributed.by_rows(self._answer, inputs)
+                )
+                self._kept = inputs, versions, answer
         return self._kept[2]
 
     def _with(self, weights: dict[str, Tensor], inputs: Inputs) -> Tensor:
-        positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), dict(inputs))
+        positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), keywords(self._model, inputs))
         return logits_of(torch.func.functional_call(self._model, weights, positional, named))
 
     @abstractmethod

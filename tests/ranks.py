@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import texts
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -668,6 +669,47 @@ def check_pieces_of_two_dimensional_meshes(world, folder):
             assert torch.equal(piece, cut)
 
 
+def text_batches():
+    rows = texts.rows((7, 4, 9, 5, 6))
+    return [texts.padded(rows[:3]), texts.padded(rows[3:])]
+
+
+def text_results():
+    """Posteriors and steps of a language model; one of the batches is smaller than three ranks."""
+    results = {}
+    for family in (texts.gpt2, texts.llama):
+        model = family()
+        prior = prepare(model, text_batches(), steps=4, std_init=0.1, evidence=100.0, **QUIET)
+        results[family.__name__] = dict(prior)
+        for objective in ("masked-teacher", "npo", "simnpo", "bounded-ce"):
+            model = family()
+            report = forget(model, Posterior.around(model, 0.1), text_batches(), objective=objective, steps=4, **QUIET)
+            figures = [v for s in report.history for v in (s.loss, s.accuracy)] + [report.probability]
+            results[family.__name__, objective] = dict(report.posterior), figures
+    return results
+
+
+def check_language_models_are_those_of_one_process(world, folder):
+    ours = text_results()
+    expected = torch.load(folder / "texts")
+    for key, value in expected.items():
+        if isinstance(key, str):
+            assert_near(ours[key], value)
+        else:
+            assert_near(ours[key][0], value[0])
+            assert ours[key][1] == pytest.approx(value[1], rel=1e-4)
+
+
+def check_a_sharded_language_model_is_that_of_one_process(world, folder):
+    expected = torch.load(folder / "texts")
+    model = texts.llama()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    prior = prepare(model, text_batches(), steps=4, std_init=0.1, evidence=100.0, **QUIET)
+    assert_near(prior.gathered(), expected["llama"])
+
+
 CHECKS = {name.removeprefix("check_"): f for name, f in globals().items() if name.startswith("check_")}
 
 
@@ -689,6 +731,7 @@ def write_what_one_process_does(folder):
     batches = [(x[i : i + 1], y[i : i + 1]) for i in range(3)]
     facts["one by one"] = dict(prepare(make_model(), batches, evidence=100.0, **PREPARE))
     torch.save(facts, folder / "alone")
+    torch.save(text_results(), folder / "texts")
 
 
 def work(rank, world, port, folder):

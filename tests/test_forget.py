@@ -188,7 +188,7 @@ def test_the_same_seed_gives_the_same_bits():
         assert torch.equal(results[0][name][1], results[1][name][1])
 
 
-@pytest.mark.parametrize("name", objectives.REGISTRY)
+@pytest.mark.parametrize("name", [n for n, e in objectives.REGISTRY.items() if not e.of_texts])
 def test_every_objective_runs_and_lowers_its_loss(name):
     model, loader = make()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)

@@ -6,7 +6,8 @@ A batch is one of
 - a mapping that holds the targets under one of `TARGETS`, and inputs under every other key, as Hugging Face's data sets
   give them.
 
-A mapping of several inputs goes to ``model(**inputs)``, one of a single tensor to ``model(tensor)``.
+A mapping of several inputs goes to ``model(**inputs)``, one of a single tensor to ``model(tensor)``. What a causal
+language model is given, `distruction.loop.tokens` says.
 """
 
 import hashlib
@@ -19,13 +20,18 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..errors import UsageError
+from ..modules import unwrapped
 from ..seeds import seed_all, seed_of
+from . import tokens
 from .loaders import Role, epoch_length, restarted, samplers, why_empty
 
 Inputs = Tensor | Mapping[str, Tensor]
 Batches = Iterable[Any]
 TARGETS = ("labels", "label", "targets", "target")
 """Names that a mapping's targets may have."""
+
+
+_LABELS = "labels"
 
 
 def seeded_batches(loader: Batches, *, seed: int, start: int, stop: int, role: Role) -> Iterator[Any]:
@@ -73,7 +79,15 @@ def apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """The model's output for the inputs of a batch."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    return model(inputs) if isinstance(inputs, Tensor) else model(**keywords(model, inputs))
+
+
+def keywords(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What ``model`` is called with by name: a language model keeps no cache for a pass that generates nothing."""
+    generates: Any = getattr(unwrapped(model), "can_generate", None)
+    return (
+        {**inputs, "use_cache": False} if "input_ids" in inputs and callable(generates) and generates() else {**inputs}
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,7 @@ class Batch:
         start: where they stand in the whole batch.
         targets: of the whole batch.
         whole_inputs: of the whole batch; this rank's where nobody needs them all.
+        sequences: of a language model's batch: then everything is of this rank alone, and the targets are its tokens.
     """
 
     inputs: Inputs
@@ -93,9 +108,12 @@ class Batch:
     start: int
     targets: Tensor
     whole_inputs: Inputs
+    sequences: tokens.Sequences | None = None
 
     def whole(self, logits: Tensor) -> Tensor:
-        """The logits of the whole batch from each rank's."""
+        """The logits of the whole batch from each rank's; of a language model's, those of this rank's tokens."""
+        if self.sequences is not None:
+            return self.sequences.answers(logits)
         return distributed.gather_rows(logits[: self.count], self.start, len(self.targets))
 
 
@@ -125,7 +143,11 @@ class Batching:
         inputs = apply(self._here, inputs)
         targets = self._here(targets)
         rank, size = distributed.rank(), distributed.size()
+        text = not isinstance(inputs, Tensor) and tokens.is_text(inputs, targets)
         if size > 1 and self._in_parts:
+            if text:
+                assert not isinstance(inputs, Tensor)
+                return _of_text(tokens.spread(inputs, targets, None, self._role.name))
             return self._from_parts(inputs, targets)
         if not self._checked:
             digest = hashlib.sha256(targets.cpu().numpy().tobytes()).digest()
@@ -136,8 +158,28 @@ class Batching:
                 )
             self._checked = True
         start, stop = (i * len(targets) // size for i in (rank, rank + 1))
+        if text:
+            assert not isinstance(inputs, Tensor)
+            return _of_text(tokens.spread(inputs, targets, slice(start, stop), self._role.name))
         own = apply(lambda t: t[start:stop] if stop > start else t[:1], inputs)
         return Batch(own, stop - start, start, targets, inputs)
+
+    def texts(self, batch: Any) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Inputs and labels of a language model's whole batch, on every rank."""
+        inputs, labels = unpack(batch, self._role)
+        assert not isinstance(inputs, Tensor)
+        tensors = {name: self._here(t) for name, t in {**inputs, _LABELS: labels}.items()}
+        if distributed.size() > 1 and self._in_parts:
+            sizes = torch.zeros(2, distributed.size(), dtype=torch.int64, device=self._device)
+            sizes[:, distributed.rank()] = torch.tensor(labels.shape)
+            distributed.all_reduce_([sizes])
+            start, total = int(sizes[0, : distributed.rank()].sum()), int(sizes[0].sum())
+            for name, t in tensors.items():
+                if t.ndim == 2:
+                    t = tokens.lengthened(t, int(sizes[1].max()), tokens.IGNORED if name == _LABELS else 0)
+                tensors[name] = distributed.gather_rows(t, start, total)
+        labels = tensors.pop(_LABELS)
+        return tensors, labels
 
     def _here(self, t: Tensor) -> Tensor:
         return t.to(self._device, non_blocking=True)
@@ -153,6 +195,10 @@ class Batching:
 
         whole_inputs = apply(gathered, inputs) if self._needs_inputs else inputs
         return Batch(inputs, len(targets), start, gathered(targets), whole_inputs)
+
+
+def _of_text(here: tokens.Sequences) -> Batch:
+    return Batch(here, len(here.labels), 0, here.tokens, here, here)
 
 
 def unpack(batch: Any, role: Role) -> tuple[Inputs, Tensor]:
@@ -197,4 +243,6 @@ def unpack(batch: Any, role: Role) -> tuple[Inputs, Tensor]:
         raise UsageError(f"a batch of {role.name} has targets and no inputs; give the model's inputs beside them")
     if len(targets) == 0:
         raise UsageError(f"a batch of {role.name} holds no example; leave empty batches out of the loader")
+    if tokens.is_text(tensors, targets) and isinstance(inputs, Mapping):
+        return tensors, targets
     return (next(iter(tensors.values())) if len(tensors) == 1 else tensors), targets

@@ -2,7 +2,8 @@
 
 Under ``torchrun`` every rank runs it. A step's batch is spread over the ranks, and the loss is that of the whole
 batch: each rank computes the logits of its rows, and all of them the loss from all logits, so that the gradients of
-the ranks add up to the gradient of one process on the same batch, however unevenly it was split.
+the ranks add up to the gradient of one process on the same batch, however unevenly it was split. Of a language model's
+batch each rank computes the loss of its own tokens, and sums and counts are added up.
 
 The host waits for the device once a step, for the step's figures; the labels' range and the loss are checked with
 them. Gradients are not checked: the optimizer's kernels refuse an update that is not finite and say so.
@@ -31,6 +32,7 @@ from .labels import Labels, answers_at_once
 from .loaders import Role, check_loader
 from .ranks import Gradients
 from .step import Callback, Controller, Step, Terminated
+from .tokens import Sequences, require_causal
 
 STEPS_BETWEEN_CHECKS = 10
 """After so many steps the host asks a device whether an update was refused; the CPU is asked in each."""
@@ -184,9 +186,11 @@ class Sampled:
         self._gradients = gradients
         self._role = role
         self._step = step
+        if batch.sequences is not None:
+            require_causal(model)
         if labels is None:
             labels = batch.targets.ndim == 1 and not batch.targets.dtype.is_floating_point
-        self._labels = Labels(batch.targets, role, step) if labels else None
+        self._labels = Labels(batch.targets, role, step) if labels and len(batch.targets) else None
         self._figures: list[Tensor] = []
         gradients.norms.clear()
 
@@ -204,6 +208,8 @@ class Sampled:
         if self._after_forward is not None:
             self._after_forward(batch)
         targets = batch.targets if self._labels is None else self._labels.within(logits)
+        if batch.sequences is not None:
+            return self._backward_of_tokens(batch.sequences, logits, targets)
         loss = self._loss_fn(logits, targets, batch.whole_inputs)
         self._check_mean(loss)
         if answers_at_once(loss.device) and not loss.isfinite():
@@ -217,6 +223,27 @@ class Sampled:
                 else (logits.argmax(dim=-1) == targets).double().mean()
             )
             self._figures.append(torch.stack([t.double().reshape(()) for t in (reported, correct, loss)]))
+        return loss
+
+    def _backward_of_tokens(self, here: Sequences, logits: Tensor, targets: Tensor) -> Tensor:
+        """The same for a language model's batch; the loss is this rank's share of the whole batch's."""
+        if len(targets) == 0:
+            loss = logits.sum()  # of nothing: the pass is one that the other ranks of a sharded model wait for
+            figures = loss.new_zeros(3, dtype=torch.float64)
+        else:
+            loss = self._loss_fn(logits, targets, here)
+            self._check_mean(loss)
+            loss = loss * here.share(getattr(self._loss_fn, "per_text", False))
+            with torch.no_grad():
+                shown = loss.detach() if self._shown is None else self._shown(logits.detach(), targets) * here.share()
+                correct = (logits.argmax(dim=-1) == targets).double().mean() * here.share()
+                figures = torch.stack([t.detach().double().reshape(()) for t in (shown, correct, loss)])
+        if distributed.size() > 1:
+            distributed.all_reduce_([figures])
+        if answers_at_once(figures.device) and not figures[-1].isfinite():
+            raise self._nonfinite(figures[-1].item())
+        self._gradients.backward(loss)
+        self._figures.append(figures)
         return loss
 
     def step(self, optimizer: BGD, steps: int) -> Step:

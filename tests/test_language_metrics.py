@@ -1,0 +1,69 @@
+"""Metrics of language models against closed forms, Hugging Face's own loss and generation."""
+
+import math
+
+import pytest
+import texts
+import torch
+
+from distruction import UsageError, language_metrics
+
+
+@pytest.mark.parametrize("family", [texts.gpt2, texts.llama])
+def test_perplexity_is_exp_of_hugging_faces_loss(family):
+    model, rows = family(), texts.rows()
+    found = language_metrics.token_log_likelihoods(model, [texts.padded(rows)])
+    assert [len(t) for t in found] == [len(ids) - 2 for ids, _ in rows]
+    loss = model(**texts.padded(rows)).loss.item()
+    assert language_metrics.perplexity(found) == pytest.approx(math.exp(loss), rel=1e-5)
+    for a, b in zip(found, language_metrics.token_log_likelihoods(model, [texts.packed(rows)]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert math.isnan(language_metrics.perplexity([]))
+
+
+def test_extraction_is_hugging_faces_greedy_decoding():
+    model = texts.llama()
+    prompts = [ids[:3] for ids, _ in texts.rows()]
+    answers = [model.generate(p[None], attention_mask=torch.ones(1, 3), min_new_tokens=4, max_new_tokens=4,
+                              do_sample=False, pad_token_id=0, eos_token_id=None)[0, 3:] for p in prompts]  # fmt: skip
+    assert language_metrics.extracted(model, prompts, answers) == 100.0
+    answers[0] = torch.cat([answers[0][:-1], (answers[0][-1:] + 1) % texts.VOCABULARY])
+    assert language_metrics.extracted(model, prompts, answers) == 75.0
+
+
+def test_exposure_by_ranks():
+    others = torch.linspace(-7, -1, 7)
+    assert language_metrics.exposure(0.0, others) == 3.0
+    assert language_metrics.exposure(-9.0, others) == 0.0
+    assert language_metrics.exposure(-1.0, others) == 2.0  # a tie is lost
+    # A canary like the others: E[log2 N - log2 rank] over uniform ranks, log2(N) - log2(N!) / N.
+    n = 512
+    found = [language_metrics.exposure(r + 0.5, torch.arange(1.0, n)) for r in range(n)]
+    assert sum(found) / n == pytest.approx(math.log2(n) - math.lgamma(n + 1) / math.log(2) / n, rel=1e-9)
+    with pytest.raises(UsageError, match="give some"):
+        language_metrics.exposure(0.0, torch.empty(0))
+
+
+def test_truth_ratio_in_closed_form():
+    right = torch.tensor([0.5, 0.125]).log()  # geometric mean 1/4
+    wrong = [torch.tensor([0.5]).log(), torch.tensor([0.25, 0.25, 0.25]).log()]
+    assert language_metrics.truth_ratio(right, wrong) == pytest.approx((0.5 + 0.25) / 2 / 0.25)
+    with pytest.raises(UsageError, match="at least one"):
+        language_metrics.truth_ratio(right, [])
+
+
+def test_forget_quality_is_exact_for_small_samples():
+    """Fully separated samples of 4 and 4: the chance of D = 1 is 2 / C(8, 4)."""
+    assert language_metrics.forget_quality([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(2 / 70)
+    assert language_metrics.forget_quality([1, 2, 3], [1, 2, 3]) == 1.0
+
+
+def test_min_k_and_its_attack():
+    texts_ = [torch.tensor([-1.0, -5.0, -2.0, -4.0, -3.0]), torch.tensor([-0.5])]
+    assert language_metrics.min_k(texts_, 40).tolist() == [-4.5, -0.5]
+    assert language_metrics.min_k(texts_, 100).tolist() == [-3.0, -0.5]
+    assert language_metrics.min_k(texts_, 1).tolist() == [-5.0, -0.5]
+    # 3 of the 4 pairs are ordered right.
+    assert language_metrics.mia_auc(torch.tensor([2.0, 0.0]), torch.tensor([1.0, -1.0])) == 75.0
+    with pytest.raises(UsageError, match="percent"):
+        language_metrics.min_k(texts_, 0)
