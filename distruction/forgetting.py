@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,11 +11,12 @@ from typing import Any, Literal
 from torch import nn
 
 from . import damage, distributed, objectives
+from .asked import check_previous, kind_of, labels_forgotten, largest_ratio, level_of
 from .depth import COSINE, SPEED, DepthAscent, Dispersed
 from .depth import CYCLE as DEEP_CYCLE
 from .depth import PACE as DEEP_PACE
 from .describe import described
-from .errors import PosteriorError, UsageError
+from .errors import UsageError
 from .features import Features
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
 from .loop.step import require_count
@@ -23,19 +24,12 @@ from .loop.tokens import require_causal
 from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
-from .preparation import total_evidence
-from .strength import CYCLE, DualAscent, ForgetSet, Probability, examined
+from .strength import CYCLE, DualAscent, Probability, examined
 from .targets import Advantage, Unseen, of_target, quantiles_of
 from .teachers import AtMeans, SameModel
 
-LEVEL = 0.01
-"""Mean probability of the classes of a request at which it is reached."""
-LEVEL_OF_TEXTS = 0.1
-"""The same of the tokens that a request for texts asks for: greedy decoding gives hardly one of them then."""
 STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
 """Updates with a given lambda, and at most where lambda is found: for a class, and for records."""
-LARGEST_RATIO = 1e5
-"""Data points that the objective may weigh against the posterior, where that does not say how many it stands for."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +195,7 @@ def forget(
     if previous is not None and not isinstance(previous, Posterior):
         raise UsageError(f"previous must be a ForgetReport or a Posterior, not a {type(previous).__name__}")
     identity = posterior.fingerprint()
-    _check_previous(previous, identity)
+    check_previous(previous, identity)
     origin = posterior if previous is None else previous
     if isinstance(objective, str):
         objectives.entry(objective)
@@ -215,7 +209,7 @@ def forget(
             "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
             "numbers: pass kl_weight (lambda)"
         )
-    kind = _kind(request, data, posterior, model)
+    kind = kind_of(request, data, posterior, model)
     if depth is not None and kind != "class":
         raise UsageError(
             f"depth='features' disperses whole classes, and this request is for {kind}: leave it out, or say "
@@ -245,7 +239,7 @@ def forget(
         run_of["previous"] = previous.fingerprint()
     point = Checkpoint(checkpoint, run_of, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     origin.check(model, same_weights=point.load(model) is None)
-    earlier = _labels_forgotten(origin)
+    earlier = labels_forgotten(origin)
     removed = sorted(data.counts) if kind == "class" else []
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
@@ -259,7 +253,7 @@ def forget(
     features = None if depth is None else Features(model, classifier)
     probability = Probability(model, data, removed or None, features)
     looked_at = Advantage(model, data, quantiles) if quantiles else probability
-    level = _level(level, kind, posterior) if automatic else None
+    level = level_of(level, kind, posterior) if automatic else None
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
         return BGD(
@@ -299,7 +293,7 @@ def forget(
             looked_at,
             level=level,
             data_per_step=data_per_step,
-            most=_largest_ratio(posterior),
+            most=largest_ratio(posterior),
             cycle=cycle,
             gently=kind == "records",
             least_pace=0.0 if depth is None else DEEP_PACE,
@@ -393,58 +387,6 @@ def _removed(objective: Any) -> Iterator[None]:
     finally:
         if hasattr(objective, "remove"):
             objective.remove()
-
-
-def _check_previous(previous: Posterior | None, identity: str) -> None:
-    if previous is None:
-        return
-    prior = previous.metadata.get("prior")
-    if prior is None:
-        raise PosteriorError(
-            "previous does not say which posterior it was forgotten from: pass the report of the request before "
-            "this one, or its posterior"
-        )
-    if prior != identity:
-        raise PosteriorError(
-            f"previous was forgotten from another posterior ({prior[:12]}...) than this one ({identity[:12]}...): pass "
-            "the posterior of preparation that the first request was given"
-        )
-
-
-def _labels_forgotten(posterior: Posterior) -> list[int]:
-    """Labels of the earlier requests for whole classes."""
-    requests = posterior.metadata.get("forgotten", [])
-    return sorted({int(c) for r in requests if r["request"] == "class" for c in r["labels"]})
-
-
-def _kind(request: str, data: ForgetSet, posterior: Posterior, model: nn.Module) -> str:
-    if data.text:
-        if request == "class":
-            raise UsageError("request='class' is for class numbers, and the forget set holds texts: leave request out")
-        return "texts" if request == "auto" else request
-    if request != "auto" or not data.counts:
-        return "class" if request == "auto" else request
-    known: Mapping[str, int] | None = posterior.metadata.get("label_counts")
-    if known:
-        whole = all(n >= known.get(str(c), 0) for c, n in data.counts.items())
-        # Of all classes none would be left to predict.
-        return "class" if whole and len(data.counts) < len(known) else "records"
-    classes = next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-    return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
-
-
-def _level(level: float | None, kind: str, posterior: Posterior) -> float:
-    if level is not None:
-        return level
-    if kind != "records":
-        return LEVEL if kind == "class" else LEVEL_OF_TEXTS
-    sampled = posterior.metadata.get("sampled_accuracy")
-    return 0.9 if sampled is None else min(max(sampled / 100, 0.5), 0.99)
-
-
-def _largest_ratio(posterior: Posterior) -> float:
-    """As many data points as the posterior stands for, as far as it says so."""
-    return max(LARGEST_RATIO, total_evidence(posterior.metadata) if "evidence" in posterior.metadata else 0.0)
 
 
 def _advice(control: DualAscent, done: int, steps: int) -> str:
