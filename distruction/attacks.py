@@ -11,15 +11,18 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from . import metrics
 from .data import Examples, loader
 from .errors import UsageError
+from .extras import needed
 from .features import features_of
 from .modules import check_same, deterministic, logits_of, parameters_of
 from .seeds import seed_of
+
+with needed("vision"):
+    from sklearn.linear_model import LogisticRegression
 
 DRAWS = 5
 """Draws of the attacker's few examples whose results are averaged."""
@@ -332,8 +335,6 @@ def _check(**counts: int) -> None:
         if not isinstance(count, int) or count < 1:
             raise UsageError(f"{name} must be an integer >= 1, not {count!r}")
 
-
-# --- all of them ---------------------------------------------------------------------------------
 
 COLUMNS = {
     "retain": "D_r",

@@ -1,15 +1,17 @@
 """What a model hands to its classifier: the penultimate features, in which a class may live on that no logit shows."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Examples, loader
 from .errors import UsageError
 from .loop.batches import Batch
 from .modules import deterministic, logits_of, unwrapped
+
+if TYPE_CHECKING:
+    from .data import Examples
 
 
 def classifier_of(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -100,12 +102,14 @@ class Features:
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, data: Examples, *, classifier: str | None = None) -> tuple[Tensor, Tensor]:
+def features_of(model: nn.Module, data: "Examples", *, classifier: str | None = None) -> tuple[Tensor, Tensor]:
     """Penultimate features (N, dimensions) and labels (N,) of a whole data set, float32 on the CPU, in eval mode.
 
     Raises:
         UsageError: the data is empty, or the classifier is not found.
     """
+    from .data import loader  # brings the readers of images, which the core does without
+
     if len(data) == 0:
         raise UsageError("there are no examples to take features of")
     device = next(model.parameters()).device

@@ -296,7 +296,7 @@ def forget(
             most=largest_ratio(posterior),
             cycle=cycle,
             gently=kind == "records",
-            least_pace=0.0 if depth is None else DEEP_PACE,
+            least_pace=1.0 if depth is None else DEEP_PACE,
         )
         if point.load(model) is None:
             with deterministic(model):

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import ks_2samp
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .extras import needed
 from .loop.batches import call
 from .loop.tokens import Sequences, spread
 from .modules import deterministic, logits_of
+
+with needed("language"):
+    from scipy.stats import ks_2samp
+    from sklearn.metrics import roc_auc_score
 
 
 @torch.no_grad()

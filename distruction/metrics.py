@@ -19,6 +19,7 @@ from .errors import UsageError
 from .extras import needed
 from .modules import deterministic, logits_of
 from .registry import Registry
+from .targets import log_odds as log_odds
 
 with needed("vision"):
     from scipy.stats import binomtest
@@ -173,16 +174,6 @@ def loss_mia(members: Tensor, non_members: Tensor, forget: Tensor) -> float:
     """
     fpr, tpr, thresholds = _roc(-members, -non_members)
     return 100.0 * float((-forget.numpy() >= thresholds[np.argmax(tpr - fpr)]).mean())
-
-
-def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p / (1 - p) of each label's probability p, float64, (N,): finite and close to normal where p itself is 1.
-
-    The confidence that LiRA models (Carlini et al. 2022, arXiv 2112.03570, section V).
-    """
-    logits = logits.double()
-    own = F.one_hot(labels, logits.shape[-1]).bool()
-    return logits[own] - logits.masked_fill(own, -math.inf).logsumexp(dim=-1)
 
 
 def lira(confidences: Tensor, out_confidences: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from . import report
 from .doctor import versions
 from .errors import UsageError
+from .extras import needed
 from .files import write_atomically
 from .forgetting import ForgetReport
 from .loop import FORGET_SET, Batches
@@ -26,6 +26,9 @@ from .metrics import wilson_interval
 from .modules import deterministic, logits_of
 from .posterior import Posterior
 from .predictive import restored
+
+with needed("vision", "a report"):
+    from PIL import Image
 
 if TYPE_CHECKING:
     from .data.requests import Selection

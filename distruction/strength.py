@@ -4,7 +4,7 @@ Forgetting minimises U + KL / R, where R = (1 - lambda) * data_per_step / lambda
 the posterior, in data points. R is raised while the model still knows what it should forget and lowered where it has
 forgotten more than was asked for:
 
-    log R += rate * s * clip(log(v / aim), -2, 2)    after each step,
+    log R += rate * clip(log(v / aim), -2, 2)    after each step,
 
 v being the mean probability of what is to be forgotten *at the means*, which are what will be used: at samples it says
 little about them. This is gradient ascent on the multiplier of the constraint v <= aim (Boyd, Vandenberghe, "Convex
@@ -12,8 +12,7 @@ Optimization", 2004, section 5.4), in logarithms. The trust region limits how fa
 run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
 integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
 as fast as it is raised. The steps come in cycles, in each of which the step size decays to zero, and the run ends with
-the first cycle that ends at or below the level. s is that step size as a share of the first one: R goes only as far as
-the means could follow, or it would run away in the tail of a cycle and the next one would start with a leap.
+the first cycle that ends at or below the level.
 """
 
 import math
@@ -242,8 +241,9 @@ class DualAscent:
         cycle: steps in which the step size decays to zero.
         gently: start from the smallest R, aim at the level itself and end as soon as it holds: what is not asked for is
             left undone.
-        least_pace: the rates follow the step size down in each cycle, because what the steps cannot follow would wind R
-            up; but not below this factor.
+        least_pace: below 1 the rates follow the step size down in each cycle, to this factor: what the steps cannot
+            follow winds R up, and the next cycle starts with a leap. (Of several requests the earlier ones then come
+            back a little, which is why it is 1.)
 
     Attributes:
         value: v at the last look.
@@ -260,7 +260,7 @@ class DualAscent:
         most: float,
         cycle: int = CYCLE,
         gently: bool = False,
-        least_pace: float = 0.0,
+        least_pace: float = 1.0,
     ) -> None:
         self._least_pace = least_pace
         self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently

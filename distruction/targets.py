@@ -12,6 +12,7 @@ taught its label with log-odds min(o, t(o)) and the other classes in the proport
 where an attacker who sees the log-odds could not tell the records from unseen ones.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -23,7 +24,6 @@ from . import distributed
 from .errors import UsageError
 from .loop import Role
 from .loop.batches import Batches, Batching, Inputs, call
-from .metrics import log_odds
 from .modules import deterministic, logits_of, unwrapped
 from .objectives import DEFAULT, divergence, others
 from .sharding import reshard
@@ -39,6 +39,16 @@ CORRECTED = 0.05
 ADVANTAGE = 0.06
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
+
+
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p / (1 - p) of each label's probability p, float64, (N,): finite and close to normal where p itself is 1.
+
+    The confidence that LiRA models (Carlini et al. 2022, arXiv 2112.03570, section V).
+    """
+    logits = logits.double()
+    own = F.one_hot(labels, logits.shape[-1]).bool()
+    return logits[own] - logits.masked_fill(own, -math.inf).logsumexp(dim=-1)
 
 
 def of_target(

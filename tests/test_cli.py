@@ -285,7 +285,7 @@ PREPARE = {"--model": "model", "--steps": "2"}
         ("forget", {"--posterior": with_bad_std}, "head.bias: std must be > 0"),
         ("forget", {"--kl-weight": "1.5"}, "kl_weight (lambda) must be in [0, 1], not 1.5"),
         ("forget", {"--kl-weight": "-0.5"}, "kl_weight (lambda) must be in [0, 1], not -0.5"),
-        ("forget", {"--steps": "0"}, "steps must be >= 1, not 0"),
+        ("forget", {"--steps": "0"}, "steps must be an integer >= 1, not 0"),
         ("forget", {"--objective": "hope"}, "objective 'hope' is unknown"),
         ("forget", {"--data-per-step": "0"}, "data_per_step must be > 0"),
         ("forget", {"--backend": "fortran"}, "fortran"),

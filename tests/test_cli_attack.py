@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from distruction import UsageError, attacks, models
 from distruction.cli import app
-from distruction.data import load
+from distruction.data import load, sets
 
 CONFIG = {"name": "vit-micro", "num_classes": 10, "in_chans": 1, "img_size": 8}
 
@@ -29,7 +29,7 @@ def test_attack_prints_and_writes_every_number(files, tmp_path, monkeypatch):
     # They take minutes of a busy core, and have tests of their own.
     monkeypatch.setattr(attacks, "few_shot", lambda *args, steps, **kwargs: float(steps))
     some = [part.subset(torch.arange(80)) for part in load("digits")]
-    monkeypatch.setattr("distruction.cli.attack.data_of", lambda *args, **kwargs: some)
+    monkeypatch.setattr(sets, "load", lambda *args, **kwargs: some)
     out = tmp_path / "attacks.json"
     model, other = str(files / "model"), str(files / "other")
     done = CliRunner().invoke(

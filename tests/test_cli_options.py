@@ -13,8 +13,12 @@ from distruction import Posterior, UsageError, cli, forgetting, models, terminal
 APP = typer.main.get_command(cli.app)
 """Made once: Typer would make all commands anew at each start, which takes longer than most of these tests' rest."""
 
-COMMANDS = {name: command.params for name, command in APP.commands.items()}
-"""Of each command, its options as they are declared."""
+COMMANDS = {
+    name: [p for p in command.params if p.param_type_name == "option"]
+    for name, command in APP.commands.items()
+    if name != "verify"
+}
+"""Of each command, its options as they are declared. What `verify` is given is for tests/test_receipts.py."""
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,7 @@ NEEDED = {
     "prepare": ["--model", "{files}/model", "--steps", "1"],
     "forget": ["--model", "{files}/model", "--posterior", "{files}/posterior", "--class", "3", "--steps", "1"],
     "evaluate": ["--model", "{files}/model", "--class", "3"],
+    "attack": ["--model", "{files}/model", "--class", "3"],
     "demo": [],
     "bench": ["--preset", "digits"],
 }
@@ -75,6 +80,9 @@ BAD = {
     "--pretrained": ["{files}/none", "{files}/text", "{files}/folder", "\0"],
     "--posterior": NO_FILE,
     "--previous": NO_FILE,
+    "--original": NO_FILE,
+    "--retrained": NO_FILE,
+    "--key": NO_FILE,
     "--weights": NO_FILE,
     "--classes": NO_FILE,
     "--records": NO_FILE,
@@ -85,6 +93,11 @@ BAD = {
     "--grid": [*NO_FILE, "{files}/empty.toml"],
     "--out": NO_PLACE,
     "--posterior-out": NO_PLACE,
+    "--receipt": NO_PLACE,
+    "--report": ["{files}/none/below", "{files}/model/below", "\0"],
+    "--classifier": NO_NAME,
+    "--depth": NO_NAME,
+    "--cosine-level": ["", "x", "nan", "inf", "-1", "1"],
     "--store": NO_FOLDER,
     "--checkpoint": NO_PLACE,
     "--checkpoint-seconds": ["", "x", "nan", "-1", "-inf"],

@@ -143,7 +143,7 @@ def test_a_cosine_that_is_not_reached_says_so(digits):
         ({"depth": "weights"}, "depth must be 'features' or None, not 'weights'"),
         ({"depth": "features", "cosine_level": 1.0}, r"cosine_level must be a cosine in \(-1, 1\), not 1.0"),
         ({"cosine_level": 0.2}, "are for depth='features'"),
-        ({"depth": "features", "request": "records"}, "these records' classes live on"),
+        ({"depth": "features", "request": "records"}, "this request is for records"),
         ({"depth": "features", "classifier": "head"}, "no layer 'head'"),
     ],
 )

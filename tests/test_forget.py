@@ -336,7 +336,7 @@ def empty_loader():
     [
         ({"kl_weight": -0.1}, UsageError, r"kl_weight \(lambda\) must be in \[0, 1\], not -0.1"),
         ({"kl_weight": 1.1}, UsageError, r"must be in \[0, 1\], not 1.1"),
-        ({"steps": 0}, UsageError, "steps must be >= 1, not 0"),
+        ({"steps": 0}, UsageError, "steps must be an integer >= 1, not 0"),
         ({"objective": "hope"}, UsageError, "objective 'hope' is unknown; choose masked-teacher"),
         ({"loader": empty_loader()}, UsageError, "the forget set is empty"),
         ({"loader": [(torch.zeros(2, 4), torch.tensor([0, 3]))]}, UsageError, "labels run from 0 to 3, .* 3 classes"),

@@ -134,8 +134,8 @@ def batches(count=32, size=8):
         ({"method": "laplace"}, "method 'laplace' is unknown; choose gauss-newton or bgd"),
         ({"evidence": 0.0}, r"evidence must be > 0 data points, not 0.0; .* training example"),
         ({"evidence": math.inf}, r"evidence must be > 0 data points, not inf; .* training example"),
-        ({"num_examples": 0}, "num_examples must be >= 1, not 0"),
-        ({"steps": 0}, "steps must be >= 1, not 0"),
+        ({"num_examples": 0}, "num_examples must be an integer >= 1, not 0"),
+        ({"steps": 0}, "steps must be an integer >= 1, not 0"),
         ({"likelihood": Gaussian(1.0)}, r"Gaussian takes targets of the output's shape \(8, 3\), not \(8,\)"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,3 +309,9 @@ def test_import_needs_nothing_heavy():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "distruction.posterior" in loaded
     assert not set(heavy) & set(loaded)
+
+
+def test_the_folder_of_kernels_is_importable_by_its_own_name():
+    """transformers looks for a package `kernels`; from the repository's root it finds this folder."""
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", "import kernels"], cwd=root, check=True)

@@ -166,11 +166,12 @@ class Group:
         self.param_groups = [{}]
 
 
-def test_the_ascent_is_its_formula():
+@pytest.mark.parametrize("least_pace", [1.0, 0.3, 0.0])
+def test_the_ascent_is_its_formula(least_pace):
     # Looked at after steps 3, 6, ...: it stands still, falls by itself, stands still again, is under the aim.
     values = [1.0, 0.5, 0.45, 0.02, 0.001, 1e-9]
     aim = 0.7 * 0.01 / 0.99 / (1 + 0.7 * 0.01 / 0.99)
-    control = DualAscent(Told(*values), level=0.01, data_per_step=100.0, most=1e12)
+    control = DualAscent(Told(*values), level=0.01, data_per_step=100.0, most=1e12, least_pace=least_pace)
     expected, optimizer, history = math.log(100), Group(), []
     for step in range(1, 21):
         control.before_step(optimizer, history)
@@ -184,7 +185,7 @@ def test_the_ascent_is_its_formula():
         for look in range(1, step // 3 + 1):
             before, v = v, values[look - 1]
         excess = max(-2.0, min(2.0, math.log(v / aim)))
-        share = (1 + math.cos(math.pi * (step - 1) / 50)) / 2
+        share = max(least_pace, (1 + math.cos(math.pi * (step - 1) / 50)) / 2)
         if excess < 0:
             expected += 0.4 * share * excess
         elif v >= 0.8 * before:
@@ -197,7 +198,7 @@ def test_the_ascent_is_its_formula():
 @pytest.mark.parametrize("value", [1.0, 1e-9])
 def test_the_ascent_stands_still_where_the_step_size_has_decayed(value):
     """v cannot answer there, so that R would run away and the next cycle would start with a leap."""
-    control = DualAscent(lambda: value, level=0.01, data_per_step=100.0, most=1e40)
+    control = DualAscent(lambda: value, level=0.01, data_per_step=100.0, most=1e40, least_pace=0.0)
     # Far from both bounds.
     control.log_ratio = 60.0
     history, path = [], []

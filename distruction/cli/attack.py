@@ -110,6 +110,9 @@ def _parts(
 
 def _of_the_same_classes(path: Path, source: Model, device: str) -> nn.Module:
     other = open_source(str(path), None, None, device)
+    sizes = [m.config.get("num_classes", len(m.classes or ())) for m in (other, source)]
+    if 0 not in sizes and sizes[0] != sizes[1]:
+        raise UsageError(f"{path} tells {sizes[0]} classes apart, the model {sizes[1]}")
     if None not in (other.classes, source.classes) and other.classes != source.classes:
         raise UsageError(
             f"{path} tells {named(other.known_classes(), 20)} apart, the model {named(source.known_classes(), 20)}"

@@ -77,7 +77,8 @@ def is_signed(public: bytes, message: bytes, signature: bytes) -> bool:
         MissingPackage: ``cryptography`` is not installed.
     """
     ed25519, _ = _package()
-    from cryptography.exceptions import InvalidSignature
+    with needed("receipt", "a signature"):
+        from cryptography.exceptions import InvalidSignature
 
     try:
         ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, message)

@@ -27,7 +27,8 @@ def is_folder(folder: Path) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the progress bars of a second that reading and writing weights takes."""
-    from transformers.utils import logging
+    with needed("language", "a Hugging Face folder"):
+        from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
