@@ -1,8 +1,7 @@
 """Attacks on an unlearned model: what of the forgotten a person with the model and some data can bring back.
 
-Definitions and traps are in docs/metrics.md. Every attack is determined by its seed and leaves the model as it was.
-What an attack reads is in its arguments; compare its number with the one of a retrained model, never with 0.
-Shares and accuracies are in percent.
+Definitions and traps are in docs/metrics.md; shares and accuracies are in percent. Every attack is determined by its
+seed and leaves the model as it was. Compare its number with the one of a retrained model, never with 0.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
