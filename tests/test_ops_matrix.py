@@ -185,9 +185,9 @@ def test_codes_of_shards_are_those_of_the_whole(backend, cut):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_codes_of_any_range_restore_the_same_bits(backend, wide):
-    """All codes, of ranges from none to 2**200; a full pull towards the prior shows in the new stds."""
+    """All codes, of ranges from none to 2**250; a full pull towards the prior shows in the new stds."""
     n = 40 * BLOCK
-    low, high = (-100.0, 100.0) if wide else (-8.0, -2.0)
+    low, high = (-125.0, 125.0) if wide else (-8.0, -2.0)
     exponent = low + (high - low) * torch.rand(n, generator=torch.Generator().manual_seed(0))
     exponent[: 3 * BLOCK] = -5.0
     exponent[3 * BLOCK : 4 * BLOCK] += torch.linspace(0, 1e-5, BLOCK)
@@ -195,14 +195,19 @@ def test_codes_of_any_range_restore_the_same_bits(backend, wide):
     assert kept.codes.unique().numel() == 256
     assert (kept.step[:3] == 0).all()
     restored, zeros = kept.decode(), torch.zeros(n)
-    lists = {name: zeros for name in ("param", "grad", "mean", "prior_mean")} | {"std": restored * 1.25}
+    std = restored * 1.25
+    lists = {name: zeros for name in ("param", "grad", "mean", "prior_mean")} | {"std": std}
     lists |= {"prior_std": restored, "prior_codes": kept.codes, "prior_low": kept.low, "prior_step": kept.step}
     models = [Model({name: [t.clone().to(backend.device)] for name, t in lists.items()}, (0,), (0,)) for _ in range(2)]
     free = {"max_mean_step": math.inf, "max_log_std_step": math.inf, "max_std": math.inf}
     for model, codes in zip(models, (True, False), strict=True):
-        step(model, Options(codes=codes, kl_weight=1.0, **free), backend)
+        counters, _ = step(model, Options(codes=codes, kl_weight=1.0, **free), backend)
+        assert counters[2] == 0
     assert torch.equal(models[0]["std"][0], models[1]["std"][0])
-    assert (models[0]["std"][0].cpu() < restored * 1.2).all()
+    # A difference that is no normal number counts as zero on GPUs.
+    there = std - restored >= torch.finfo(torch.float32).tiny
+    assert there.sum() > 0.98 * n
+    assert (models[0]["std"][0].cpu()[there] < restored[there] * 1.2).all()
 
 
 def test_a_step_with_the_priors_codes(backend):
