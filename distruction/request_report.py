@@ -194,6 +194,7 @@ def collect(
         "after": side(after),
         "steps": [{k: _finite(v) for k, v in asdict(step).items()} for step in result.history],
         "kl": {"total": result.kl, "layers": by_layer(nats), "parameters": nats},
+        "forecast": None if result.forecast is None else asdict(result.forecast),
         "records": shown,
         "settings": {**facts, **(settings or {})},
         "versions": versions(),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from distruction import Posterior, UsageError, forget, pages, request_report
+from distruction.damage import Forecast
 from distruction.request_report import by_layer, collect, layer_of, positions, save
 
 
@@ -76,6 +78,18 @@ def test_numbers_are_those_of_the_models_before_and_after(made):
     for record, i in zip(found["records"], positions(23, 12), strict=True):
         assert record["own_label"] == pytest.approx([before[i, 2].item(), after[i, 2].item()], rel=1e-6)
         assert record["after"]["predicted"] == str(after[i].argmax().item())
+
+
+def test_a_forecast_is_shown_where_there_is_one(made, tmp_path):
+    result, model, posterior, batches, _, _ = made
+    assert collect(result, model, posterior, batches)["forecast"] is None
+    forecast = Forecast(damage=0.44, error=0.91, by="kl", rehearsals=8)
+    found = collect(replace(result, forecast=forecast), model, posterior, batches)
+    assert found["forecast"] == {"damage": 0.44, "error": 0.91, "by": "kl", "rehearsals": 8}
+    save(tmp_path / "r.html", found)
+    text = (tmp_path / "r.html").read_text()
+    assert "forecast by 8 rehearsals" in text
+    assert "0.4 ± 0.9 points" in text
 
 
 def test_a_shuffling_loader_and_targets_without_classes_are_refused(made):
