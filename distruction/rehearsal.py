@@ -1,6 +1,6 @@
 """Mock requests while the data is there, so that the damage of a later one can be forecast (`distruction.damage`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -64,7 +64,11 @@ def rehearse(
             f"a rehearsal measures accuracy, so held_out must give one class number for each example, not targets of "
             f"shape {tuple(labels.shape)} and type {labels.dtype} for answers of shape {tuple(before.shape)}"
         )
-    requests = _requests(model, loader, classes, most, records, seed)
+    if classes is None:
+        told = posterior.metadata.get("label_counts")
+        known = told or {label for _, labels_read in _read(model, loader, seed) for label in labels_read.tolist()}
+        classes = _spread(sorted(map(int, known)), most)
+    requests = _requests(model, loader, classes, records, seed)
     found = []
     try:
         with bar("rehearse", len(requests), hidden=not progress) as show:
@@ -105,12 +109,16 @@ def rehearse(
     return found
 
 
-def _requests(
-    model: nn.Module, loader: Batches, classes: Sequence[int] | None, most: int, records: int, seed: int
-) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """Batches by label, from one reading of the training set."""
+def _spread(labels: list[int], most: int) -> list[int]:
+    """At most so many of the labels, evenly spread over them."""
+    if len(labels) <= most:
+        return labels
+    return [labels[round(i * (len(labels) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+def _read(model: nn.Module, loader: Batches, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and labels of one epoch, the same at each reading."""
     batching = Batching(loader, next(model.parameters()).device, needs_inputs=True, role=TRAINING)
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
     with private_generators():
         seed_all(seed_of(seed, 9))
         for loaded in restarted(loader):
@@ -118,19 +126,22 @@ def _requests(
             inputs, targets = batch.whole_inputs, batch.targets
             if not isinstance(inputs, Tensor) or targets.ndim != 1 or targets.is_floating_point():
                 raise UsageError("rehearsals are of whole classes: the training set must give (tensor, class numbers)")
-            for label in targets.unique().tolist():
-                if classes is None or label in classes:
-                    mine = kept.setdefault(label, [])
-                    room = records - sum(len(y) for _, y in mine)
-                    if room > 0:
-                        rows = (targets == label).nonzero().squeeze(-1)[:room]
-                        mine.append((inputs[rows], targets[rows]))
-    if missing := sorted(set(classes or ()) - set(kept)):
+            yield inputs, targets
+
+
+def _requests(
+    model: nn.Module, loader: Batches, classes: Sequence[int], records: int, seed: int
+) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """Batches of each of the classes, and of no other: they stay in the CPU's memory."""
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {label: [] for label in classes}
+    for inputs, targets in _read(model, loader, seed):
+        for label, mine in kept.items():
+            rows = (targets == label).nonzero().squeeze(-1)[: records - sum(len(y) for _, y in mine)]
+            if len(rows):
+                mine.append((inputs[rows].cpu(), targets[rows].cpu()))
+    if missing := [label for label, mine in kept.items() if not mine]:
         raise UsageError(f"the training set has no examples of class {', '.join(map(str, missing))} to rehearse")
-    labels = sorted(kept)
-    if classes is None and len(labels) > most:
-        labels = [labels[round(i * (len(labels) - 1) / max(1, most - 1))] for i in range(most)]
-    return {label: _batched(kept[label]) for label in labels}
+    return {label: _batched(mine) for label, mine in kept.items()}
 
 
 def _batched(parts: list[tuple[Tensor, Tensor]], size: int = 64) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 from distruction import Posterior, UsageError, damage, forget, prepare, rehearse
+from distruction import rehearsal as rehearsal_module
 from distruction.strength import ForgetSet
 
 
@@ -151,6 +152,22 @@ def test_a_rehearsed_posterior_has_a_forecast(trained, tmp_path):
 
 def _joined(batches):
     return tuple(torch.cat(t) for t in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_classes_are_chosen_before_anything_is_kept(trained, monkeypatch, told):
+    """Of a thousand classes a few are rehearsed, and the examples of the others are not gathered."""
+    model, batches, held = trained
+    posterior = prepare(model, batches, steps=2, progress=False)
+    if not told:
+        del posterior.metadata["label_counts"]
+    kept = []
+    batched = rehearsal_module._batched
+    monkeypatch.setattr(rehearsal_module, "_batched", lambda parts: kept.append(parts) or batched(parts))
+    found = rehearse(model, posterior, batches, held, most=2, records=10, objectives=["masked-teacher"], progress=False)
+    assert [r.label for r in found] == [0, 3]
+    assert [[y.unique().tolist() for _, y in parts] for parts in kept] == [[[0]], [[3]]]
+    assert [sum(len(y) for _, y in parts) for parts in kept] == [10, 10]
 
 
 def test_bad_rehearsals_are_refused(trained):
