@@ -12,7 +12,7 @@ from .strength import ForgetSet
 LEVEL = 0.01
 """Mean probability of the classes of a request at which it is reached."""
 LEVEL_OF_TEXTS = 0.1
-"""The same of the tokens that a request for texts asks for: greedy decoding gives hardly one of them then."""
+"""The same of the tokens that a request for texts asks for: greedy decoding gives almost none of them then."""
 LARGEST_RATIO = 1e5
 """Data points that the objective may weigh against the posterior, where that does not say how many it stands for."""
 

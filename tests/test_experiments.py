@@ -494,15 +494,15 @@ def test_measurements_are_those_of_the_scenarios_sets(scenario):
 
 
 def test_the_likelihood_ratio_attack_is_fair_and_finds_members():
-    """Random shadows tell nothing, though held-out examples are unknown to twice as many; a model that is surer of
-    the forget set than all of them is found out."""
+    """Random shadows tell nothing, though held-out examples are unknown to twice as many; a model that is more
+    confident of the forget set than all of them is found out."""
     split = split_of("random")
     forget = torch.randn(90, 10)
     test = torch.randn(360, 10)
     retain_train = torch.randn(len(split.retain), 10)
     aucs = []
-    for surer in (0.0, 20.0):
-        forget[torch.arange(90), split.forget.labels] += surer
+    for added in (0.0, 20.0):
+        forget[torch.arange(90), split.forget.labels] += added
         found = measure._attacks(retain_train, test, forget, shadows_of(split, 4, unknown_only=True), split)
         aucs.append(found["auc_lira"])
         assert found["auc_lira"] >= found["tpr_lira"] - 1

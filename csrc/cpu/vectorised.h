@@ -1,6 +1,6 @@
 // The CPU kernels in vectors. Each instruction set's file defines DISTRUCTION_SET and includes this one.
 //
-// A range is worked off in pieces that stay in the level-1 cache: the normals of a piece first, by whole groups of
+// A range is processed in pieces that stay in the level-1 cache: the normals of a piece first, by whole groups of
 // generator blocks and so independent of where a tensor or a shard begins, then one pass over the arrays.
 #include "access.h"  // first, with normals.h: the templates of the others find their vectors
 #include "normals.h"
