@@ -167,8 +167,8 @@ class Unseen:
 class Advantage(Probability):
     """How much better than chance an attacker tells records from unseen examples of their class by the log-odds.
 
-    2 AUC - 1, AUC being the share of pairs in which the record has the larger log-odds, ties half; the mean over the records. It is
-    the largest advantage of a threshold where the two curves differ by a shift.
+    2 AUC - 1, AUC being the share of pairs in which the record has the larger log-odds, ties half; the mean over the
+    records. It is the largest advantage of a threshold where the two curves differ by a shift.
     """
 
     def __init__(self, model: nn.Module, data: ForgetSet, quantiles: Mapping[int, Tensor]) -> None:
