@@ -211,6 +211,8 @@ def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
             points: dict[float, list[float]] = {}
             for r in runs:
                 rows = [x for x in r["rows"] if (x["prior"], x["objective"]) == (prior, objective)]
+                if not rows:  # of a model that was not compared with every prior
+                    continue
                 x = r["parameters"] if against == "parameters" else rows[0]["preparation_read"]
                 points.setdefault(x, []).append(statistics.fmean(y["retained"] - y["baseline"] for y in rows))
             xs = sorted(points)
