@@ -9,7 +9,6 @@ from collections import defaultdict
 import pytest
 import torch
 from workloads import (
-    CODES,
     Options,
     accumulate,
     amp_of,
