@@ -134,7 +134,7 @@ def main(
     for name, value in now.items():
         print(f"| {name} | {then.get(name, '')} | {value} |")
     of_update = parts()
-    print("\nOf an update of two samples, in pairs: " + ", ".join(f"{part} {value}" for part, value in of_update.items()))
+    print("\nOf an update of two samples, in pairs:", ", ".join(f"{part} {value}" for part, value in of_update.items()))
     result = {
         "compiler": compiler(),
         "instructions per element": now,
