@@ -40,6 +40,7 @@ def gauss_newton_kernel(
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
+    """One program's part of `gauss_newton`."""
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     if found_inf is not None:
         end = tl.where(tl.load(found_inf) == 0.0, end, 0)
