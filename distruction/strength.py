@@ -29,7 +29,7 @@ from .errors import UsageError
 from .features import Features, mean_cosine
 from .loop import FORGET_SET, Batches, Step, cosine
 from .loop.batches import Batching, Inputs, apply, call
-from .loop.loaders import restarted
+from .loop.loaders import generators, restarted
 from .loop.tokens import IGNORED, asked, joined
 from .modules import logits_of, unwrapped
 from .optim import BGD
@@ -85,9 +85,11 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
     counts: dict[int, int] = {}
     records = batch_size = 0
     kept: tuple[Tensor, Inputs, Tensor] | None = None
-    with private_generators():
-        seed_all(seed_of(seed, 3))
-        for loaded in restarted(loader):
+    loader = restarted(loader)
+    own = generators(loader)
+    with private_generators(own):
+        seed_all(seed_of(seed, 3), own)
+        for loaded in loader:
             batch = batching(loaded)
             inputs, targets = batch.whole_inputs, batch.targets
             if batch.sequences is not None:
@@ -96,7 +98,8 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
                 text = True
             records += len(targets)
             batch_size = max(batch_size, len(targets))
-            if targets.ndim == 1 and not targets.is_floating_point():
+            if targets.ndim == 1 and not (targets.is_floating_point() or targets.is_complex()):
+                targets = targets.long()  # of any integers, as `distruction.loop.labels` takes them
                 labels, times = targets.unique(return_counts=True)
                 for label, count in zip(labels.tolist(), times.tolist(), strict=True):
                     counts[label] = counts.get(label, 0) + count

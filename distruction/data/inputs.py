@@ -15,7 +15,7 @@ from .. import distributed
 from ..errors import UsageError
 from ..extras import needed
 from .images import Images, loader
-from .raw import pixels_of, upright
+from .raw import file_source, pixels_of, upright
 
 with needed("vision"):
     from PIL import Image, ImageOps
@@ -136,7 +136,7 @@ class ImageFiles(Labelled):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
-        image = upright((str(path), path.read_bytes), "L" if self.inputs.channels == 1 else "RGB")
+        image = upright(file_source(path), "L" if self.inputs.channels == 1 else "RGB")
         return self.inputs(image), int(self.labels[index])
 
 
@@ -169,7 +169,7 @@ def read_images(
         try:
             if isinstance(inputs, Pixels) and small:
                 path = files.paths[position]
-                array = pixels_of((str(path), path.read_bytes), inputs.channels, inputs.side)
+                array = pixels_of(file_source(path), inputs.channels, inputs.side)
                 return torch.from_numpy(array.copy())
             return files[position][0]
         except UsageError as error:
