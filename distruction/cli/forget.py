@@ -33,6 +33,8 @@ from .options import (
     ReleaseGradients,
     Seed,
     SkipUnreadable,
+    TensorBoardFolder,
+    WandBProject,
     Weights,
     Workers,
     auto_or_number,
@@ -116,6 +118,8 @@ def forget(
     skip_unreadable: SkipUnreadable = False,
     workers: Workers = 4,
     log_json: LogJson = None,
+    tensorboard: TensorBoardFolder = None,
+    wandb: WandBProject = None,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
@@ -129,6 +133,7 @@ def forget(
     """
     if request not in (None, "auto", "class", "records"):
         raise UsageError(f"--request must be class, records or auto, not {request!r}")
+    watch = Watch(log_json, tensorboard, wandb)
     source = open_source(model, weights, classes, device)
     output(out, overwrite, folder=source.folder)
     if posterior_out is not None:
@@ -154,7 +159,7 @@ def forget(
         return
     forget_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
     begun = papers.before(source, found, forget_data)
-    with Watch(log_json) as watch:
+    with watch:
         result = forgetting.forget(
             network,
             prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,

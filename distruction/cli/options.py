@@ -98,6 +98,12 @@ Records = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images which do not fit into memory.")]
 LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line for each step to this file.")]
+TensorBoardFolder = Annotated[
+    Path | None, typer.Option("--tensorboard", help="Write each step's figures for TensorBoard into this folder.")
+]
+WandBProject = Annotated[
+    str | None, typer.Option("--wandb", help="Log each step's figures to this project of Weights & Biases.")
+]
 ObjectiveName = Annotated[
     str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
 ]

@@ -31,6 +31,8 @@ from .options import (
     ReleaseGradients,
     Seed,
     SkipUnreadable,
+    TensorBoardFolder,
+    WandBProject,
     Weights,
     Workers,
     auto_or_number,
@@ -74,6 +76,8 @@ def prepare(
     skip_unreadable: SkipUnreadable = False,
     workers: Workers = 4,
     log_json: LogJson = None,
+    tensorboard: TensorBoardFolder = None,
+    wandb: WandBProject = None,
     seed: Seed = 0,
     device: Device = "auto",
     backend: Backend = "auto",
@@ -82,6 +86,7 @@ def prepare(
 ) -> None:
     """Learn the posterior, while the training data is there."""
     output(out, overwrite)
+    watch = Watch(log_json, tensorboard, wandb)
     source = open_source(model, weights, classes, device)
     found = find_examples(source, dataset, data, skip_unreadable=skip_unreadable)
     if distributed.rank() == 0:
@@ -93,7 +98,7 @@ def prepare(
             stacklevel=2,
         )
     train_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
-    with Watch(log_json) as watch:
+    with watch:
         posterior = preparation.prepare(
             source.network,
             batches(train_data, batch_size=batch_size, shuffle=True, workers=workers),
