@@ -293,7 +293,7 @@ def forget(
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
 
-    loss_fn.per_text = getattr(unlearn, "per_text", False)  # type: ignore[attr-defined]
+    loss_fn.per_text = getattr(unlearn, "per_text", False)  # type: ignore[attr-defined]  # a function may have attributes
     dispersed = None if features is None else Dispersed(loss_fn, features)
 
     start = time.perf_counter()

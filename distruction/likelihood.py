@@ -189,7 +189,8 @@ def signed_tokens(
             f"{type(likelihood).__name__} is no likelihood of next tokens: leave likelihood out, or pass Categorical()"
         )
     losses = likelihood.losses(logits, tokens)
-    return (losses * (2 * (sign < 0.5) - 1).to(losses.dtype)).mean() * math.sqrt(total)
+    signed: Tensor = losses * (2 * (sign < 0.5) - 1).to(losses.dtype)
+    return signed.mean() * math.sqrt(total)
 
 
 TOKENS_AT_ONCE = 256
@@ -211,7 +212,7 @@ def _unreduced(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """``loss_fn`` without its mean, where it has a way to say so."""
     if isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "reduction"):
         loss_fn = copy.copy(loss_fn)
-        loss_fn.reduction = "none"  # type: ignore[assignment]
+        loss_fn.reduction = "none"  # type: ignore[assignment]  # a module may have attributes
         return loss_fn
     try:
         known = "reduction" in inspect.signature(loss_fn).parameters

@@ -12,7 +12,8 @@ Optimization", 2004, section 5.4), in logarithms. The trust region limits how fa
 run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
 integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
 as fast as it is raised. The steps come in cycles, in each of which the step size decays to zero, and the run ends with
-the first cycle that ends at or below the level.
+the first cycle that ends at or below the level. Another cycle starts from the R at which the step size of the one before
+had halved: with what short steps could not follow, its first long steps would be a leap.
 """
 
 import math
@@ -47,6 +48,8 @@ MARGIN = 0.7
 FALLING = 0.8
 """v falls by itself where it is below this share of what it was at the look before."""
 RATE_UP, RATE_DOWN, CLIP = 0.2, 0.4, 2.0
+FOLLOWED = 0.5
+"""Share of the largest step size down to which the means follow R."""
 OWN = "tokens of the labels"
 """Among a model's inputs a name that none of them has."""
 LARGEST_WEIGHT = 0.99
@@ -301,6 +304,7 @@ class DualAscent:
         self._least = math.log(data_per_step * (1 - LARGEST_WEIGHT) / LARGEST_WEIGHT)
         self._most = math.log(most)
         self.log_ratio = self._least if gently else math.log(data_per_step)
+        self._followed = self.log_ratio
         self.value = self._before = 1.0
         self.settled = False
 
@@ -330,13 +334,18 @@ class DualAscent:
         if looks:
             self._before, self.value = self.value, self._probability()
         excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
-        pace = max(self._least_pace, cosine((len(history) - 1) % self._cycle, self._cycle))
+        step_size = cosine((len(history) - 1) % self._cycle, self._cycle)
+        pace = max(self._least_pace, step_size)
         if excess < 0:
             self.log_ratio += pace * RATE_DOWN * excess
         elif self.value >= FALLING * self._before:
             self.log_ratio += pace * RATE_UP * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
         self.settled = (looks if self._gently else ends) and self.value <= self.level
+        if step_size >= FOLLOWED:
+            self._followed = self.log_ratio
+        elif ends and not self.settled:
+            self.log_ratio = min(self.log_ratio, self._followed)
         return self.settled
 
     def state_dict(self) -> dict[str, Any]:
@@ -345,10 +354,11 @@ class DualAscent:
             "log_ratio": self.log_ratio,
             "value": self.value,
             "value_before": self._before,
+            "followed": self._followed,
             "settled": self.settled,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         self.log_ratio, self.value, self.settled = state["log_ratio"], state["value"], state["settled"]
-        self._before = state["value_before"]
+        self._before, self._followed = state["value_before"], state.get("followed", state["log_ratio"])

@@ -165,6 +165,7 @@ def forget(
             prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
             batches(forget_data, batch_size=batch_size, shuffle=True, workers=workers),
             previous=earlier,
+            # The options know their words; older versions of typer know no Literal.
             request=request or ("records" if records else "class" if forget_class else "auto"),  # type: ignore[arg-type]
             objective=objective,
             steps=steps,

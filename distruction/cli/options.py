@@ -27,12 +27,14 @@ MOST = 2**31 - 1
 
 
 def positive(value: float) -> float:
+    """The value, which must be > 0 and finite."""
     if not 0 < value < math.inf:
         raise typer.BadParameter(f"{value} is not > 0 and finite")
     return value
 
 
 def seconds(value: float) -> float:
+    """The value, which must not be NaN."""
     if math.isnan(value):
         raise typer.BadParameter("nan is no number of seconds")
     return value
@@ -120,6 +122,7 @@ CheckpointSeconds = Annotated[
 
 
 def device_of(name: str) -> torch.device:
+    """The device of that name; ``auto``: this rank's GPU where there is one, the CPU elsewhere."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -160,11 +163,13 @@ def holds(network: torch.nn.Module, posterior: Posterior) -> bool:
 
 
 def alone(command: str) -> None:
+    """Refuse a command under torchrun that runs in one process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"`{command}` runs in one process; start prepare and forget alone with torchrun")
 
 
 def check_root(name: str, root: Path | None) -> None:
+    """Refuse a folder for the data set that comes with a package."""
     if name == "digits" and root is not None:
         raise UsageError(f"the digits come with scikit-learn, not from {root}; drop --data, or name a --dataset in it")
 

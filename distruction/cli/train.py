@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from .. import demo as demos
-from .. import models, training
+from .. import metrics, models, training
 from ..data import detect, forget_split, load, loader
 from ..data.inputs import Pixels
 from .options import (
@@ -83,5 +83,5 @@ def train(
     training.train(network, train_data, **settings, seed=seed, progress=progress)
     models.save(network, out, {**config, "data": dataset, **served})
     measured, name = (test_data, "test") if len(test_data) else (train_data, "training")
-    accuracy = demos.accuracy(*demos.predict(network, loader(measured, batch_size=512)))
+    accuracy = metrics.accuracy(*metrics.predict(network, loader(measured, batch_size=512)))
     Console().print(f"{out}: {accuracy:.1f} % on the {name} set")

@@ -99,7 +99,7 @@ class Called:
 
 
 @dataclass(frozen=True)
-class Labelled(Dataset):
+class Labelled(Dataset[tuple[Tensor, Any]]):
     """What data sets of a model's classes have in common.
 
     Attributes:
@@ -208,12 +208,12 @@ def _unreadable(error: UsageError, skip: bool) -> str:
     return str(error)
 
 
-def batches(data: Data, *, batch_size: int, shuffle: bool = False, workers: int = 0) -> DataLoader:
+def batches(data: Data, *, batch_size: int, shuffle: bool = False, workers: int = 0) -> DataLoader[Any]:
     """A loader of ``(inputs, labels)`` batches; files are read by ``workers`` processes, on each rank its part."""
     if not isinstance(data, ImageFiles):
         return loader(data, batch_size=batch_size, shuffle=shuffle)
     ranks = distributed.size()
-    sampler: DistributedSampler | None = DistributedSampler(data) if shuffle and ranks > 1 else None
+    sampler: DistributedSampler[Any] | None = DistributedSampler(data) if shuffle and ranks > 1 else None
     return DataLoader(
         data,
         batch_size if sampler is None else max(1, batch_size // ranks),

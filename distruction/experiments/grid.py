@@ -13,7 +13,7 @@ from ..extras import needed
 from ..training import RECIPES
 
 if sys.version_info >= (3, 11):
-    import tomllib
+    import tomllib as tomllib
 else:
     with needed("cli"):
         import tomli as tomllib

@@ -66,8 +66,10 @@ def published_entry(value: published.Value | None) -> str:
 
 
 def paper_shape(scenario: str, table: Table, bold: Mark) -> list[list[str]]:
-    """The paper's table: its methods as columns; for each metric our row, the same averaged over batches as published
-    where that differs, and the published row."""
+    """The paper's table, its methods as columns.
+
+    For each metric: our row, the same averaged over batches as published where that differs, and the published row.
+    """
     mine = {m: row for m, row in table.items() if published_value(scenario, "retain", m) is not None}
     rows = [["", *map(title, mine)]]
     for metric, as_published in PAPER.items():

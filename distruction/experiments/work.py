@@ -34,7 +34,7 @@ def execute(job: Job, context: Context) -> float:
     return time.perf_counter() - start
 
 
-def _recipe(facts: Mapping[str, Any], model: nn.Module, data: Dataset) -> None:
+def _recipe(facts: Mapping[str, Any], model: nn.Module, data: Dataset[Any]) -> None:
     settings = dict(facts["train"])
     RECIPES[settings.pop("recipe")](model, data, seed=facts["seed"], progress=False, **settings)
 
