@@ -65,7 +65,11 @@ def check_classes(outputs: Tensor) -> None:
 
 
 class Categorical:
-    """Classification: one of C classes, from logits (batch, C) and labels (batch,) of int64."""
+    """Classification: one of C classes, from logits (batch, C) and labels (batch,) of int64.
+
+    Of maps, logits (batch, C, ...) and labels (batch, ...), preparation takes each pixel for an example, as it does
+    with a text's tokens; those labelled -100 are left out.
+    """
 
     def sample_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Labels (batch,), by the Gumbel-max trick, which waits for nothing."""
@@ -95,6 +99,11 @@ class Bernoulli:
         """The sum over the labels of their binary cross entropies."""
         _check_shapes(outputs, targets, "Bernoulli")
         return _sum(F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none"))
+
+    def accuracy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of an example's labels that are more likely right than not, (batch,)."""
+        right = ((outputs > 0) == (targets > 0.5)).float()
+        return right.flatten(1).mean(dim=1) if right.ndim > 1 else right
 
 
 class Gaussian:
