@@ -33,7 +33,7 @@ from torch import nn
 
 from distruction import Posterior, forget, prepare
 from distruction.data import Images, forget_split, load, loader
-from distruction.demo import constant_std, fisher_std
+from distruction.methods.ablations import constant_std, fisher_std
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
 from distruction.training import train
@@ -111,7 +111,8 @@ def run(file: Path, size: str, seed: int, names: Sequence[str], bgd_steps: int) 
     train_data, test_data = load("digits")
     torch.manual_seed(seed)
     model = network(size)
-    train(model, train_data, seed=seed, progress=False)
+    # In inverse proportion to the width: at 2e-3 the wider one ends at 99.4 to 99.9 % of its training set, not at 100.
+    train(model, train_data, lr=2e-3 * WIDTHS["0.2 M"][0] / WIDTHS[size][0], seed=seed, progress=False)
     found |= {
         "size": size,
         "parameters": sum(p.numel() for p in model.parameters()),

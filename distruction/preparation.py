@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
+from .adapters import Adapter, adapted
 from .describe import described
 from .errors import UsageError
 from .initial import initial_std
@@ -29,6 +30,7 @@ from .loop import (
 )
 from .loop.batches import unpack
 from .loop.counts import label_counts
+from .loop.labels import as_rows, is_map
 from .loop.step import require_count, require_seed
 from .loop.tokens import Sequences
 from .modules import fingerprint, learnable, require_suitable, require_trainable
@@ -56,6 +58,7 @@ def prepare(
     num_examples: int | None = None,
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     likelihood: Likelihood | None = None,
+    adapter: Adapter | None = None,
     held_out: Batches | None = None,
     mc_samples: int | None = None,
     learn_mean: bool = False,
@@ -86,7 +89,8 @@ def prepare(
             with ``requires_grad`` get a posterior. It runs in eval mode (no dropout, BatchNorm statistics untouched)
             and ends as it was.
         loader: batches of the whole training set, repeated as often as needed: pairs (inputs, targets), or mappings
-            with the targets under ``labels`` (`distruction.loop.batches`).
+            with the targets under ``labels`` (`distruction.loop.batches`); what ``adapter`` understands. Targets are a
+            label per example, or one per pixel (logits (batch, classes, ...), labels (batch, ...), -100 for none).
         method: how the std is learned.
         steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD. A Gauss-Newton std comes out with a relative
             noise of about 2.2 / sqrt(steps), as benchmarks/priors.py measures it at 0.2 M weights: for a
@@ -105,6 +109,7 @@ def prepare(
             out too wide.
         likelihood: in place of ``loss_fn``, also draws targets: `Categorical` (the default), `Bernoulli`, `Gaussian`
             (`distruction.likelihood`) or one of your own.
+        adapter: in place of both, also says what a batch is (`distruction.adapters`).
         held_out: batches that the model was not trained on, of which a few quantiles of the log-odds by class are kept
             in the metadata: what ``forget(..., target="unseen")`` goes by.
         mc_samples: forward and backward passes per update of BGD, 2 by default; even numbers use antithetic pairs.
@@ -142,6 +147,11 @@ def prepare(
         raise UsageError(f"loss_fn is the class {loss_fn.__name__}: pass one made of it, {loss_fn.__name__}(...)")
     if loss_fn is not None and likelihood is not None:
         raise UsageError("loss_fn and likelihood both say what the loss is; pass one of them")
+    if adapter is not None and not (loss_fn is None and likelihood is None):
+        raise UsageError("the adapter says what the loss is: leave out loss_fn and likelihood")
+    loader = adapted(loader, adapter)
+    held_out = None if held_out is None else adapted(held_out, adapter)
+    losses = adapter or likelihood
     if mc_samples is None:
         mc_samples = 1 if gauss_newton else 2
     mc_samples = require_count("mc_samples", mc_samples)
@@ -191,7 +201,7 @@ def prepare(
         "mc_samples": mc_samples,
         "learn_mean": learn_mean,
         "lr": lr,
-        "loss": described(loss_fn if likelihood is None else likelihood),
+        "loss": described(loss_fn if losses is None else losses),
         "seed": seed,
         "weights": weights,
     }
@@ -211,7 +221,7 @@ def prepare(
             statistic=method,
         )
 
-    loss: Loss = SignedLoss(likelihood, loss_fn, seed) if gauss_newton else Loss(likelihood, loss_fn)
+    loss: Loss = SignedLoss(losses, loss_fn, seed) if gauss_newton else Loss(losses, loss_fn)
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         loss.step = len(history)
@@ -219,7 +229,7 @@ def prepare(
             group["lr"] = lr * cosine(len(history), steps)
             group["data_per_step"] = total * shares[len(history)]
 
-    labelled = likelihood is None or isinstance(likelihood, Categorical)
+    labelled = losses is None or isinstance(losses, Categorical)
     counts = label_counts(loader) if labelled else None
     point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     optimizer, history = run(
@@ -236,6 +246,7 @@ def prepare(
         role=TRAINING,
         labels=None if loss_fn is not None else labelled,
         shown=loss.shown if gauss_newton else None,
+        accuracy=getattr(losses, "accuracy", None),
     )
     posterior = optimizer.posterior(copy=False)
     tail = history[-max(1, steps // 10) :]
@@ -282,8 +293,11 @@ class Loss:
         unit: what the loss is a mean over.
     """
 
-    def __init__(self, likelihood: Likelihood | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+    def __init__(
+        self, likelihood: Likelihood | Adapter | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None
+    ) -> None:
         self.likelihood = likelihood
+        self.of_pixels = loss_fn is None and (likelihood is None or isinstance(likelihood, Categorical))
         self.loss_fn = loss_fn or _cross_entropy
         self.step = 0
         self.unit = "examples"
@@ -291,6 +305,7 @@ class Loss:
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
         """The loss to minimise."""
         self.unit = "tokens" if isinstance(inputs, Sequences) else self.unit
+        logits, targets = self._examples(logits, targets)
         if self.likelihood is not None:
             return self.likelihood.losses(logits, targets).mean()
         return self.loss_fn(logits, targets)
@@ -299,16 +314,30 @@ class Loss:
         """The loss to report."""
         return self(logits, targets, None)
 
+    def _examples(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss is a mean over: of maps, their pixels."""
+        if self.of_pixels and is_map(targets):
+            self.unit = "pixels"
+            return as_rows(logits, targets)
+        return logits, targets
+
 
 class SignedLoss(Loss):
     """The signed loss of the Gauss-Newton statistic, with signs and targets of the step's own seed."""
 
     def __init__(
-        self, likelihood: Likelihood | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None, seed: int
+        self,
+        likelihood: Likelihood | Adapter | None,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None,
+        seed: int,
     ) -> None:
         super().__init__(likelihood, loss_fn)
         self.seed = seed
-        self.per_example: Likelihood | Given = likelihood or (Categorical() if loss_fn is None else Given(loss_fn))
+        if likelihood is not None:
+            draws = isinstance(likelihood, Likelihood)
+            self.per_example: Likelihood | Given = likelihood if draws else Given(likelihood.losses)
+        else:
+            self.per_example = Categorical() if loss_fn is None else Given(loss_fn)
 
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
         """The loss whose squared gradient is the statistic."""
@@ -316,8 +345,9 @@ class SignedLoss(Loss):
         if isinstance(inputs, Sequences):
             self.unit = "tokens"
             return signed_tokens(self.per_example, logits, targets, inputs.start, inputs.total, generator)
+        logits, targets = self._examples(logits, targets)
         return signed(self.per_example, logits, targets, generator)
 
     def shown(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss on the given targets."""
-        return self.per_example.losses(logits, targets).mean()
+        return self.per_example.losses(*self._examples(logits, targets)).mean()

@@ -115,7 +115,7 @@ class Groups(torch.optim.Optimizer):
             )
         ]
         lists = by_layout([params[i] for i in active])
-        if pulls and not self._prior.at_hand(tensor.device):  # type: ignore[union-attr]
+        if pulls and not self._prior.at_hand(tensor.device):  # type: ignore[union-attr]  # with a pull there is a prior
             lists = [part for whole in lists for part in streamed(whole)]
         if not (lists or released):
             lists = [[]]  # the call counts for a group without gradients too
