@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from distruction import BGD, NonFiniteError, Posterior, UsageError
+from distruction import BGD, NonFiniteError, Posterior, UsageError, ops
 
 
 def made(device="cpu", **options):
@@ -106,6 +106,13 @@ def test_a_model_that_changes_its_type_keeps_the_means():
         assert torch.equal(p, exact.means[name])
 
 
+with_kernels = pytest.mark.skipif(
+    ops.unavailable("cpp", "cpu") is not None,
+    reason="without kernels plain PyTorch serves the CPU, in any floating type",
+)
+
+
+@with_kernels
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
@@ -129,6 +136,7 @@ def test_parameters_made_in_inference_mode_are_refused():
         BGD([p])
 
 
+@with_kernels
 def test_a_model_that_becomes_float64_is_refused_by_name():
     model, opt = made()
     opt.train()
