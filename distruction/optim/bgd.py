@@ -28,10 +28,10 @@ class BGD(Saved):
     In ``train()`` mode the parameters hold a sample: ``loss.backward(); opt.step()`` does one fused step and
     draws the next sample. ``eval()`` puts the means in. ``step(closure)`` works in either mode.
 
-    What somebody else writes to a parameter, such as ``model.load_state_dict``, becomes its mean, elementwise and
-    with the std that it had. Frozen parameters (``requires_grad=False``) are not written; one that is frozen while it
-    holds a sample keeps it until `eval` puts its mean in. One that is unfrozen takes part from the next update's
-    first sample on: a gradient that was taken at its mean is not used.
+    What somebody else writes to a parameter, such as ``model.load_state_dict``, becomes its mean, elementwise, with
+    the std that it had (what is written in place through ``p.data`` in `eval` mode alone). Frozen parameters are not
+    written; one that is frozen while it holds a sample keeps it until `eval` puts its mean in. One that is unfrozen
+    takes part from the next update's first sample on: a gradient that was taken at its mean is not used.
 
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
