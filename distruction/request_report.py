@@ -190,6 +190,8 @@ def collect(
         },
         "read": {"records": len(after.targets), "retained records": 0, **(read or {})},
         "level": result.level,
+        "advantage": result.advantage,
+        "cosine": result.cosine,
         "reached": result.reached,
         "advice": result.advice,
         "before": side(before),
