@@ -88,6 +88,8 @@ BAD = {
     "--records": NO_FILE,
     "--request": NO_NAME,
     "--log-json": NO_PLACE,
+    "--tensorboard": NO_FOLDER,
+    "--wandb": [""],
     "--method": NO_NAME,
     "--level": ["", "x", "nan", "inf", "-1", "0", "1"],
     "--grid": [*NO_FILE, "{files}/empty.toml"],
