@@ -89,7 +89,7 @@ BAD = {
     "--request": NO_NAME,
     "--log-json": NO_PLACE,
     "--tensorboard": NO_FOLDER,
-    "--wandb": [""],
+    "--wandb": ["", "\u2003"],
     "--method": NO_NAME,
     "--level": ["", "x", "nan", "inf", "-1", "0", "1"],
     "--grid": [*NO_FILE, "{files}/empty.toml"],
