@@ -213,9 +213,10 @@ class Groups(torch.optim.Optimizer):
 
     def _check_groups(self) -> None:
         """Refuse what was written to the groups; before the first draw it may be shards, as accelerate puts there."""
-        if not (self.state or self._release_gradients) and options.are_replaced(self.param_groups, self._watched):
-            self._reset()
-        options.check_groups(self.param_groups, self._watched, self._counters)
+        if not torch.compiler.is_compiling():
+            if not (self.state or self._release_gradients) and options.are_replaced(self.param_groups, self._watched):
+                self._reset()
+            options.check_groups(self.param_groups, self._watched, self._counters)
 
     @torch.no_grad()
     def _take_over(self, *, strict: bool = True) -> None:

@@ -296,19 +296,15 @@ class Watched:
 
 def are_replaced(groups: Sequence[Mapping[str, Any]], watched: Sequence[Watched]) -> bool:
     """Whether other parameters, as many, stand in the places of those that were checked last."""
-    return (
-        not torch.compiler.is_compiling()
-        and [len(g["params"]) for g in groups] == [w.size for w in watched]
-        and any(not w.has(g["params"]) for g, w in zip(groups, watched, strict=True))
-    )
+    if [len(group["params"]) for group in groups] != [w.size for w in watched]:
+        return False
+    return not all(w.has(group["params"]) for group, w in zip(groups, watched, strict=True))
 
 
 def check_groups(
     groups: Sequence[Mapping[str, Any]], watched: Sequence[Watched], counters: Sequence["Counters"]
 ) -> None:
     """Refuse what was written to the groups since they were checked last and cannot be."""
-    if torch.compiler.is_compiling():
-        return
     if len(groups) != len(watched):
         raise UsageError(
             f"param_groups has {len(groups)} groups and had {len(watched)}: add one by add_param_group; to leave one "
