@@ -22,6 +22,7 @@ from torch import nn
 
 from distruction import Posterior, cli, models
 from distruction.data import inputs
+from distruction.data.encoded import Files
 from distruction.data.inputs import Pixels
 from distruction.sources import open_model
 
@@ -161,9 +162,9 @@ def test_a_streamed_image_is_the_one_in_memory(tmp_path, monkeypatch, size):
         Image.fromarray(pixels.numpy()).save(paths[-1])
     for channels in (1, 3):
         taken = Pixels(channels, 8, (7.0,) * channels, (3.0,) * channels)
-        kept, _ = inputs.read_images(paths, [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
+        kept, _ = inputs.read_images(Files(tuple(paths)), [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
         monkeypatch.setattr(inputs, "IN_MEMORY", 0)
-        streamed, _ = inputs.read_images(paths, [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
+        streamed, _ = inputs.read_images(Files(tuple(paths)), [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
         monkeypatch.undo()
         assert type(streamed) is inputs.ImageFiles
         (x, y), (z, w) = (next(iter(inputs.batches(d, batch_size=3))) for d in (kept, streamed))

@@ -58,7 +58,7 @@ def evaluate(
     row, logits = {}, _logits(source, test, workers, skip_unreadable)
     for name, where in (("retain", ~mask), ("forget", mask)):
         row[name] = accuracy(logits[0][where], logits[1][where]) if where.any() else float("nan")
-    if train.paths is None or train.paths != test.paths:
+    if train.encoded is None or train.encoded != test.encoded:
         of_train = members(train, forget_class)
         trained = _logits(source, train, workers, skip_unreadable)
         if of_train.any():

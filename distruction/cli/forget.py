@@ -32,7 +32,6 @@ from .options import (
 )
 from .papers import Key, NoRecords, Papers, Receipt, Report
 from .running import Running, with_running
-from .watch import Watch
 
 
 @with_running
@@ -109,6 +108,7 @@ def forget(
     """
     if request not in (None, "auto", "class", "records"):
         raise UsageError(f"--request must be class, records or auto, not {request!r}")
+    watch = running.watch()
     source = open_source(model, weights, classes, running.device)
     output(out, running.overwrite, folder=source.folder)
     if posterior_out is not None:
@@ -136,7 +136,7 @@ def forget(
         return
     forget_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
     begun = papers.before(source, found, forget_data)
-    with Watch(running.log_json) as watch:
+    with watch:
         result = forgetting.forget(
             network,
             prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,

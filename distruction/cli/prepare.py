@@ -28,7 +28,6 @@ from .options import (
     output,
 )
 from .running import Running, with_running
-from .watch import Watch
 
 
 @with_running
@@ -62,6 +61,7 @@ def prepare(
 ) -> None:
     """Learn the posterior, while the training data is there."""
     output(out, running.overwrite)
+    watch = running.watch()
     source = open_source(model, weights, classes, running.device)
     found = find_examples(source, dataset, data, skip_unreadable=running.skip_unreadable)
     if distributed.rank() == 0:
@@ -73,7 +73,7 @@ def prepare(
             stacklevel=2,
         )
     train_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
-    with Watch(running.log_json) as watch:
+    with watch:
         posterior = preparation.prepare(
             source.network,
             batches(train_data, batch_size=batch_size, shuffle=True, workers=running.workers),

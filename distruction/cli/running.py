@@ -18,8 +18,11 @@ from .options import (
     ReleaseGradients,
     Seed,
     SkipUnreadable,
+    TensorBoardFolder,
+    WandBProject,
     Workers,
 )
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,17 @@ class Running:
     skip_unreadable: SkipUnreadable = False
     workers: Workers = 4
     log_json: LogJson = None
+    tensorboard: TensorBoardFolder = None
+    wandb: WandBProject = None
     seed: Seed = 0
     device: Device = "auto"
     backend: Backend = "auto"
     progress: Progress = True
     overwrite: Overwrite = False
+
+    def watch(self) -> Watch:
+        """What tells of the run while it is at work."""
+        return Watch(self.log_json, self.tensorboard, self.wandb)
 
     def arguments(self) -> dict[str, Any]:
         """Those that `distruction.prepare` and `distruction.forget` take."""
