@@ -30,8 +30,8 @@ from .targets import Advantage, Unseen, of_target, quantiles_of
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
-STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
-"""Updates with a given lambda, and at most where lambda is found: for a class, and for records."""
+STEPS, MOST_STEPS = 150, 400
+"""Updates with a given lambda, and at most where lambda is found."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ def forget(
             values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets may be
             anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
         adapter: says what a batch is (`distruction.adapters`).
-        steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
-            for a class and 50 for records.
+        steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for texts 0.1, of the tokens that their labels ask for,
@@ -224,8 +223,7 @@ def forget(
             "request='class' if classes are to go"
         )
     if steps is None:
-        gentle = kind == "records" and target is None
-        steps = (STEPS_FOR_RECORDS if gentle else MOST_STEPS) if automatic else STEPS
+        steps = MOST_STEPS if automatic else STEPS
     cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
     speed = lr if depth is None else SPEED * lr
     settings = {
