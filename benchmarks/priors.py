@@ -33,7 +33,7 @@ from torch import nn
 
 from distruction import Posterior, forget, prepare
 from distruction.data import Images, forget_split, load, loader
-from distruction.demo import constant_std, fisher_std
+from distruction.methods.ablations import constant_std, fisher_std
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
 from distruction.training import train

@@ -20,9 +20,9 @@ from .describe import described
 from .errors import UsageError
 from .features import Features
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
-from .loop.step import require_count
+from .loop.step import require_count, require_seed
 from .loop.tokens import require_causal
-from .modules import deterministic, learnable
+from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
@@ -187,12 +187,11 @@ def forget(
     if not 0 < lr < math.inf:
         raise UsageError(f"lr must be > 0 and finite, not {lr}")
     if steps is not None:
-        require_count("steps", steps)
+        steps = require_count("steps", steps)
     if isinstance(objective, type):
         name = objective.__name__
         raise UsageError(f"the objective is the class {name}: pass one made of it, {name}(...)")
-    if not isinstance(mc_samples, int) or mc_samples < 0:
-        raise UsageError(f"mc_samples must be an integer >= 0 (0: at the means), not {mc_samples!r}")
+    mc_samples, seed = require_count("mc_samples", mc_samples, 0), require_seed(seed)
     if isinstance(previous, ForgetReport):
         previous = previous.posterior
     if not isinstance(posterior, Posterior):
@@ -208,6 +207,7 @@ def forget(
     known = getattr(objective, "known", None)
     check_loader(loader, FORGET_SET, STEPS if steps is None else steps)
     posterior.check(model)
+    require_trainable(model)
     data = examined(loader, next(model.parameters()).device, seed=seed)
     if data.text:
         require_causal(model)

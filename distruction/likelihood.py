@@ -51,6 +51,19 @@ class Likelihood(Protocol):
         """(batch,) negative log-likelihoods, in nats."""
 
 
+def check_classes(outputs: Tensor) -> None:
+    """Refuse outputs that class numbers have no meaning for.
+
+    Raises:
+        UsageError: they are not (batch, classes) with two classes or more.
+    """
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise UsageError(
+            f"the model gives logits of shape {tuple(outputs.shape)}, and cross entropy wants (batch, classes) with at "
+            "least two classes; of one logit per example pass likelihood=Bernoulli(), of others a loss_fn of their own"
+        )
+
+
 class Categorical:
     """Classification: one of C classes, from logits (batch, C) and labels (batch,) of int64.
 
@@ -67,6 +80,7 @@ class Categorical:
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """-log softmax(outputs)[target]."""
+        check_classes(outputs)
         return F.cross_entropy(outputs, targets, reduction="none")
 
 

@@ -1,6 +1,7 @@
 """Preparation: learn, while the data is there, how precisely each weight must be known (paper, section 3.1)."""
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from .adapters import Adapter, adapted
 from .describe import described
 from .errors import UsageError
 from .initial import initial_std
-from .likelihood import Categorical, Given, Likelihood, signed, signed_tokens
+from .likelihood import Categorical, Given, Likelihood, check_classes, signed, signed_tokens
 from .loop import (
     TRAINING,
     Batches,
@@ -30,9 +31,9 @@ from .loop import (
 from .loop.batches import unpack
 from .loop.counts import label_counts
 from .loop.labels import as_rows, is_map
-from .loop.step import require_count
+from .loop.step import require_count, require_seed
 from .loop.tokens import Sequences
-from .modules import fingerprint, learnable, require_suitable
+from .modules import fingerprint, learnable, require_suitable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .seeds import seed_of
@@ -141,7 +142,7 @@ def prepare(
     gauss_newton = method == "gauss-newton"
     if steps is None:
         steps = METHODS[method]
-    require_count("steps", steps)
+    steps, seed = require_count("steps", steps), require_seed(seed)
     if isinstance(loss_fn, type):
         raise UsageError(f"loss_fn is the class {loss_fn.__name__}: pass one made of it, {loss_fn.__name__}(...)")
     if loss_fn is not None and likelihood is not None:
@@ -153,6 +154,7 @@ def prepare(
     losses = adapter or likelihood
     if mc_samples is None:
         mc_samples = 1 if gauss_newton else 2
+    mc_samples = require_count("mc_samples", mc_samples)
     if gauss_newton and (learn_mean or mc_samples != 1):
         raise UsageError(
             f"learn_mean={learn_mean} and mc_samples={mc_samples} are for method='bgd': Gauss-Newton keeps the means "
@@ -161,6 +163,7 @@ def prepare(
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
     require_suitable(learnable(model))
+    require_trainable(model)
     if not _is_auto_or_positive(std_init):
         raise UsageError(f"std_init must be > 0 and finite, not {std_init!r}; 'auto' goes by each tensor's own scale")
     if not _is_auto_or_positive(evidence):
@@ -177,11 +180,14 @@ def prepare(
         raise UsageError(
             "the loader does not say how many examples it draws: pass num_examples= (training examples, e.g. 50_000)"
         )
-    require_count("num_examples", examples)
+    examples = require_count("num_examples", examples)
     if evidence == "auto":
         evidence = sum(p.numel() for p in learnable(model).values()) / (2 * TOLERANCE * examples)
     if std_init == "auto" and not gauss_newton:
         std_init = STD_INIT
+    evidence = float(evidence)
+    if std_init != "auto":
+        std_init = float(std_init)
     total = evidence * examples
     weights = fingerprint(learnable(model))
     shares = [1.0 / steps] * steps if gauss_newton else rising(steps)
@@ -263,7 +269,7 @@ def prepare(
 
 
 def _is_auto_or_positive(value: object) -> bool:
-    return value == "auto" or (isinstance(value, int | float) and 0 < value < math.inf)
+    return value == "auto" or (isinstance(value, numbers.Real) and 0 < float(value) < math.inf)
 
 
 def total_evidence(metadata: Mapping[str, Any]) -> float:
@@ -272,6 +278,11 @@ def total_evidence(metadata: Mapping[str, Any]) -> float:
     Before metadata had ``examples``, ``evidence`` was this total.
     """
     return float(metadata["evidence"]) * int(metadata.get("examples", 1))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    check_classes(logits)
+    return F.cross_entropy(logits, targets)
 
 
 class Loss:
@@ -287,7 +298,7 @@ class Loss:
     ) -> None:
         self.likelihood = likelihood
         self.of_pixels = loss_fn is None and (likelihood is None or isinstance(likelihood, Categorical))
-        self.loss_fn = loss_fn or F.cross_entropy
+        self.loss_fn = loss_fn or _cross_entropy
         self.step = 0
         self.unit = "examples"
 

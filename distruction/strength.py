@@ -12,8 +12,8 @@ Optimization", 2004, section 5.4), in logarithms. The trust region limits how fa
 run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
 integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
 as fast as it is raised. The steps come in cycles, in each of which the step size decays to zero, and the run ends with
-the first cycle that ends at or below the level. Another cycle starts from the R at which the step size of the one before
-had halved: with what short steps could not follow, its first long steps would be a leap.
+the first cycle that ends at or below the level. Another cycle starts from the R at which the step size of the one
+before had halved: with what short steps could not follow, its first long steps would be a leap.
 """
 
 import math
@@ -31,7 +31,7 @@ from .loop import FORGET_SET, Batches, Step, cosine
 from .loop.batches import Batching, Inputs, apply, call
 from .loop.labels import IGNORED as NO_LABEL
 from .loop.labels import as_rows, is_map
-from .loop.loaders import restarted
+from .loop.loaders import generators, restarted
 from .loop.tokens import IGNORED, asked, joined
 from .modules import logits_of, unwrapped
 from .optim import BGD
@@ -90,9 +90,11 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
     counts: dict[int, int] = {}
     records = batch_size = 0
     kept: tuple[Tensor, Inputs, Tensor] | None = None
-    with private_generators():
-        seed_all(seed_of(seed, 3))
-        for loaded in restarted(loader):
+    loader = restarted(loader)
+    own = generators(loader)
+    with private_generators(own):
+        seed_all(seed_of(seed, 3), own)
+        for loaded in loader:
             batch = batching(loaded)
             inputs, targets = batch.whole_inputs, batch.targets
             if batch.sequences is not None:
@@ -101,7 +103,8 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
                 text = True
             records += len(targets)
             batch_size = max(batch_size, len(targets))
-            if not text and not targets.is_floating_point():
+            if not text and not (targets.is_floating_point() or targets.is_complex()):
+                targets = targets.long()  # of any integers, as `distruction.loop.labels` takes them
                 labels, times = targets.unique(return_counts=True)
                 for label, count in zip(labels.tolist(), times.tolist(), strict=True):
                     if targets.ndim == 1 or label != NO_LABEL:

@@ -14,29 +14,15 @@ from ..posterior import Posterior
 from ..sources import SERVING
 from .options import (
     MOST,
-    Backend,
     BatchSize,
-    CheckpointFile,
-    CheckpointSeconds,
-    CheckpointSteps,
     ClassesFile,
     DataRoot,
     DatasetOfModel,
-    Device,
     ForgetClasses,
-    LogJson,
     ModelName,
     ObjectiveName,
-    Overwrite,
-    Progress,
     Records,
-    ReleaseGradients,
-    Seed,
-    SkipUnreadable,
-    TensorBoardFolder,
-    WandBProject,
     Weights,
-    Workers,
     auto_or_number,
     done,
     find_examples,
@@ -45,9 +31,10 @@ from .options import (
     output,
 )
 from .papers import Key, NoRecords, Papers, Receipt, Report
-from .watch import Watch
+from .running import Running, with_running
 
 
+@with_running
 def forget(
     model: ModelName,
     posterior: Annotated[Path, typer.Option(help="Posterior file written by `prepare`.")],
@@ -111,20 +98,8 @@ def forget(
     offload_prior: Annotated[
         bool, typer.Option(help="Keep the posterior in the CPU's memory; each step fetches it piece by piece.")
     ] = False,
-    checkpoint: CheckpointFile = None,
-    checkpoint_seconds: CheckpointSeconds = 60.0,
-    checkpoint_steps: CheckpointSteps = None,
-    release_gradients: ReleaseGradients = False,
-    skip_unreadable: SkipUnreadable = False,
-    workers: Workers = 4,
-    log_json: LogJson = None,
-    tensorboard: TensorBoardFolder = None,
-    wandb: WandBProject = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    progress: Progress = True,
-    overwrite: Overwrite = False,
+    *,
+    running: Running,
 ) -> None:
     """Forget classes or records, reading the forget set and nothing else.
 
@@ -133,20 +108,22 @@ def forget(
     """
     if request not in (None, "auto", "class", "records"):
         raise UsageError(f"--request must be class, records or auto, not {request!r}")
-    watch = Watch(log_json, tensorboard, wandb)
-    source = open_source(model, weights, classes, device)
-    output(out, overwrite, folder=source.folder)
+    watch = running.watch()
+    source = open_source(model, weights, classes, running.device)
+    output(out, running.overwrite, folder=source.folder)
     if posterior_out is not None:
-        output(posterior_out, overwrite)
+        output(posterior_out, running.overwrite)
     papers = Papers(report, receipt, key, not no_records)
-    papers.check(overwrite)
+    papers.check(running.overwrite)
     network = source.network
     prior = Posterior.load(posterior, model=network)
     earlier = None if previous is None else Posterior.load(previous, model=network)
     if earlier is not None and holds(network, prior):
         earlier.mean_(network)  # what the earlier request made of it; the file of preparation serves as well
     source.agree_with(prior.metadata.get(SERVING), f"the posterior {posterior}")
-    found = find_examples(source, dataset, data, wanted=forget_class, records=records, skip_unreadable=skip_unreadable)
+    found = find_examples(
+        source, dataset, data, wanted=forget_class, records=records, skip_unreadable=running.skip_unreadable
+    )
     if records is None and not forget_class and len(found.counts) == len(found.classes):
         raise UsageError(
             f"the data holds every class of the model ({found}): name the ones to forget by --class, or records by "
@@ -157,13 +134,13 @@ def forget(
         console.print(f"to forget: {found}", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         return
-    forget_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    forget_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
     begun = papers.before(source, found, forget_data)
     with watch:
         result = forgetting.forget(
             network,
             prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
-            batches(forget_data, batch_size=batch_size, shuffle=True, workers=workers),
+            batches(forget_data, batch_size=batch_size, shuffle=True, workers=running.workers),
             previous=earlier,
             # The options know their words; older versions of typer know no Literal.
             request=request or ("records" if records else "class" if forget_class else "auto"),  # type: ignore[arg-type]
@@ -177,15 +154,8 @@ def forget(
             mc_samples=mc_samples,
             data_per_step=data_per_step,
             offload_prior=offload_prior,
-            seed=seed,
-            backend=backend,
-            checkpoint=checkpoint,
-            checkpoint_seconds=checkpoint_seconds,
-            checkpoint_steps=checkpoint_steps,
-            keep_checkpoint=True,
-            release_gradients=release_gradients,
             callback=watch,
-            progress=progress,
+            **running.arguments(),
         )
     if distributed.rank() > 0:
         return
@@ -207,9 +177,9 @@ def forget(
             "unlearned": out,
             "posterior_after": posterior_out,
         },
-        settings={"batch_size": batch_size, "backend": backend, "offload_prior": offload_prior},
+        settings={"batch_size": batch_size, "backend": running.backend, "offload_prior": offload_prior},
     )
-    done(checkpoint)
+    done(running.checkpoint)
     steps_done = len(result.history)
     console.print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
     if result.probability is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from .raw import Source
+from .raw import Source, file_source
 
 IN_MEMORY = 2**28
 """Bytes of images up to which they are read once and kept; more are read again in each epoch."""
@@ -37,8 +37,7 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Source:
-        path = self.paths[index]
-        return str(path), path.read_bytes
+        return file_source(self.paths[index])
 
     def take(self, positions: Sequence[int]) -> "Files":
         """The files at these positions."""

@@ -1,5 +1,4 @@
-"""Which examples a request is for: class folders, a flat folder, rows of a table, a list of records, or parts of a
-published data set.
+"""Which examples a request is for: class folders, a flat folder, rows of tables, lists of records, parts of data sets.
 
 Classes are matched with the model's by name, so that a folder means the same whatever lies beside it.
 """

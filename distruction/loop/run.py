@@ -31,7 +31,7 @@ from .checkpoint import Checkpoint
 from .labels import Labels, answers_at_once, as_rows
 from .loaders import Role, check_loader
 from .ranks import Gradients
-from .step import Callback, Controller, Step, Terminated
+from .step import Callback, Controller, Step, Terminated, asks_to_stop
 from .tokens import Sequences, require_causal
 
 STEPS_BETWEEN_CHECKS = 10
@@ -133,7 +133,7 @@ def run(
                     history[-1] = replace(history[-1], probability=getattr(controller, "value", None))
                     reshard(model)
                 try:
-                    done = (callback is not None and callback(history[-1]) is True) or done
+                    done = (callback is not None and asks_to_stop(callback(history[-1]))) or done
                 except Terminated:
                     if checkpoint.path is not None and distributed.rank() == 0 and not gradients.sharded:
                         checkpoint.save(optimizer, history, controller=controller)
@@ -209,7 +209,7 @@ class Sampled:
         # An autocast around the whole run keeps its copies of the weights: those of the last sample.
         torch.clear_autocast_cache()
         batch = self._batch
-        logits = batch.whole(logits_of(call(self._model, batch.inputs)))
+        logits = batch.whole(self._rows_of(logits_of(call(self._model, batch.inputs))))
         if self._after_forward is not None:
             self._after_forward(batch)
         targets = batch.targets if self._labels is None else self._labels.within(logits)
@@ -226,6 +226,16 @@ class Sampled:
             correct = reported.new_full((), math.nan, dtype=torch.float64) if right is None else right.double().mean()
             self._figures.append(torch.stack([t.double().reshape(()) for t in (reported, correct, loss)]))
         return loss
+
+    def _rows_of(self, logits: Tensor) -> Tensor:
+        inputs = self._batch.inputs
+        rows = len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+        if logits.ndim == 0 or len(logits) != rows:
+            raise UsageError(
+                f"the model gives logits of shape {tuple(logits.shape)} for a batch of {rows}: their first dimension "
+                "must be the batch"
+            )
+        return logits
 
     def _backward_of_tokens(self, here: Sequences, logits: Tensor, targets: Tensor) -> Tensor:
         """The same for a language model's batch; the loss is this rank's share of the whole batch's."""
