@@ -26,7 +26,7 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import Advantage, Unseen, of_target, quantiles_of
+from .targets import ADVANTAGE, Advantage, Unseen, by_unseen, of_target, quantiles_of
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
@@ -52,8 +52,8 @@ class ForgetReport:
         advice: what to do where it is not reached.
         forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
             and for records.
-        advantage: with ``target="unseen"``, an attacker's by the log-odds (`distruction.targets.Advantage`), which
-            ``level`` then bounds in place of the probability.
+        advantage: with ``target="unseen"``, and of records where p knows unseen data, an attacker's by the log-odds
+            (`distruction.targets.Advantage`), which ``level`` then bounds in place of the probability.
         cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
@@ -69,6 +69,18 @@ class ForgetReport:
     forecast: damage.Forecast | None = None
     cosine: float | None = None
     advantage: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """In a sentence, what became of the request."""
+        if self.reached is None:
+            return "lambda was given, and no level was to be reached"
+        if not self.reached:
+            return f"the level {self.level:g} is not reached: {self.advice}"
+        if not self.history:
+            than = "ones that it has not seen" if self.advantage is not None else f"the level {self.level:g} allows"
+            return f"nothing had to be done: the model knows these records no better than {than}, and stays as it was"
+        return f"the level {self.level:g} is reached"
 
 
 def forget(
@@ -116,7 +128,8 @@ def forget(
         previous: the report of the request before this one, or its posterior.
         request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
             these records alone go and their labels live on; the model is changed as little as possible, not at all
-            where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
+            where it knows them no better than it should: than unseen data, as far as p knows of any (of
+            ``prepare(..., held_out=)``), else than ``level``. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, and not those of all labels, or, where p does not
             say, where it has at most half of the labels that the model knows. A language model's are ``texts``: their
             tokens are to be at most as likely as ``level``, in up to 400 steps; as ``records`` the model is changed as
@@ -251,8 +264,10 @@ def forget(
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
     first = prior if previous is None else before
     quantiles = {}
-    if target == "unseen":
+    if target == "unseen" or by_unseen(kind, data, posterior.metadata, target, level if automatic else 0.0):
         quantiles = quantiles_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        level = ADVANTAGE
+    if target == "unseen":
         unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, quantiles, earlier)
     else:
         unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
