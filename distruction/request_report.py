@@ -194,6 +194,7 @@ def collect(
         "cosine": result.cosine,
         "reached": result.reached,
         "advice": result.advice,
+        "outcome": result.outcome,
         "before": side(before),
         "after": side(after),
         "steps": [{k: _finite(v) for k, v in asdict(step).items()} for step in result.history],

@@ -222,5 +222,5 @@ def _tell(console: Console, what: str, result: forgetting.ForgetReport) -> None:
         console.print(f"mean cosine of their features: {result.cosine:.2f}")
     if result.forecast is not None:
         console.print(f"forecast: the retained classes lose {result.forecast} of accuracy", highlight=False)
-    if result.advice:
-        console.print(f"The level {result.level} is not reached: {result.advice}.", soft_wrap=True)
+    if result.reached is not None:
+        console.print(f"{result.outcome[0].upper()}{result.outcome[1:]}.", soft_wrap=True)

@@ -11,10 +11,10 @@ from rich.console import Console
 from .. import distributed, preparation
 from ..data.inputs import batches
 from ..data.raw import named
-from ..data.requests import label_counts
+from ..data.requests import Selection, label_counts
 from ..errors import DataWarning, UsageError
 from ..rehearsal import rehearse as rehearse_requests
-from ..sources import SERVING
+from ..sources import SERVING, Model
 from .options import (
     MOST,
     BatchSize,
@@ -59,7 +59,8 @@ def prepare(
         Path | None,
         typer.Option(
             help="Labelled images that the model was not trained on, a folder of class folders, or test: the test part "
-            "of the data. What --target unseen and the forecast go by; numbers alone are kept of them."
+            "of the data, which is the default where there is one. What requests for records and the forecast go by; "
+            "numbers alone are kept of them."
         ),
     ] = None,
     rehearse: Annotated[
@@ -92,14 +93,14 @@ def prepare(
             stacklevel=2,
         )
     train_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
+    unseen = _unseen(source, found, held_out, dataset, data, running.skip_unreadable)
     held_out_batches = None
-    if held_out is not None:
-        if held_out.name == "test" and not held_out.is_dir():
-            unseen = find_examples(source, dataset, data, part="test", skip_unreadable=running.skip_unreadable)
-        else:
-            unseen = find_examples(source, ".", held_out, skip_unreadable=running.skip_unreadable)
+    if unseen is not None:
         unseen_data = unseen.read(source.inputs, skip_unreadable=running.skip_unreadable)
         held_out_batches = batches(unseen_data, batch_size=batch_size, shuffle=False, workers=running.workers)
+    if distributed.rank() == 0:
+        told = unseen or "none: what is as good as unseen must be guessed when records are forgotten (--held-out)"
+        Console().print(f"unseen data: {told}", markup=False, highlight=False, soft_wrap=True)
     loader = batches(train_data, batch_size=batch_size, shuffle=True, workers=running.workers)
     with watch:
         posterior = preparation.prepare(
@@ -117,7 +118,7 @@ def prepare(
     posterior.metadata |= {SERVING: source.facts(), "label_counts": label_counts(train_data.labels)}
     rehearsals = []
     started = time.perf_counter()
-    if held_out_batches is not None and rehearse != 0:
+    if held_out is not None and held_out_batches is not None and rehearse != 0:
         most = 4 if rehearse is None else rehearse
         rehearsals = rehearse_requests(
             source.network,
@@ -143,3 +144,19 @@ def prepare(
             f"{max(damages):.1f} points",
             highlight=False,
         )
+
+
+def _unseen(
+    source: Model, train: Selection, held_out: Path | None, dataset: str | None, data: Path | None, skip: bool
+) -> Selection | None:
+    """What the model was not trained on: what --held-out names, or else the test part where the data has one."""
+    if held_out is not None and (held_out.name != "test" or held_out.is_dir()):
+        return find_examples(source, ".", held_out, skip_unreadable=skip)
+    try:
+        found = find_examples(source, dataset, data, part="test", skip_unreadable=skip)
+    except UsageError:
+        if held_out is not None:
+            raise
+        return None
+    # A folder without parts is its own test part.
+    return None if found.encoded is not None and found.encoded == train.encoded else found
