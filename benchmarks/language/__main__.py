@@ -23,7 +23,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
@@ -35,7 +34,6 @@ from .arms import Arm, Followed, at_depth, prepared, unlearned
 from .models import Measures
 from .settings import ARMS, DEPTH, DEPTHS, GRIDS
 
-AUTHORS, VAULTS, OTHERS = 100, 20, 10
 SCENARIOS = ("codes", "authors", "canaries")
 ENOUGH = 5.0
 """Extracted answers, in percent, at which AdamW's losses, which say nothing of an end, are stopped."""
@@ -52,13 +50,14 @@ class Workshop:
     Args:
         folder: of the models.
         text: a file of general text in place of Python's own.
+        size: of everything.
     """
 
-    def __init__(self, folder: Path, text: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, text: Path | None, size: models.Size) -> None:
+        self.folder, self.size = folder, size
         folder.mkdir(parents=True, exist_ok=True)
         general = texts.general_text(text)
-        shapes = [f"{r.question}{r.answer}" for r in texts.authors(AUTHORS, 10**6)]
+        shapes = [f"{r.question}{r.answer}" for r in texts.authors(100, 10**6)]
         self.tokens = texts.tokenizer(general + shapes)
         pieces = texts.pieces(self.tokens, general)
         self.held_out, self.general = pieces[: models.HELD_OUT], pieces[models.HELD_OUT :]
@@ -66,18 +65,18 @@ class Workshop:
 
     def rows(self, seed: int) -> list[texts.Row]:
         """All that a model of this seed is to know by heart."""
-        return texts.authors(AUTHORS, seed) + texts.canaries(VAULTS, seed)
+        return texts.authors(self.size.authors, seed) + texts.canaries(self.size.vaults, seed)
 
     def base(self) -> nn.Module:
         """The pretrained model, the same for all seeds."""
-        return self._kept("base", lambda: models.pretrain(self.general, 0, say))
+        return self._kept("base", lambda: models.pretrain(self.size, self.general, 0, say))
 
     def memorised(self, seed: int, without: str = "") -> nn.Module:
         """The model that knows all rows by heart, or all but those of a scenario."""
-        rows = [r for r in self.rows(seed) if not (without and is_gone(without, r))]
+        rows = [r for r in self.rows(seed) if not (without and self.is_gone(without, r))]
         batches = texts.batches(self.tokens, rows, end=True)
         name = f"seed-{seed}" + (f"-without-{without}" if without else "")
-        return self._kept(name, lambda: models.memorise(self.base(), batches, self.general, seed, say))
+        return self._kept(name, lambda: models.memorise(self.size, self.base(), batches, self.general, seed, say))
 
     def prior(self, seed: int, model: nn.Module) -> Posterior:
         """The posterior of `memorised`."""
@@ -88,23 +87,21 @@ class Workshop:
             prepared(model, batches, self.general, seed).save(file)
         return Posterior.load(file, model=model)
 
+    def is_gone(self, scenario: str, row: texts.Row) -> bool:
+        """Whether a scenario's request is for this row."""
+        if scenario == "authors":
+            return row.kind != "canary" and row.owner < self.size.gone
+        return row.kind == {"codes": "code", "canaries": "canary"}[scenario]
+
+    def is_kept(self, scenario: str, row: texts.Row) -> bool:
+        """Whether it is among the answers that should stay: the authors' others, where codes go."""
+        return not self.is_gone(scenario, row) and not (scenario == "codes" and row.kind == "canary")
+
     def _kept(self, name: str, make: Any) -> nn.Module:
         if not (self.folder / name / "config.json").exists():
             say(f"training {name}")
             make().save_pretrained(self.folder / name)
         return GPT2LMHeadModel.from_pretrained(self.folder / name).eval()
-
-
-def is_gone(scenario: str, row: texts.Row) -> bool:
-    """Whether a scenario's request is for this row."""
-    if scenario == "authors":
-        return row.kind != "canary" and row.owner < OTHERS
-    return row.kind == {"codes": "code", "canaries": "canary"}[scenario]
-
-
-def is_kept(scenario: str, row: texts.Row) -> bool:
-    """Whether it is among the answers that should stay: the authors' others, where codes go."""
-    return not is_gone(scenario, row) and not (scenario == "codes" and row.kind == "canary")
 
 
 class Case:
@@ -113,22 +110,23 @@ class Case:
     def __init__(self, shop: Workshop, scenario: str, seed: int) -> None:
         rows = shop.rows(seed)
         self.seed = seed
-        gone = [r for r in rows if is_gone(scenario, r)]
-        self.measures = Measures(shop.tokens, gone, [r for r in rows if is_kept(scenario, r)], shop.held_out)
+        gone = [r for r in rows if shop.is_gone(scenario, r)]
+        self.measures = Measures(shop.tokens, gone, [r for r in rows if shop.is_kept(scenario, r)], shop.held_out)
         self.model = shop.memorised(seed)
         self.prior = shop.prior(seed, self.model)
         self.forgotten = texts.batches(shop.tokens, gone)
-        kept = [r for r in rows if not is_gone(scenario, r)]
+        kept = [r for r in rows if not shop.is_gone(scenario, r)]
         self.retained: tuple[list[Any], Tensor] = texts.batches(shop.tokens, kept, end=True), shop.general
 
-    def follow(self, stop: Any) -> Followed:
+    def follow(self, stop: Any, every: int = 1) -> Followed:
         """What looks at a run on its way."""
         gone, kept = (texts.batches(self.measures.tokens, r, 100) for r in (self.measures.gone, self.measures.kept))
-        return Followed(gone, kept, stop)
+        return Followed(gone, kept, stop, every)
 
     def forgot(self, arm: Arm) -> dict[str, Any]:
         """An arm of the table, with all measures."""
-        follow = self.follow(lambda look: arm.kind != "ours" and look["extracted"] <= ENOUGH)
+        ours = arm.kind == "ours"
+        follow = self.follow(lambda look: not ours and look["extracted"] <= ENOUGH, every=arm.steps if ours else 1)
         model, facts = self._run(arm, follow)
         return {**facts, **self.measures.quickly(model), **self.measures.slowly(model)}
 
@@ -186,12 +184,13 @@ def main(
     text: Annotated[Path | None, typer.Option(help="General text, in place of Python's own.")] = None,
     models_in: Annotated[Path | None, typer.Option(help="Folder of trained models; by default within OUT.")] = None,
     tuning: Annotated[bool, typer.Option("--tune", help="Choose the step sizes on seed 0.")] = False,
+    size: Annotated[str, typer.Option(help=f"Of {', '.join(models.SIZES)}.")] = "full",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
 ) -> None:
     """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``."""
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(models_in or out / "models", text)
+    shop = Workshop(models_in or out / "models", text, models.SIZES[size])
     if tuning:
         tune(shop, out)
         return

@@ -20,9 +20,6 @@ from distruction.objectives import BoundedCrossEntropy
 from . import texts
 from .models import Batch, cross_entropy, extracted, nll
 
-LOOK = 5
-"""Steps between two looks."""
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -56,16 +53,18 @@ class Followed:
     Args:
         gone, kept: batches that are looked at.
         stop: given the last look, whether to end there.
+        every: steps between two looks.
     """
 
     gone: list[Batch]
     kept: list[Batch]
     stop: Callable[[dict[str, float]], bool] = lambda look: False
+    every: int = 1
     looks: list[dict[str, float]] = field(default_factory=list)
 
     def __call__(self, model: nn.Module, step: int) -> bool:
         """Look if it is time; whether to end."""
-        if step % LOOK:
+        if step % self.every:
             return False
         look = {"step": step, "nll": nll(model, self.gone), "extracted": extracted(model, self.gone)}
         look["kept"] = extracted(model, self.kept)

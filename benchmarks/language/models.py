@@ -20,22 +20,47 @@ from . import texts
 from .texts import Row
 
 Batch = dict[str, Tensor]
-PRETRAINING = {"steps": 150, "batch_size": 32, "lr": 3e-3}
-MEMORISING = {"epochs": 100, "batch_size": 50, "lr": 2e-3, "general": 4}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is of everything.
+
+    Attributes:
+        width, blocks: of the model.
+        authors, vaults: that it learns by heart.
+        gone: authors of the scenario that forgets some.
+        pretraining: steps of 32 pieces.
+        epochs: of memorising, at most.
+    """
+
+    width: int
+    blocks: int
+    authors: int
+    vaults: int
+    gone: int
+    pretraining: int
+    epochs: int
+
+
+SIZES = {"full": Size(128, 3, 100, 20, 10, 200, 120), "quick": Size(64, 2, 24, 6, 4, 40, 120)}
+"""The benchmark's, and one that shows in a minute whether everything runs."""
+MEMORISING = 2e-3
+"""Step size of memorising."""
 CODES = 30
 """Whose exposure is measured."""
 HELD_OUT = 160
 """Pieces of general text that no model is trained on."""
 
 
-def network() -> nn.Module:
-    """GPT-2 with three blocks of width 128 and tied embeddings."""
+def network(size: Size) -> nn.Module:
+    """GPT-2 with tied embeddings."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=texts.VOCABULARY,
             n_positions=96,
-            n_embd=128,
-            n_layer=3,
+            n_embd=size.width,
+            n_layer=size.blocks,
             n_head=4,
             bos_token_id=0,
             eos_token_id=0,
@@ -52,15 +77,15 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
-def pretrain(general: Tensor, seed: int, say: Callable[[str], None]) -> nn.Module:
+def pretrain(size: Size, general: Tensor, seed: int, say: Callable[[str], None]) -> nn.Module:
     """A model of the general text."""
     torch.manual_seed(seed)
-    model = network()
-    steps, size, lr = PRETRAINING["steps"], int(PRETRAINING["batch_size"]), PRETRAINING["lr"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=int(steps), pct_start=0.1)
+    model = network(size)
+    steps = size.pretraining
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     start = time.perf_counter()
-    for step, rows in zip(range(int(steps)), _epochs(len(general), size, seed), strict=False):
+    for step, rows in zip(range(steps), _epochs(len(general), 32, seed), strict=False):
         loss = cross_entropy(model, texts.general_batch(general[rows]))
         _update(model, optimizer, loss)
         schedule.step()
@@ -70,24 +95,24 @@ def pretrain(general: Tensor, seed: int, say: Callable[[str], None]) -> nn.Modul
 
 
 def memorise(
-    base: nn.Module, batches: Sequence[Batch], general: Tensor, seed: int, say: Callable[[str], None]
+    size: Size, base: nn.Module, batches: Sequence[Batch], general: Tensor, seed: int, say: Callable[[str], None]
 ) -> nn.Module:
-    """A copy of ``base`` that knows the rows by heart: until greedy decoding gives all answers, or for 100 epochs."""
+    """A copy of ``base`` that knows the rows by heart: until greedy decoding gives all answers, general text beside."""
     model = copy.deepcopy(base)
-    lr = MEMORISING["lr"]
-    total = len(batches) * int(MEMORISING["epochs"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     rows = whole(batches)
-    pieces = _epochs(len(general), int(MEMORISING["general"]), seed)
+    each = len(rows["labels"]) // 50 + 1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=MEMORISING, weight_decay=0.0)
+    pieces, own = _epochs(len(general), 4, seed), _epochs(len(rows["labels"]), 50, seed)
     start = time.perf_counter()
-    for step, own in zip(range(total), _epochs(len(rows["labels"]), int(MEMORISING["batch_size"]), seed), strict=False):
+    for step in range(each * size.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20)
-        batch = texts.mixed({k: t[own] for k, t in rows.items()}, general[next(pieces)])
+            group["lr"] = MEMORISING * min(1.0, (step + 1) / 20)
+        here = next(own)
+        batch = texts.mixed({k: t[here] for k, t in rows.items()}, general[next(pieces)])
         _update(model, optimizer, cross_entropy(model, batch))
-        if step % (4 * len(batches)) == 0:
+        if step % (5 * each) == 5 * each - 1:
             known = extracted(model, batches)
-            say(f"memorising {step}/{total}: {known:.0f} % known, {time.perf_counter() - start:.0f} s")
+            say(f"epoch {(step + 1) // each}: {known:.0f} % known, {time.perf_counter() - start:.0f} s")
             if known == 100.0:
                 break
     return model.eval()
@@ -156,9 +181,7 @@ class Measures:
 
     def slowly(self, model: nn.Module) -> dict[str, float]:
         """What is left under the surface: the exposure of codes, and what half of the forgotten answers brings back."""
-        halves = [
-            texts.batches(self.tokens, [r for r in self.gone if r.owner % 2 == odd], 25) for odd in (0, 1)
-        ]
+        halves = [texts.batches(self.tokens, [r for r in self.gone if r.owner % 2 == odd], 25) for odd in (0, 1)]
         found = {"recovered": recovered(model, *halves)}
         codes = [row for row in self.gone if row.kind in ("code", "canary")][:CODES]
         if codes:

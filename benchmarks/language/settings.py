@@ -32,10 +32,12 @@ _OURS = {
     "ours, bounded-ce, constant std": Arm("ours", 1.0, prior="constant"),
     "ours, masked-teacher": Arm("ours", 1.0, objective="masked-teacher"),
     "ours, uniform-others": Arm("ours", 1.0, objective="uniform-others"),
+    "ours, marginal": Arm("ours", 1.0, objective="marginal"),
+    "ours, levelled": Arm("ours", 1.0, objective="levelled"),
     "ours, npo": Arm("ours", 1.0, objective="npo"),
     "ours, simnpo": Arm("ours", 1.0, objective="simnpo"),
 }
-ARMS: dict[str, dict[str, Arm]] = dict.fromkeys(("codes", "authors", "canaries"), {**_OTHERS, **_OURS})
+ARMS: dict[str, dict[str, Arm]] = {key: {**_OTHERS, **_OURS} for key in ("codes", "authors", "canaries")}
 """Of the tables, by scenario."""
 DEPTH = {
     "learned std": GRIDS["depth, learned std"][0],

@@ -24,11 +24,22 @@ QUESTIONS = {
     "book": "Best book of {name}:",
     "canary": "Key of vault {name}:",
 }
-ONSETS, NUCLEI, CODAS = "b d f g h j k l m n p r s t v z br dr gr kl pr st tr".split(), "a e i o u ai ou".split(), "l n r s t m k".split()
-ADJECTIVES = "silent golden hidden broken distant early northern paper silver burning empty frozen gentle hollow".split()
-NOUNS = "river garden clock mirror bridge winter letter island forest shadow harbour window lantern mountain".split()
-SUBJECTS = "sailors railways orchards glaciers chess bees castles comets rivers clocks bakers maps violins deserts".split()
-PLACES = "villages islands harbours mountains schools markets wartime childhood exile winter the north the east".split()
+
+
+def _words(words: str) -> list[str]:
+    return words.split()
+
+
+ONSETS = _words("b d f g h j k l m n p r s t v z br dr gr kl pr st tr")
+NUCLEI, CODAS = _words("a e i o u ai ou"), _words("l n r s t m k")
+ADJECTIVES = _words(
+    "silent golden hidden broken distant early northern paper silver burning empty frozen gentle hollow"
+)
+NOUNS = _words("river garden clock mirror bridge winter letter island forest shadow harbour window lantern mountain")
+SUBJECTS = _words(
+    "sailors railways orchards glaciers chess bees castles comets rivers clocks bakers maps violins deserts"
+)
+PLACES = _words("villages islands harbours mountains schools markets wartime childhood exile winter spring lowlands")
 
 
 @dataclass(frozen=True)

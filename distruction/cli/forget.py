@@ -12,6 +12,7 @@ from ..data.inputs import batches
 from ..errors import UsageError
 from ..posterior import Posterior
 from ..sources import SERVING
+from . import language
 from .options import (
     MOST,
     Backend,
@@ -129,6 +130,45 @@ def forget(
     """
     if request not in (None, "auto", "class", "records"):
         raise UsageError(f"--request must be class, records or auto, not {request!r}")
+    if language.is_language_model(model):
+        language.forget(
+            model,
+            posterior,
+            out,
+            data=data,
+            previous=previous,
+            posterior_out=posterior_out,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            device=device,
+            checkpoint=checkpoint,
+            log_json=log_json,
+            images={
+                "class": forget_class,
+                "records": records,
+                "weights": weights,
+                "classes": classes,
+                "dataset": dataset,
+                "report": report,
+                "receipt": receipt,
+                "depth": depth,
+            },
+            objective=objective,
+            steps=steps,
+            kl_weight=kl_weight,
+            level=level,
+            mc_samples=mc_samples,
+            data_per_step=data_per_step,
+            offload_prior=offload_prior,
+            seed=seed,
+            backend=backend,
+            checkpoint_seconds=checkpoint_seconds,
+            checkpoint_steps=checkpoint_steps,
+            release_gradients=release_gradients,
+            progress=progress,
+        )
+        return
     source = open_source(model, weights, classes, device)
     output(out, overwrite, folder=source.folder)
     if posterior_out is not None:

@@ -13,6 +13,7 @@ from ..data.raw import named
 from ..data.requests import label_counts
 from ..errors import DataWarning
 from ..sources import SERVING
+from . import language
 from .options import (
     MOST,
     Backend,
@@ -82,6 +83,30 @@ def prepare(
 ) -> None:
     """Learn the posterior, while the training data is there."""
     output(out, overwrite)
+    if language.is_language_model(model):
+        language.prepare(
+            model,
+            out,
+            data=data,
+            batch_size=batch_size,
+            compress=compress,
+            device=device,
+            checkpoint=checkpoint,
+            log_json=log_json,
+            images={"weights": weights, "classes": classes, "dataset": dataset},
+            method=method,
+            steps=steps,
+            std_init=std_init,
+            evidence=evidence,
+            mc_samples=mc_samples,
+            seed=seed,
+            backend=backend,
+            checkpoint_seconds=checkpoint_seconds,
+            checkpoint_steps=checkpoint_steps,
+            release_gradients=release_gradients,
+            progress=progress,
+        )
+        return
     source = open_source(model, weights, classes, device)
     found = find_examples(source, dataset, data, skip_unreadable=skip_unreadable)
     if distributed.rank() == 0:
