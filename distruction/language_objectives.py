@@ -111,69 +111,40 @@ class SimNPO:
         return -2 / self.beta * F.logsigmoid(-self.beta * mean - self.gamma).mean()
 
 
-class Marginal:
-    """Each token as other texts have it at its place: mean over tokens of -1/|O| sum over o in O of log p(token of o).
+class Steering:
+    """RMU's forget loss: mean over tokens of |h_t - c u|**2, h_t the hidden state of a layer, u a random direction.
 
-    O are the batch's other texts that are asked for a token at this place of their answers. Their tokens are draws from
-    what answers of this kind look like, so that the minimum is the prediction of a model that knows the kind and not
-    the text: the true token is neither likelier nor less likely than it is for others (exposure at chance), where
-    bounded likelihoods leave it first among unlikely ones. A text that is longer than all others is to be uniform over
-    the vocabulary there. It wants batches of many texts of one kind.
+    Li et al., "The WMDP Benchmark", 2024, arXiv 2403.03218, section 4: u is a unit vector with entries drawn uniformly
+    from [0, 1). Of their retain loss the KL takes the place. The tokens are the positions that answer for the labels.
+
+    Args:
+        model: the model; the layer is watched by a hook from `before_passes` until `remove`.
+        layer: name of the module whose output is steered; ``None``: the middle one of the longest list of modules.
+        coefficient: c, > 0; on the scale of the hidden states' norm.
+        seed: of u.
 
     Raises:
-        UsageError: a batch holds one text alone.
+        UsageError: there is no such layer, or c is out of range.
     """
 
     needs_inputs = True
 
-    def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
-        """The loss of a batch."""
-        inputs = _of_text(inputs, "marginal")
-        texts = inputs.count_texts()
-        if texts == 1 == inputs.whole_texts:
-            raise UsageError("marginal compares the texts of a batch, and this one holds one: take larger batches")
-        places = places_of(inputs)
-        length = int(places.max()) + 1 if len(places) else 1
-        at = torch.full((length, texts), -1, device=logits.device)
-        at[places, inputs.texts] = inputs.tokens
-        theirs = at[places]
-        there = (theirs >= 0) & (torch.arange(texts, device=logits.device) != inputs.texts[:, None])
-        log_p = F.log_softmax(logits.float(), dim=-1)
-        others = (log_p.gather(-1, theirs.clamp(min=0)) * there).sum(dim=-1)
-        count = there.sum(dim=-1)
-        return -torch.where(count > 0, others / count.clamp(min=1), log_p.mean(dim=-1)).mean()
-
-
-def places_of(inputs: Sequences) -> Tensor:
-    """Of each token that is asked for: how many of its text are before it, (tokens,)."""
-    sizes = torch.bincount(inputs.texts, minlength=inputs.count_texts())
-    starts = sizes.cumsum(0) - sizes
-    return torch.arange(len(inputs.texts), device=inputs.texts.device) - starts[inputs.texts]
-
-
-class Watching:
-    """What an objective needs to see the hidden states of a layer, by a hook from `before_passes` until `remove`.
-
-    Args:
-        model: the model.
-        layer: name of the module whose output is watched; ``None``: the middle one of the longest list of modules.
-
-    Raises:
-        UsageError: there is no such layer.
-    """
-
-    def __init__(self, model: nn.Module, layer: str | None) -> None:
+    def __init__(self, model: nn.Module, layer: str | None = None, coefficient: float = 6.5, seed: int = 0) -> None:
+        _require_positive("coefficient", coefficient)
         modules = dict(unwrapped(model).named_modules())
         if layer is None:
             lists = {name: m for name, m in modules.items() if isinstance(m, nn.ModuleList) and len(m)}
             if not lists:
-                raise UsageError("the model has no list of layers: name one of model.named_modules() as layer=")
+                raise UsageError("the model has no list of layers: name the one to steer, Steering(model, layer=...)")
             longest = max(lists, key=lambda name: len(lists[name]))
             layer = f"{longest}.{len(lists[longest]) // 2}"
         if layer not in modules:
             raise UsageError(f"the model has no module {layer!r}; choose one of model.named_modules()")
         self.layer = layer
+        self.coefficient = coefficient
+        self.seed = seed
         self._hidden: list[Tensor] = []
+        self._direction: Tensor | None = None
         self._module = modules[layer]
         self._handle: Any = None
 
@@ -192,82 +163,18 @@ class Watching:
         if torch.is_grad_enabled():
             self._hidden[:] = [output[0] if isinstance(output, tuple) else output]
 
-    def seen(self, inputs: Sequences) -> Tensor:
-        """The hidden states of the last pass at the positions that answer for the labels, float32, (tokens, width).
-
-        Raises:
-            UsageError: there was no such pass.
-        """
+    def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
+        """The loss of a batch."""
+        inputs = _of_text(inputs, "rmu")
         if not self._hidden:
             raise UsageError(
                 f"no pass through {self.layer} was watched: call before_passes first, or choose a layer that is used"
             )
-        return self._hidden.pop()[:, :-1][inputs.where].float()
-
-
-class Steering(Watching):
-    """RMU's forget loss: mean over tokens of |h_t - c u|**2, h_t the hidden state of a layer, u a random direction.
-
-    Li et al., "The WMDP Benchmark", 2024, arXiv 2403.03218, section 4: u is a unit vector with entries drawn uniformly
-    from [0, 1). Of their retain loss the KL takes the place. The tokens are the positions that answer for the labels.
-
-    Args:
-        model, layer: see `Watching`.
-        coefficient: c, > 0; on the scale of the hidden states' norm.
-        seed: of u.
-
-    Raises:
-        UsageError: there is no such layer, or c is out of range.
-    """
-
-    needs_inputs = True
-
-    def __init__(self, model: nn.Module, layer: str | None = None, coefficient: float = 6.5, seed: int = 0) -> None:
-        _require_positive("coefficient", coefficient)
-        super().__init__(model, layer)
-        self.coefficient = coefficient
-        self.seed = seed
-        self._direction: Tensor | None = None
-
-    def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
-        """The loss of a batch."""
-        hidden = self.seen(_of_text(inputs, "rmu"))
+        hidden = self._hidden.pop()[:, :-1][inputs.where].float()
         if self._direction is None or self._direction.device != hidden.device:
             u = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(self.seed))
             self._direction = (u / u.norm()).to(hidden.device)
         return (hidden - self.coefficient * self._direction).square().sum(dim=-1).mean()
-
-
-class Levelled(Watching):
-    """`Marginal`, and hidden states that do not tell the texts apart: + weight * mean |h - m|**2 / |m|**2.
-
-    h is the hidden state of a layer at a position that answers for a label, m the mean of these over the batch's texts
-    at the same place of their answers. What tells one text from another there is what a little fine-tuning finds again.
-
-    Args:
-        model, layer: see `Watching`.
-        weight: of the second term, > 0.
-
-    Raises:
-        UsageError: there is no such layer, or the weight is out of range.
-    """
-
-    needs_inputs = True
-
-    def __init__(self, model: nn.Module, layer: str | None = None, weight: float = 1.0) -> None:
-        _require_positive("weight", weight)
-        super().__init__(model, layer)
-        self.weight = weight
-        self._marginal = Marginal()
-
-    def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
-        """The loss of a batch."""
-        hidden = self.seen(_of_text(inputs, "levelled"))
-        places = places_of(inputs)
-        sizes = torch.bincount(places).clamp(min=1)[:, None]
-        mean = (hidden.new_zeros(len(sizes), hidden.shape[-1]).index_add(0, places, hidden) / sizes)[places]
-        spread = (hidden - mean).square().sum(dim=-1) / mean.detach().square().sum(dim=-1)
-        return self._marginal(logits, targets, inputs) + self.weight * spread.mean()
 
 
 def npo(model: nn.Module, posterior: Posterior, forgotten: Any) -> NPO:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UsageError
-from .language_objectives import Levelled, Marginal, SimNPO, Steering, npo
+from .language_objectives import SimNPO, Steering, npo
 from .modules import logits_of
 from .posterior import Posterior
 from .registry import Registry
@@ -226,14 +226,6 @@ _OWN = {
     ),
     "npo": Entry("of texts: negative preference against the model from before", npo, of_texts=True),
     "simnpo": Entry("of texts: the same by mean token likelihood alone", lambda *_: SimNPO(), of_texts=True),
-    "marginal": Entry(
-        "of texts: each token as the other texts have it at this place", lambda *_: Marginal(), of_texts=True
-    ),
-    "levelled": Entry(
-        "of texts: the same, and hidden states that do not tell them apart",
-        lambda model, *_: Levelled(model),
-        of_texts=True,
-    ),
     "rmu": Entry("of texts: hidden states go to a random direction", lambda model, *_: Steering(model), of_texts=True),
 }
 REGISTRY = Registry[Entry]("objective", _OWN)

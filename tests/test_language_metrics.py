@@ -46,27 +46,15 @@ def test_greedy_answers_of_batches_are_those_of_single_texts():
     assert math.isnan(language_metrics.extracted(model, [], []))
 
 
-def test_what_was_only_hidden_is_recovered_and_what_was_never_known_is_not():
+def test_recovery_is_what_fine_tuning_on_others_brings_back():
     model = texts.gpt2()
     rows = [(torch.tensor([1, 2 + n, 11, 11 + n]), torch.tensor([-100, -100, -100, 11 + n])) for n in range(8)]
     shown, unshown = texts.padded(rows[:4]), texts.padded(rows[4:])
-    attack = {"epochs": 10, "lr": 3e-3}
-    assert language_metrics.recovered(model, [shown], [unshown], **attack) == 0.0
-
-    def descend(sign, until):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for _ in range(300):
-            if until():
-                return
-            optimizer.zero_grad()
-            (sign * model(**texts.padded(rows)).loss).backward()
-            optimizer.step()
-        raise AssertionError("not there")
-
-    descend(1, lambda: language_metrics.greedily_answered(model, [shown, unshown]).all())
-    descend(-1, lambda: not language_metrics.greedily_answered(model, [shown, unshown]).any())
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert language_metrics.recovered(model, [shown], [unshown], **attack) >= 50.0
+    # Answers that no text shows cannot come from the others'.
+    assert language_metrics.recovered(model, [shown], [unshown], epochs=10, lr=3e-3) == 0.0
+    # What is shown itself is learned, and the best epoch counts.
+    assert language_metrics.recovered(model, [shown], [shown], epochs=300, lr=3e-3) == 100.0
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with pytest.raises(UsageError, match="epochs must be"):
         language_metrics.recovered(model, [shown], [unshown], epochs=0)

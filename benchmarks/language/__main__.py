@@ -13,7 +13,7 @@ stopped goes on with what is missing.
 """
 
 import json
-import statistics
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,7 +56,7 @@ class Workshop:
     def __init__(self, folder: Path, text: Path | None, size: models.Size) -> None:
         self.folder, self.size = folder, size
         folder.mkdir(parents=True, exist_ok=True)
-        general = texts.general_text(text)
+        general = texts.general_text(text, docstrings=size.docstrings)
         shapes = [f"{r.question}{r.answer}" for r in texts.authors(100, 10**6)]
         self.tokens = texts.tokenizer(general + shapes)
         pieces = texts.pieces(self.tokens, general)
@@ -142,7 +142,7 @@ class Case:
 
 def missing(shop: Workshop, scenario: str, seed: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The table's rows and the curves that are not there yet."""
-    names = ["before", "retraining", *ARMS[scenario], *(f"depth: {n}" for n in DEPTH if scenario == "codes")]
+    names = ["before", *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), "retraining"]
     if not set(names) - done:
         return
     case = Case(shop, scenario, seed)
@@ -154,9 +154,9 @@ def missing(shop: Workshop, scenario: str, seed: int, done: set[str]) -> Iterato
         elif name in ARMS[scenario]:
             found = case.forgot(ARMS[scenario][name])
         else:
-            found = case.deep(DEPTH[name.removeprefix("depth: ")])
-        shown = {k: round(v, 2) for k, v in found.items() if isinstance(v, float)}
-        say(f"seed {seed}, {scenario}, {name}: {shown or found['at']} ({time.perf_counter() - start:.0f} s)")
+            found = case.deep(DEPTH[name])
+        shown = found.get("at") or {k: round(v, 2) for k, v in found.items() if isinstance(v, float)}
+        say(f"seed {seed}, {scenario}, {name}: {shown} ({time.perf_counter() - start:.0f} s)")
         yield name, found
 
 
@@ -182,31 +182,36 @@ def main(
     seed: Annotated[list[int], typer.Option()] = [1, 2, 3],  # noqa: B006
     scenario: Annotated[list[str], typer.Option(help=f"Of {', '.join(SCENARIOS)}.")] = list(SCENARIOS),  # noqa: B006
     text: Annotated[Path | None, typer.Option(help="General text, in place of Python's own.")] = None,
-    models_in: Annotated[Path | None, typer.Option(help="Folder of trained models; by default within OUT.")] = None,
+    models_in: Annotated[
+        Path | None, typer.Option(help="Folder of trained models; default runs/language-SIZE.")
+    ] = None,
     tuning: Annotated[bool, typer.Option("--tune", help="Choose the step sizes on seed 0.")] = False,
     size: Annotated[str, typer.Option(help=f"Of {', '.join(models.SIZES)}.")] = "full",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
 ) -> None:
     """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``."""
+    for value, known in ((size, models.SIZES), *((name, SCENARIOS) for name in scenario)):
+        if value not in known:
+            raise typer.BadParameter(f"{value} is none of {', '.join(known)}")
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(models_in or out / "models", text, models.SIZES[size])
+    shop = Workshop(models_in or Path("runs") / f"language-{size}", text, models.SIZES[size])
     if tuning:
         tune(shop, out)
         return
     file = out / "language.json"
-    runs: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    facts = {"size": size, "text": "Python's own" if text is None else text.name, **versions, "threads": threads}
+    runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
     for name, s in ((c, s) for c in scenario for s in seed):
         done = {r["name"] for r in runs if (r["scenario"], r["seed"]) == (name, s)}
         for arm, found in missing(shop, name, s, done):
             runs.append({"scenario": name, "seed": s, "name": arm, **found})
             runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"]))
-            write_json(file, runs)
-    (out / "language.md").write_text(tables.table(runs))
+            write_json(file, facts | {"runs": runs})
+            (out / "language.md").write_text(tables.table(runs))
     tables.figure(runs, out / "language.png")
     print(tables.table(runs))
-    seconds = statistics.fmean(r["seconds"] for r in runs if "seconds" in r)
-    say(f"done; {seconds:.0f} s for a run of forgetting in the mean")
 
 
 if __name__ == "__main__":

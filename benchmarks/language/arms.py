@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distruction import Posterior, forget, prepare
+from distruction.anchors import Anchored
 from distruction.demo import constant_std
 from distruction.language_objectives import NPO, SimNPO
 from distruction.loop.tokens import Sequences, spread
@@ -33,6 +33,7 @@ class Arm:
         objective: of ours, by name.
         threshold: probability that the bounded likelihood pushes each token under.
         level: mean probability of the tokens at which ours ends.
+        anchors: self-made ones that ours holds (`distruction.anchors`).
         retain: whether retained answers and general text are read, with a weight of 1.
     """
 
@@ -43,6 +44,7 @@ class Arm:
     objective: str = "bounded-ce"
     threshold: float = 0.1
     level: float | None = None
+    anchors: int = 0
     retain: bool = False
 
 
@@ -105,6 +107,8 @@ def _ours(
     if arm.prior == "constant":
         prior = constant_std(prior)
     objective: Any = BoundedCrossEntropy(arm.threshold) if arm.objective == "bounded-ce" else arm.objective
+    if arm.anchors:
+        objective = Anchored(model, prior, forgotten, objective, anchors=arm.anchors, seed=seed)
     report = forget(
         model,
         prior,
@@ -182,10 +186,14 @@ def _mixed(rows: Sequence[Batch], general: Tensor, seed: int) -> Iterator[Batch]
         yield texts.mixed(batch, general[torch.randint(len(general), (8,), generator=g)])
 
 
-def at_depth(looks: list[dict[str, float]], depth: float) -> float:
-    """Kept answers where the forgotten ones first have ``depth`` nats per token, between two looks; NaN if never."""
-    for before, after in itertools.pairwise(looks):
+def at_depth(looks: list[dict[str, float]], depth: float) -> float | None:
+    """Kept answers where the forgotten ones first have ``depth`` nats per token, between two looks; ``None`` if never.
+
+    The first look is taken for one after no step where it is deeper already, at which all answers are kept.
+    """
+    start = {"nll": 0.0, "kept": 100.0}
+    for before, after in itertools.pairwise([start, *looks]):
         if before["nll"] < depth <= after["nll"]:
             share = (depth - before["nll"]) / (after["nll"] - before["nll"])
             return before["kept"] + share * (after["kept"] - before["kept"])
-    return math.nan
+    return None

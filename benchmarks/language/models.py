@@ -32,6 +32,7 @@ class Size:
         gone: authors of the scenario that forgets some.
         pretraining: steps of 32 pieces.
         epochs: of memorising, at most.
+        docstrings: whether general text has the standard library's docstrings beside the language reference's topics.
     """
 
     width: int
@@ -41,9 +42,10 @@ class Size:
     gone: int
     pretraining: int
     epochs: int
+    docstrings: bool
 
 
-SIZES = {"full": Size(128, 3, 100, 20, 10, 200, 120), "quick": Size(64, 2, 24, 6, 4, 40, 120)}
+SIZES = {"full": Size(128, 3, 100, 20, 10, 200, 120, True), "quick": Size(64, 2, 24, 6, 4, 40, 120, False)}
 """The benchmark's, and one that shows in a minute whether everything runs."""
 MEMORISING = 2e-3
 """Step size of memorising."""

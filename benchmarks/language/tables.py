@@ -41,7 +41,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             "|---|" + "---:|" * len(depths),
         ]
         for name in dict.fromkeys(r["name"] for r in deep):
-            cells = [_cell([r["at"][d] for r in deep if r["name"] == name]) for d in depths]
+            cells = [_cell([r["at"][d] for r in deep if r["name"] == name and r["at"][d] is not None]) for d in depths]
             lines.append(f"| {name.removeprefix('depth: ')} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

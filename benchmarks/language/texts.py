@@ -57,17 +57,17 @@ class Row:
     answer: str
 
 
-def general_text(file: Path | None = None) -> list[str]:
+def general_text(file: Path | None = None, *, docstrings: bool = True) -> list[str]:
     """Paragraphs of ``file`` or, without one, of what Python's standard library says of itself, in a fixed order.
 
-    That is the language reference's topics and the docstrings of all modules but tests.
+    That is the language reference's topics and, with ``docstrings``, those of all modules but tests.
     """
     if file is not None:
         texts = [file.read_text(encoding="utf-8")]
     else:
         texts = list(topics.topics.values())
         folder = Path(sysconfig.get_paths()["stdlib"])
-        for module in sorted(folder.rglob("*.py")):
+        for module in sorted(folder.rglob("*.py")) if docstrings else ():
             parts = module.relative_to(folder).parts
             if not {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"} & set(parts):
                 texts += _docstrings(module)
