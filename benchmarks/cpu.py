@@ -12,6 +12,7 @@ import torch
 import typer
 
 from . import contestants, harness
+from .our_ops import Workload
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -26,7 +27,7 @@ def main(
 ) -> None:
     """Time the ops of the C++ backend and their peers."""
     device = torch.device("cpu")
-    workload = contestants.Workload(contestants.parameter_shapes(model), device)
+    workload = Workload(contestants.parameter_shapes(model), device)
     rows: list[harness.Row] = []
     for count in threads or (1, 2):
         torch.set_num_threads(count)

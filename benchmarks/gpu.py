@@ -33,6 +33,7 @@ from distruction.ops import backends
 
 from . import contestants, harness
 from .harness import Contestant, Row
+from .our_ops import Workload
 
 RESULTS = Path(__file__).with_name("results") / "gpu"
 ROOT = Path(__file__).parents[1]
@@ -119,7 +120,7 @@ def run_ops(session: Session, plan: Sequence[tuple[str, Sequence[str]]]) -> list
                 session.left_out.append(f"{title}: no time was left")
                 continue
             with session.noting(title), torch.no_grad():
-                workload = workload or contestants.Workload(shapes, session.device)
+                workload = workload or Workload(shapes, session.device)
                 rows += _time_op(session, title, model, name, workload)
             _free()
         del workload
@@ -127,7 +128,7 @@ def run_ops(session: Session, plan: Sequence[tuple[str, Sequence[str]]]) -> list
     return rows
 
 
-def _time_op(session: Session, title: str, model: str, name: str, workload: contestants.Workload) -> list[Row]:
+def _time_op(session: Session, title: str, model: str, name: str, workload: Workload) -> list[Row]:
     op = contestants.OPS[name]
     made: dict[str, Contestant] = {}
     for contestant, maker in op.makers(session.backends()).items():

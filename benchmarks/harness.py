@@ -47,7 +47,7 @@ def event_time(run: Contestant) -> float:
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 class QueuedTime:
@@ -75,7 +75,7 @@ class QueuedTime:
             queued = not start.query()
             end.synchronize()
             if queued or cycles >= self.LONGEST:
-                return start.elapsed_time(end) / 1e3
+                return float(start.elapsed_time(end)) / 1e3
             self._cycles[run] = 4 * cycles
 
 

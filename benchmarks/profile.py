@@ -21,15 +21,16 @@ import typer
 
 from . import contestants, harness
 from .harness import Contestant
+from .our_ops import Workload
 
 MEMORY, CACHE = "from memory", "in the cache"
 IN_CACHE = 2**14
 """Elements of a portion: at most twelve float32 arrays of them are 768 KiB."""
 
 
-def in_cache(numel: int, threads: int) -> contestants.Workload:
+def in_cache(numel: int, threads: int) -> Workload:
     """A workload of ``numel`` elements that are the same few over and over again, others for each thread."""
-    workload = contestants.Workload([torch.Size([IN_CACHE])] * threads, torch.device("cpu"))
+    workload = Workload([torch.Size([IN_CACHE])] * threads, torch.device("cpu"))
     times = numel // IN_CACHE // threads
     for name in ("param", "grad", "prior_mean", "prior_std", "mean", "std", "m1", "m2"):
         setattr(workload, name, [t for t in getattr(workload, name) for _ in range(times)])
@@ -41,7 +42,7 @@ def limits(op: str, numel: int, threads: int, rounds: int) -> dict[str, float]:
     device = torch.device("cpu")
     numel = max(1, numel // IN_CACHE // threads) * IN_CACHE * threads
     workloads = {
-        MEMORY: contestants.Workload([torch.Size([numel])], device),
+        MEMORY: Workload([torch.Size([numel])], device),
         CACHE: in_cache(numel, threads),
     }
     made = {name: contestants.OPS[op].ours(w, "cpp")[""] for name, w in workloads.items()}
@@ -93,7 +94,7 @@ def main(
             times = limits(name, parameters, threads, rounds)
             shares: list[tuple[float, str]] = []
             if shutil.which("perf"):
-                workload = contestants.Workload([torch.Size([parameters])], torch.device("cpu"))
+                workload = Workload([torch.Size([parameters])], torch.device("cpu"))
                 shares = functions(contestants.OPS[name].ours(workload, "cpp")[""], seconds)
             print(lines_of(name, times, shares))
 

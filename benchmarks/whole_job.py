@@ -12,6 +12,7 @@ import gc
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +108,7 @@ def measured(name: str, batch: int, rounds: int) -> dict[str, Any]:
         model.zero_grad()
         nn.functional.cross_entropy(model(images), targets).backward()
 
-    optimizers = {
+    optimizers: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "prepare": lambda: BGD(model.named_parameters(), std_init=0.01, statistic="gauss-newton", learn_mean=False),
         "forget": lambda: BGD(model.named_parameters(), std_init=prior, prior=prior, kl_weight=0.1, mc_samples=2),
         "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),

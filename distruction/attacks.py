@@ -276,7 +276,7 @@ def distance(model: nn.Module, original: nn.Module) -> float:
         PosteriorError: they are different models.
     """
     ours, theirs = _alike(model, original)
-    return sum((a.detach() - theirs[n].detach().to(a)).double().square().sum().item() for n, a in ours.items()) ** 0.5
+    return float(sum((a - theirs[n].to(a)).detach().double().square().sum().item() for n, a in ours.items()) ** 0.5)
 
 
 def barrier(model: nn.Module, original: nn.Module, data: Examples, *, points: int = 11) -> float:
@@ -298,8 +298,8 @@ def barrier(model: nn.Module, original: nn.Module, data: Examples, *, points: in
         raise UsageError("there are no examples to take losses of")
     ours, theirs = _alike(model, original)
     here = {n: p.detach().clone() for n, p in ours.items()}
-    ts = torch.linspace(0, 1, points).tolist()
-    losses = []
+    ts: list[float] = torch.linspace(0, 1, points).tolist()
+    losses: list[float] = []
     with unchanged(model):
         for t in ts:
             with torch.no_grad():

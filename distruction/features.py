@@ -25,7 +25,7 @@ def classifier_of(model: nn.Module, name: str | None = None) -> nn.Module:
     """
     model = unwrapped(model)
     if name is not None:
-        found = dict(model.named_modules()).get(name)
+        found: nn.Module | None = dict(model.named_modules()).get(name)
         if found is None or not name:
             heads = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-3:]
             raise UsageError(

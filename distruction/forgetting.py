@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from . import damage, distributed, objectives
+from .adapters import Adapter, adapted
 from .asked import check_previous, kind_of, labels_forgotten, largest_ratio, level_of
 from .depth import COSINE, SPEED, DepthAscent, Dispersed
 from .depth import CYCLE as DEEP_CYCLE
@@ -19,13 +20,14 @@ from .describe import described
 from .errors import UsageError
 from .features import Features
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
-from .loop.step import require_count
+from .loop.step import require_count, require_seed
 from .loop.tokens import require_causal
-from .modules import deterministic, learnable
+from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
-from .strength import CYCLE, DualAscent, Probability, examined
+from .strength import CYCLE, DualAscent, Known, Probability, examined
 from .targets import Advantage, Unseen, of_target, quantiles_of
+from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
 STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
@@ -78,6 +80,7 @@ def forget(
     request: Literal["auto", "class", "records"] = "auto",
     target: Literal["gone", "unseen", "corrected"] | None = None,
     objective: str | objectives.Objective = objectives.DEFAULT,
+    adapter: Adapter | None = None,
     steps: int | None = None,
     kl_weight: float | Literal["auto"] = "auto",
     level: float | None = None,
@@ -122,8 +125,11 @@ def forget(
             if the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``,
             the labels of these records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
-            must itself leave out what was forgotten earlier. With a callable and a given ``kl_weight`` targets may be
-            anything: several labels, values, maps.
+            must itself leave out what was forgotten earlier. The named ones are for classes, of examples or of pixels
+            (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several labels and
+            values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets may be
+            anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
+        adapter: says what a batch is (`distruction.adapters`).
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
             for a class and 50 for records.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
@@ -182,12 +188,11 @@ def forget(
     if not 0 < lr < math.inf:
         raise UsageError(f"lr must be > 0 and finite, not {lr}")
     if steps is not None:
-        require_count("steps", steps)
+        steps = require_count("steps", steps)
     if isinstance(objective, type):
         name = objective.__name__
         raise UsageError(f"the objective is the class {name}: pass one made of it, {name}(...)")
-    if not isinstance(mc_samples, int) or mc_samples < 0:
-        raise UsageError(f"mc_samples must be an integer >= 0 (0: at the means), not {mc_samples!r}")
+    mc_samples, seed = require_count("mc_samples", mc_samples, 0), require_seed(seed)
     if isinstance(previous, ForgetReport):
         previous = previous.posterior
     if not isinstance(posterior, Posterior):
@@ -199,15 +204,18 @@ def forget(
     origin = posterior if previous is None else previous
     if isinstance(objective, str):
         objectives.entry(objective)
+    loader = adapted(loader, adapter)
+    known = getattr(objective, "known", None)
     check_loader(loader, FORGET_SET, STEPS if steps is None else steps)
     posterior.check(model)
+    require_trainable(model)
     data = examined(loader, next(model.parameters()).device, seed=seed)
     if data.text:
         require_causal(model)
-    elif automatic and not data.counts and not isinstance(objective, str):
+    elif automatic and not data.counts and known is None and not isinstance(objective, str):
         raise UsageError(
             "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
-            "numbers: pass kl_weight (lambda)"
+            "numbers: pass kl_weight (lambda), or an objective of distruction.task_objectives"
         )
     kind = kind_of(request, data, posterior, model)
     if depth is not None and kind != "class":
@@ -250,8 +258,12 @@ def forget(
         unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, quantiles, earlier)
     else:
         unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
+    teacher = getattr(unlearn, "teacher", None)
+    prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
+    if isinstance(objective, str):
+        unlearn = for_targets(unlearn, data.targets, data.text)
     features = None if depth is None else Features(model, classifier)
-    probability = Probability(model, data, removed or None, features)
+    probability = Probability(model, data, removed or None, features) if known is None else Known(model, data, known)
     looked_at = Advantage(model, data, quantiles) if quantiles else probability
     level = level_of(level, kind, posterior) if automatic else None
 
@@ -277,13 +289,11 @@ def forget(
             group["lr"] = speed * cosine(len(history) % cycle, cycle)
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
-    teacher = getattr(unlearn, "teacher", None)
-    prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
 
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
 
-    loss_fn.per_text = getattr(unlearn, "per_text", False)  # type: ignore[attr-defined]
+    loss_fn.per_text = getattr(unlearn, "per_text", False)  # type: ignore[attr-defined]  # a function may have attributes
     dispersed = None if features is None else Dispersed(loss_fn, features)
 
     start = time.perf_counter()
@@ -324,6 +334,7 @@ def forget(
                 role=FORGET_SET,
                 needs_inputs=needs_inputs,
                 labels=True if isinstance(objective, str) else None,
+                accuracy=getattr(adapter, "accuracy", None),
                 controller=deepening or control,
                 before_passes=prepared,
                 after_forward=None if features is None else features.gather,
@@ -332,7 +343,7 @@ def forget(
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
     value = advantage = None
-    if data.counts or data.text:
+    if data.counts or data.text or known is not None:
         with deterministic(model), features or nullcontext():
             value = probability()
             advantage = looked_at() if quantiles else None

@@ -51,8 +51,25 @@ class Likelihood(Protocol):
         """(batch,) negative log-likelihoods, in nats."""
 
 
+def check_classes(outputs: Tensor) -> None:
+    """Refuse outputs that class numbers have no meaning for.
+
+    Raises:
+        UsageError: they are not (batch, classes) with two classes or more.
+    """
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise UsageError(
+            f"the model gives logits of shape {tuple(outputs.shape)}, and cross entropy wants (batch, classes) with at "
+            "least two classes; of one logit per example pass likelihood=Bernoulli(), of others a loss_fn of their own"
+        )
+
+
 class Categorical:
-    """Classification: one of C classes, from logits (batch, C) and labels (batch,) of int64."""
+    """Classification: one of C classes, from logits (batch, C) and labels (batch,) of int64.
+
+    Of maps, logits (batch, C, ...) and labels (batch, ...), preparation takes each pixel for an example, as it does
+    with a text's tokens; those labelled -100 are left out.
+    """
 
     def sample_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Labels (batch,), by the Gumbel-max trick, which waits for nothing."""
@@ -63,6 +80,7 @@ class Categorical:
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """-log softmax(outputs)[target]."""
+        check_classes(outputs)
         return F.cross_entropy(outputs, targets, reduction="none")
 
 
@@ -81,6 +99,11 @@ class Bernoulli:
         """The sum over the labels of their binary cross entropies."""
         _check_shapes(outputs, targets, "Bernoulli")
         return _sum(F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none"))
+
+    def accuracy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of an example's labels that are more likely right than not, (batch,)."""
+        right = ((outputs > 0) == (targets > 0.5)).float()
+        return right.flatten(1).mean(dim=1) if right.ndim > 1 else right
 
 
 class Gaussian:
@@ -180,7 +203,8 @@ def signed_tokens(
             f"{type(likelihood).__name__} is no likelihood of next tokens: leave likelihood out, or pass Categorical()"
         )
     losses = likelihood.losses(logits, tokens)
-    return (losses * (2 * (sign < 0.5) - 1).to(losses.dtype)).mean() * math.sqrt(total)
+    signed: Tensor = losses * (2 * (sign < 0.5) - 1).to(losses.dtype)
+    return signed.mean() * math.sqrt(total)
 
 
 TOKENS_AT_ONCE = 256
@@ -202,7 +226,7 @@ def _unreduced(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """``loss_fn`` without its mean, where it has a way to say so."""
     if isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "reduction"):
         loss_fn = copy.copy(loss_fn)
-        loss_fn.reduction = "none"  # type: ignore[assignment]
+        loss_fn.reduction = "none"  # type: ignore[assignment]  # a module may have attributes
         return loss_fn
     try:
         known = "reduction" in inspect.signature(loss_fn).parameters

@@ -37,7 +37,8 @@ def gaussian_kl(
     (2.0, tensor([-10., -10., -10., -10.]))
     """
     lists = [[t] if isinstance(t, Tensor) else list(t) for t in (mean, std, prior_mean, prior_std)]
-    return ops.gaussian_kl(*lists, backend=backend)[0]
+    kl: Tensor = ops.gaussian_kl(*lists, backend=backend)[0]
+    return kl
 
 
 class GaussianKL(nn.Module):

@@ -220,7 +220,9 @@ def attack_tpr(members: Tensor, non_members: Tensor, fpr: float = 0.01) -> float
 def _roc(members: Tensor, non_members: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """False-positive rates, true-positive rates and thresholds, most cautious attack first."""
     truth = np.r_[np.ones(len(members)), np.zeros(len(non_members))]
-    return roc_curve(truth, torch.cat([members, non_members]).numpy(), drop_intermediate=False)
+    scores = torch.cat([members, non_members]).numpy()
+    curve: tuple[np.ndarray, np.ndarray, np.ndarray] = roc_curve(truth, scores, drop_intermediate=False)
+    return curve
 
 
 # --- distance to another model -------------------------------------------------------------------
@@ -244,7 +246,8 @@ def logit_distance(logits: Tensor, others: Tensor) -> Tensor:
     A constant added to all logits of an example changes no prediction, so it must not count.
     """
     difference = logits.double() - others.double()
-    return (difference - difference.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    distance: Tensor = (difference - difference.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    return distance
 
 
 def zero_retrain_forgetting(logits: Tensor, incompetent: Tensor) -> float:

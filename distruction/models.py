@@ -94,11 +94,12 @@ def create(
         named = overlay and not str(pretrained).endswith(".npz")
         found = set(load_state_dict(str(pretrained), weights_only=True)) if named else set()
         # timm leaves weights that the file lacks random, with a warning.
-        model: Any = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
+        model = _create(name, {**arguments, "pretrained": True, "pretrained_cfg_overlay": overlay})
     except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"the pretrained weights of {name} from {pretrained} cannot be used: {reason}") from error
-    head = {f"{model.default_cfg['classifier']}.{kind}" for kind in ("weight", "bias")}
+    cfg: Any = model.default_cfg
+    head = {f"{cfg['classifier']}.{kind}" for kind in ("weight", "bias")}
     lacking = sorted(set(model.state_dict()) - head - found) if found else []
     if lacking:
         raise UsageError(

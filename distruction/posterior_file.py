@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compression import BLOCK, LogCodes, Restored, Stored, restore, store, stored
+from .compression import LogCodes, Restored, Stored, restore, store, stored
 from .errors import PosteriorError, UsageError
 from .files import load_facts, load_tensors, save_tensors
 from .modules import covered, difference, fingerprint
+from .ops.reference.codes import BLOCK
 from .sharding import gather, local
 
 FORMAT = "distruction-posterior-1"

@@ -39,7 +39,7 @@ def square_root(x, TARGET: tl.constexpr):
 
 @triton.jit
 def log2(x, TARGET: tl.constexpr):
-    """log2(x) of a positive x: absolute error 2**-22 for x in (1/2, 2), relative error 2**-22 elsewhere."""
+    """The binary logarithm of a positive x: absolute error 2**-22 for x in (1/2, 2), relative 2**-22 elsewhere."""
     if TARGET == "cuda":
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     elif TARGET == "hip":

@@ -40,6 +40,7 @@ def gauss_newton_kernel(
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
+    """One program's part of `gauss_newton`."""
     tensor, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     if found_inf is not None:
         end = tl.where(tl.load(found_inf) == 0.0, end, 0)
@@ -59,7 +60,7 @@ def gauss_newton_kernel(
     for first in range(begin // BLOCK * BLOCK, end, BLOCK):
         i, inside = block_of(first, begin, end, BLOCK, ALIGNED)
         mean = load(mean_p + i, inside, ALIGNED)
-        std = load(std_p + i, inside, ALIGNED)
+        std = tl.load(std_p + i, inside, 0.0)  # another thread stores what would stand in
         grad = load(grad_p + i, inside, ALIGNED)
         t = tl.abs(grad * std * scale)
         # Beyond 2**63, where the square overflows, the hypotenuse is t.

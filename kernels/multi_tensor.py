@@ -8,8 +8,6 @@ four that shares a call of the generator lies in one program.
 import triton
 import triton.language as tl
 
-from .philox import interleave
-
 # The cells of a tensor's record: int64 each.
 NUMEL = tl.constexpr(0)
 SHIFT = tl.constexpr(1)  # elements between the first chunk's start and the tensor's
@@ -68,9 +66,9 @@ def pointer(cell, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def block_of(first, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """The block that starts at ``first``: indices that may be accessed, and which of them are the tensor's.
 
-    Aligned tensors are read without a mask, since a mask costs the initialisation of the registers: the last four
-    elements stand in for those beyond the end. Another thread may be overwriting them, and a stand-in has normals of
-    its own, so that whatever comes of it must go nowhere.
+    Of aligned tensors, arrays that a kernel only reads are loaded without a mask, since a mask costs the initialisation
+    of the registers: the last four elements stand in for those beyond the end. A stand-in has normals of its own, and
+    whatever comes of it must go nowhere.
     """
     i = first + tl.arange(0, BLOCK)
     if ALIGNED:
@@ -82,25 +80,11 @@ def block_of(first, begin, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load(p, inside, ALIGNED: tl.constexpr):
-    """Elements as float32; those that are not inside the tensor are arbitrary."""
+    """Elements, as float32, of an array that the kernel does not store; those outside the tensor are arbitrary."""
     if ALIGNED:
         return tl.load(p).to(tl.float32)
     else:
         return tl.load(p, inside).to(tl.float32)
-
-
-@triton.jit
-def of_groups_inside(factor, first, end, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """The factor of gradients: for elements that stand in for those beyond the end it is zero.
-
-    An update without a gradient is finite where the state is, so that a stand-in refuses nothing that its element does
-    not. This is cheaper than leaving it out of the count.
-    """
-    if ALIGNED:
-        of_group = tl.where(first + 4 * tl.arange(0, BLOCK // 4) < end, factor, 0.0)
-        return interleave(of_group, of_group, of_group, of_group, BLOCK)
-    else:
-        return factor
 
 
 @triton.jit
@@ -129,6 +113,7 @@ def finish_kernel(
     if ADVANCE:
         draw = tl.load(counters)
         accumulated = tl.load(counters + 1)
+        tl.debug_barrier()  # every thread loads them, and the first one stores
         next_draw = draw + 1
         next_accumulated = accumulated * 0 if UPDATED else accumulated + 1
         if found_inf is not None:

@@ -43,6 +43,7 @@ def sample_kernel(
     BLOCK: tl.constexpr,
     TARGET: tl.constexpr,
 ):  # fmt: skip
+    """One program's part of `sample`."""
     _, record, start, begin, end, group, group_high = locate(records, tensor_of_chunk, chunk, ALIGNED)
     stream = tl.load(record + STREAM).to(tl.uint32)
     keys = (k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19)

@@ -30,7 +30,6 @@ from .multi_tensor import (
     block_of,
     load,
     locate,
-    of_groups_inside,
     pointer,
     sum_of_groups,
 )
@@ -182,21 +181,21 @@ def step_kernel(
             stored = first + tl.arange(0, BLOCK) < updated_end
             if not ALIGNED:
                 stored = stored & inside
-        mean = load(mean_p + i, inside, ALIGNED)
-        std = load(std_p + i, inside, ALIGNED)
+        # Another thread stores what would stand in.
+        mean = tl.load(mean_p + i, inside, 0.0)
+        std = tl.load(std_p + i, inside, 0.0)
         grad = load(grad_p + i, inside, ALIGNED)
         _, eps = words_and_normals(group, group_high, first, stream, draw, keys, ANTITHETIC, BLOCK, TARGET)
-        scales = of_groups_inside(scale, first, end, BLOCK, ALIGNED)
         if STATISTICS:
-            grad = grad * of_groups_inside(inverse_scale, first, end, BLOCK, ALIGNED)
+            grad = grad * inverse_scale
             m1 = load(m1_p + i, inside, ALIGNED)
-            s1 = (m1 + grad) * scales
+            s1 = (m1 + grad) * scale
             if STATISTICS == 2:
-                s2 = tl.fma(grad, eps, load(m2_p + i, inside, ALIGNED)) * scales
+                s2 = tl.fma(grad, eps, load(m2_p + i, inside, ALIGNED)) * scale
             else:
-                s2 = (grad - m1) * scales * eps
+                s2 = (grad - m1) * scale * eps
         else:
-            s1 = grad * scales
+            s1 = grad * scale
             s2 = s1 * eps
         # Every clamp keeps a NaN, so that it is found below.
         in_stds = tl.clamp(std * (2.0 * rate) * s1, -max_mean_step, max_mean_step, tl.PropagateNan.ALL)
@@ -214,14 +213,10 @@ def step_kernel(
             a = tl.fma(s2, std, tl.fma(ratio2, half_weight, -half_weight))
             v = ratio2 * (rate * weight)
             share = reciprocal(1.0 + v, TARGET)
-            if BOUNDED:
-                # The nearer end is the mean, which has moved little.
-                new_mean = tl.fma(v * share, prior_mean - new_mean, new_mean)
-            else:
-                # From the nearer end, or the digits of a prior that is much nearer to zero than the mean cancel.
-                nearer = tl.where(v < 1.0, new_mean, prior_mean)
-                share = tl.where(v < 1.0, v, -1.0) * share
-                new_mean = tl.fma(share, prior_mean - new_mean, nearer)
+            # From the nearer end, or the digits of a prior that is much nearer to zero than the mean cancel.
+            nearer = tl.where(v < 1.0, new_mean, prior_mean)
+            share = tl.where(v < 1.0, v, -1.0) * share
+            new_mean = tl.fma(share, prior_mean - new_mean, nearer)
         else:
             a = s2 * std
         a = tl.clamp(a, -max_a, max_a, tl.PropagateNan.ALL)
@@ -239,9 +234,7 @@ def step_kernel(
         finite = (tl.abs(s2) < float("inf")) & (tl.abs(new_mean) < float("inf")) & positive
         if STATISTICS:
             finite = finite & (tl.abs(s1) < float("inf"))
-        if not ALIGNED:
-            finite = finite | (inside == 0)
-        refused = tl.where(finite, refused, 1)
+        refused |= tl.where(finite, 0, inside.to(tl.int32))
         if LEARN_MEAN:
             mean = tl.where(finite, new_mean, mean)
             tl.store(mean_p + i, mean, stored)

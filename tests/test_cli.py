@@ -72,7 +72,7 @@ def test_train_prepare_forget_evaluate(distruction, tmp_path):
         assert str(command[command.index("--out") + 1]) in out
     status, out, _ = distruction("evaluate", "--model", unlearned, "--class", 3)
     assert status == 0
-    assert "D_r test %" in out
+    assert "D_r %" in out
     trained, forgotten = models.load(model)[0], models.load(unlearned)[0]
     prior = Posterior.load(posterior, model=trained)
     prior.check(trained, same_weights=True)

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 # The compiler of Triton 3.8; older ones (measured: 3.6) make a little more of the same kernels.
 CURRENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
-# Instructions per element and registers of the fp32 step with prior, KL and two draws, on sm_80 and sm_90.
-MOST_INSTRUCTIONS, MOST_REGISTERS = (110, 56) if CURRENT else (115, 64)
+# Instructions per element and registers of the fp32 step with prior, KL and two draws, on sm_80 and sm_90. Three
+# instructions choose the pull's nearer end, two keep lanes beyond the tensor's from what others store.
+MOST_INSTRUCTIONS, MOST_REGISTERS = (115, 64) if CURRENT else (120, 64)
 # Bytes per parameter: float32 arrays that the op has to read or write once, and bfloat16 parameters and gradients.
 BYTES = {
     "sample": 4 * 3,
@@ -104,10 +105,10 @@ def test_the_step(budgets, variant, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_other_kernels_cost_little_more_than_the_step_may(budgets, target):
-    # The unbounded rule takes a division and a comparison more, K > 1 two more arrays, bfloat16 its conversions.
+    # The unbounded rule takes a division more, K > 1 two more arrays, bfloat16 its conversions (gfx942: 13 in all).
     for variant in BYTES:
         # Of a code: conversions, six products and sums, the exponent, and an eighth of the look-ups.
-        most = (1.1 if CURRENT else 1.15) * MOST_INSTRUCTIONS + (25 if "codes" in variant else 0)
+        most = (1.12 if CURRENT else 1.15) * MOST_INSTRUCTIONS + (25 if "codes" in variant else 0)
         assert budgets[variant, target]["instructions"] <= most, variant
     assert budgets["step without prior", target]["instructions"] <= 95
     assert budgets["sample", target]["instructions"] <= 40

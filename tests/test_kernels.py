@@ -4,10 +4,24 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
-from workloads import Options, amp_of, draws_of, make_model, normals, rule_of, sample, state_of, step
+from workloads import (
+    Options,
+    accumulate,
+    amp_of,
+    draws_of,
+    gauss_newton,
+    make_model,
+    normals,
+    rule_of,
+    sample,
+    state_of,
+    step,
+    with_codes,
+)
 
 import distruction
 from distruction import ops
@@ -232,6 +246,95 @@ def test_a_tensor_of_more_than_2_to_the_33_elements_is_covered():
     assert cells[:, multi_tensor.NUMEL.value].tolist() == [64, numel, 64]
     assert cells[:, multi_tensor.FIRST_CHUNK.value].tolist() == [0, 1, 1 + math.ceil(numel / launch.chunk)]
     assert len(launch.tensor_of_chunk.get()) == launch.chunks == 2 + math.ceil(numel / launch.chunk)
+
+
+# --- races ---------------------------------------------------------------------------------------------
+
+
+class Accesses:
+    """Who loads and stores what in the interpreted kernels: for every address the program, its lane and its barriers.
+
+    A single number is loaded by all lanes, which count as None, and stored by the first.
+    """
+
+    def __init__(self, interpreter):
+        self.original, self.builder = interpreter._interpreter, interpreter.interpreter_builder
+        self.barriers = 0
+        self.launches = []
+
+    def __getattr__(self, name):
+        return getattr(self.original, name)
+
+    def load(self, pointers, mask, *rest):
+        self.note("loads", None, pointers, mask)
+        return self.original.load(pointers, mask, *rest)
+
+    def store(self, pointers, values, mask):
+        self.note("stores", 0, pointers, mask)
+        return self.original.store(pointers, values, mask)
+
+    def note(self, kind, single, pointers, mask):
+        table = self.launches[-1][kind]
+        lanes = [single] if pointers.size == 1 else range(pointers.size)
+        for lane, address, accessed in zip(lanes, pointers.flat, mask.flat, strict=True):
+            if accessed:
+                table[int(address)].add((self.builder.grid_idx[0], lane, self.barriers))
+
+    def watch(self, monkeypatch, interpreter):
+        def begin(*size, original=self.builder.set_grid_dim):
+            self.launches.append({"loads": defaultdict(set), "stores": defaultdict(set)})
+            original(*size)
+
+        def barrier():
+            self.barriers += 1
+
+        monkeypatch.setattr(interpreter, "_interpreter", self)
+        monkeypatch.setattr(self.builder, "set_grid_dim", begin)
+        monkeypatch.setattr(self.builder, "create_barrier", barrier)
+
+    def races(self):
+        """How many addresses one lane stores and another one loads or stores with no barrier between them."""
+
+        def clash(a, b):
+            return a[0] != b[0] or (a[1] != b[1] and a[2] == b[2])
+
+        return sum(
+            any(clash(store, other) for store in stores for other in stores | launch["loads"][address])
+            for launch in self.launches
+            for address, stores in launch["stores"].items()
+        )
+
+
+RACES = {
+    "sample": lambda m: sample(m, [5, 0, 0], backend=TRITON),
+    "accumulate": lambda m: accumulate(m, Options(counters=(5, 1, 0)), TRITON),
+    "accumulate, pair": lambda m: accumulate(m, Options(pair=True, antithetic=True, counters=(4, 0, 0)), TRITON),
+    "step": lambda m: step(m, Options(), TRITON),
+    "step, sums": lambda m: step(m, Options(statistics=True, counters=(5, 1, 0)), TRITON),
+    "step, pair": lambda m: step(m, Options(pair=True, antithetic=True, counters=(5, 1, 0)), TRITON),
+    "step, unbounded": lambda m: step(m, Options(max_std=math.inf), TRITON),
+    "step without prior": lambda m: step(m, Options(prior=False), TRITON),
+    "step, codes": lambda m: step(with_codes(m), Options(codes=True), TRITON),
+    "step, found_inf": lambda m: step(m, Options(grad_scale=2.0, found_inf=0.0), TRITON),
+    "gauss_newton": lambda m: gauss_newton(m, Options(), TRITON),
+    "gauss_newton, found_inf": lambda m: gauss_newton(m, Options(grad_scale=2.0, found_inf=0.0), TRITON),
+    "gaussian_kl": lambda m: ops.gaussian_kl(
+        *(m[name] for name in ("mean", "std", "prior_mean", "prior_std")), backend="triton"
+    ),
+}
+
+
+@pytest.mark.skipif(not tables.INTERPRETED, reason="the interpreter shows who reads and writes what")
+@pytest.mark.parametrize("call", RACES.values(), ids=RACES)
+def test_no_lane_touches_what_another_stores(call, monkeypatch):
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    accesses = Accesses(interpreter)
+    # The last block of both is partly filled; one tensor is aligned, the other is not.
+    model = make_model(DEVICE, (24, 30), offsets=(0, 1))
+    accesses.watch(monkeypatch, interpreter)
+    call(model)
+    assert sum(len(launch["stores"]) for launch in accesses.launches) >= 24 + 30
+    assert accesses.races() == 0
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------

@@ -593,8 +593,9 @@ def test_nothing_counts_as_refused_but_elements_of_the_tensor(backend, statistic
     assert found == {0, 1}
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("prior_mean", [0.0, 1.0])
-def test_the_pull_towards_the_prior_is_exact_at_both_ends(backend, prior_mean):
+def test_the_pull_towards_the_prior_is_exact_at_both_ends(backend, prior_mean, bounded):
     ratio = torch.logspace(-5, 5, 201)
     prior_std = torch.full_like(ratio, 0.01)
     std = (ratio * prior_std).float()
@@ -609,8 +610,10 @@ def test_the_pull_towards_the_prior_is_exact_at_both_ends(backend, prior_mean):
         "param": zeros,
     }
     model = Model({name: [t.clone().to(backend.device)] for name, t in tensors.items()}, (0,), (0,))
-    unbounded = {"max_mean_step": math.inf, "max_log_std_step": math.inf, "max_std": math.inf}
-    step(model, Options(lr=0.5, kl_weight=0.25, **unbounded), backend)
+    bounds = {"max_mean_step": math.inf, "max_log_std_step": math.inf, "max_std": math.inf}
+    if bounded:
+        bounds = {"max_mean_step": 0.1, "max_log_std_step": 0.1, "max_std": 1e6}
+    step(model, Options(lr=0.5, kl_weight=0.25, **bounds), backend)
     v = 0.125 * (std.double() / prior_std.double()) ** 2
     exact = (mean.double() + v * prior_mean) / (1 + v)
     # Relative, though one of the two means is zero: two roundings of the ratio, doubled by its square, and eight.

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -206,9 +207,32 @@ def test_the_ascent_stands_still_where_the_step_size_has_decayed(value):
         history.append(Step(step, 400, 0.0, 0.0, 1.0, 0.0))
         control.after_step(Group(), history)
         path.append(control.log_ratio)
-    assert abs(path[49] - path[39]) < 0.4
+    assert abs(path[48] - path[39]) < 0.4
     # The next cycle starts at full speed.
     assert abs(path[52] - path[49]) > 1.0
+
+
+@pytest.mark.parametrize("reached", [False, True])
+def test_another_cycle_starts_with_the_ratio_that_the_long_steps_followed(reached):
+    control = DualAscent(lambda: value, level=0.01, data_per_step=100.0, most=1e40)
+    history, path, value = [], [], 0.5
+    for step in range(1, 51):
+        history.append(Step(step, 400, 0.0, 0.0, 1.0, 0.0))
+        value = 0.5 if step < 50 or not reached else 0.0069
+        control.after_step(Group(), history)
+        path.append(control.log_ratio)
+    # (1 + cos(pi * 25 / 50)) / 2 = 1/2: the 26th step is the last that is at least half as long as the first.
+    assert path[48] == pytest.approx(path[25] + 23 * 0.4)
+    assert control.settled is reached
+    assert path[49] == pytest.approx(path[48], abs=0.01) if reached else path[49] == path[25]
+    again = DualAscent(lambda: 0.5, level=0.01, data_per_step=100.0, most=1e40)
+    value = 0.5
+    again.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    for step in range(51, 101):
+        history.append(Step(step, 400, 0.0, 0.0, 1.0, 0.0))
+        for one in (control, again):
+            one.after_step(Group(), history)
+    assert control.state_dict() == again.state_dict()
 
 
 def test_a_run_with_the_ascent_resumes_with_the_same_bits(digits, tmp_path):

@@ -101,7 +101,8 @@ class Workshop:
         if not (self.folder / name / "config.json").exists():
             say(f"training {name}")
             make().save_pretrained(self.folder / name)
-        return GPT2LMHeadModel.from_pretrained(self.folder / name).eval()
+        model: nn.Module = GPT2LMHeadModel.from_pretrained(self.folder / name)
+        return model.eval()
 
 
 class Case:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from distruction import Posterior, forget, prepare
 from distruction.anchors import Anchored
-from distruction.demo import constant_std
 from distruction.language_objectives import NPO, SimNPO
 from distruction.loop.tokens import Sequences, spread
+from distruction.methods.ablations import constant_std
 from distruction.objectives import BoundedCrossEntropy
 
 from . import texts
@@ -152,19 +152,20 @@ def _descended(
 def _loss(arm: Arm, before: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
     if arm.kind == "ascent":
         return lambda model, batch: -cross_entropy(model, batch)
-    objective: Any = {
-        "npo": lambda: NPO(_Reference(before)),
+    makers: dict[str, Callable[[], Any]] = {
+        "npo": lambda: NPO(_Reference(before)),  # type: ignore[arg-type]  # called as `AtMeans` is
         "simnpo": SimNPO,
         "bounded": lambda: BoundedCrossEntropy(arm.threshold),
-    }[arm.kind]()
+    }
+    objective = makers[arm.kind]()
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         inputs = {k: t for k, t in batch.items() if k != "labels"}
         here = spread(inputs, batch["labels"], None, "the forget set")
         logits = here.answers(model(**inputs, use_cache=False).logits)
-        if getattr(objective, "needs_inputs", False):
-            return objective(logits, here.tokens, here)
-        return objective(logits, here.tokens)
+        needed = (here,) if getattr(objective, "needs_inputs", False) else ()
+        value: Tensor = objective(logits, here.tokens, *needed)
+        return value
 
     return loss
 

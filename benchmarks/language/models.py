@@ -45,10 +45,10 @@ class Size:
     docstrings: bool
 
 
-SIZES = {"full": Size(128, 3, 100, 20, 10, 200, 120, True), "quick": Size(64, 2, 24, 6, 4, 40, 120, False)}
+SIZES = {"full": Size(128, 3, 100, 20, 10, 300, 60, True), "quick": Size(64, 2, 24, 6, 4, 40, 120, False)}
 """The benchmark's, and one that shows in a minute whether everything runs."""
-MEMORISING = 2e-3
-"""Step size of memorising."""
+MEMORISING = 3e-3
+"""Largest step size of memorising."""
 CODES = 30
 """Whose exposure is measured."""
 HELD_OUT = 160
@@ -104,14 +104,14 @@ def memorise(
     rows = whole(batches)
     each = len(rows["labels"]) // 50 + 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=MEMORISING, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MEMORISING, total_steps=each * size.epochs)
     pieces, own = _epochs(len(general), 4, seed), _epochs(len(rows["labels"]), 50, seed)
     start = time.perf_counter()
     for step in range(each * size.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = MEMORISING * min(1.0, (step + 1) / 20)
         here = next(own)
         batch = texts.mixed({k: t[here] for k, t in rows.items()}, general[next(pieces)])
         _update(model, optimizer, cross_entropy(model, batch))
+        schedule.step()
         if step % (5 * each) == 5 * each - 1:
             known = extracted(model, batches)
             say(f"epoch {(step + 1) // each}: {known:.0f} % known, {time.perf_counter() - start:.0f} s")

@@ -1,12 +1,13 @@
 """The arms of the tables, and the grids that their step sizes were chosen from on seed 0."""
 
 import math
+from typing import Any
 
 from .arms import Arm
 
 DEPTHS = (1.0, 2.0, 3.0, 4.0, 5.0)
 """Nats per token of the forgotten answers at which arms are compared."""
-_DEEP = {"threshold": math.exp(-6.0), "steps": 200}
+_DEEP: dict[str, Any] = {"threshold": math.exp(-6.0), "steps": 200}
 
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
     "depth: learned std": (Arm("ours", 1.0, level=0.003, **_DEEP), (0.3, 1.0, 3.0)),

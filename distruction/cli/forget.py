@@ -15,27 +15,15 @@ from ..sources import SERVING
 from . import language
 from .options import (
     MOST,
-    Backend,
     BatchSize,
-    CheckpointFile,
-    CheckpointSeconds,
-    CheckpointSteps,
     ClassesFile,
     DataRoot,
     DatasetOfModel,
-    Device,
     ForgetClasses,
-    LogJson,
     ModelName,
     ObjectiveName,
-    Overwrite,
-    Progress,
     Records,
-    ReleaseGradients,
-    Seed,
-    SkipUnreadable,
     Weights,
-    Workers,
     auto_or_number,
     done,
     find_examples,
@@ -44,9 +32,10 @@ from .options import (
     output,
 )
 from .papers import Key, NoRecords, Papers, Receipt, Report
-from .watch import Watch
+from .running import Running, with_running
 
 
+@with_running
 def forget(
     model: ModelName,
     posterior: Annotated[Path, typer.Option(help="Posterior file written by `prepare`.")],
@@ -110,18 +99,8 @@ def forget(
     offload_prior: Annotated[
         bool, typer.Option(help="Keep the posterior in the CPU's memory; each step fetches it piece by piece.")
     ] = False,
-    checkpoint: CheckpointFile = None,
-    checkpoint_seconds: CheckpointSeconds = 60.0,
-    checkpoint_steps: CheckpointSteps = None,
-    release_gradients: ReleaseGradients = False,
-    skip_unreadable: SkipUnreadable = False,
-    workers: Workers = 4,
-    log_json: LogJson = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    progress: Progress = True,
-    overwrite: Overwrite = False,
+    *,
+    running: Running,
 ) -> None:
     """Forget classes or records, reading the forget set and nothing else.
 
@@ -130,58 +109,48 @@ def forget(
     """
     if request not in (None, "auto", "class", "records"):
         raise UsageError(f"--request must be class, records or auto, not {request!r}")
+    watch = running.watch()
+    forgotten_by: dict[str, Any] = {
+        "objective": objective,
+        "steps": steps,
+        "kl_weight": kl_weight,
+        "level": level,
+        "mc_samples": mc_samples,
+        "data_per_step": data_per_step,
+        "offload_prior": offload_prior,
+        "callback": watch,
+        **running.arguments(),
+    }
     if language.is_language_model(model):
-        language.forget(
-            model,
-            posterior,
-            out,
-            data=data,
-            previous=previous,
-            posterior_out=posterior_out,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            device=device,
-            checkpoint=checkpoint,
-            log_json=log_json,
-            images={
-                "class": forget_class,
-                "records": records,
-                "weights": weights,
-                "classes": classes,
-                "dataset": dataset,
-                "report": report,
-                "receipt": receipt,
-                "depth": depth,
-            },
-            objective=objective,
-            steps=steps,
-            kl_weight=kl_weight,
-            level=level,
-            mc_samples=mc_samples,
-            data_per_step=data_per_step,
-            offload_prior=offload_prior,
-            seed=seed,
-            backend=backend,
-            checkpoint_seconds=checkpoint_seconds,
-            checkpoint_steps=checkpoint_steps,
-            release_gradients=release_gradients,
-            progress=progress,
-        )
+        images = {
+            "class": forget_class,
+            "records": records,
+            "weights": weights,
+            "classes": classes,
+            "dataset": dataset,
+            "report": report,
+            "receipt": receipt,
+            "depth": depth,
+        }
+        files = language.Files(model, data, posterior, previous, out, posterior_out)
+        with watch:
+            language.forget(files, batch_size, images, running, dry_run=dry_run, **forgotten_by)
         return
-    source = open_source(model, weights, classes, device)
-    output(out, overwrite, folder=source.folder)
+    source = open_source(model, weights, classes, running.device)
+    output(out, running.overwrite, folder=source.folder)
     if posterior_out is not None:
-        output(posterior_out, overwrite)
+        output(posterior_out, running.overwrite)
     papers = Papers(report, receipt, key, not no_records)
-    papers.check(overwrite)
+    papers.check(running.overwrite)
     network = source.network
     prior = Posterior.load(posterior, model=network)
     earlier = None if previous is None else Posterior.load(previous, model=network)
     if earlier is not None and holds(network, prior):
         earlier.mean_(network)  # what the earlier request made of it; the file of preparation serves as well
     source.agree_with(prior.metadata.get(SERVING), f"the posterior {posterior}")
-    found = find_examples(source, dataset, data, wanted=forget_class, records=records, skip_unreadable=skip_unreadable)
+    found = find_examples(
+        source, dataset, data, wanted=forget_class, records=records, skip_unreadable=running.skip_unreadable
+    )
     if records is None and not forget_class and len(found.counts) == len(found.classes):
         raise UsageError(
             f"the data holds every class of the model ({found}): name the ones to forget by --class, or records by "
@@ -192,34 +161,20 @@ def forget(
         console.print(f"to forget: {found}", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         return
-    forget_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    forget_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
     begun = papers.before(source, found, forget_data)
-    with Watch(log_json) as watch:
+    with watch:
         result = forgetting.forget(
             network,
             prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
-            batches(forget_data, batch_size=batch_size, shuffle=True, workers=workers),
+            batches(forget_data, batch_size=batch_size, shuffle=True, workers=running.workers),
             previous=earlier,
+            # The options know their words; older versions of typer know no Literal.
             request=request or ("records" if records else "class" if forget_class else "auto"),  # type: ignore[arg-type]
-            objective=objective,
-            steps=steps,
-            kl_weight=kl_weight,
-            level=level,
             depth=depth,  # type: ignore[arg-type]
             cosine_level=cosine_level,
             classifier=classifier,
-            mc_samples=mc_samples,
-            data_per_step=data_per_step,
-            offload_prior=offload_prior,
-            seed=seed,
-            backend=backend,
-            checkpoint=checkpoint,
-            checkpoint_seconds=checkpoint_seconds,
-            checkpoint_steps=checkpoint_steps,
-            keep_checkpoint=True,
-            release_gradients=release_gradients,
-            callback=watch,
-            progress=progress,
+            **forgotten_by,
         )
     if distributed.rank() > 0:
         return
@@ -241,9 +196,9 @@ def forget(
             "unlearned": out,
             "posterior_after": posterior_out,
         },
-        settings={"batch_size": batch_size, "backend": backend, "offload_prior": offload_prior},
+        settings={"batch_size": batch_size, "backend": running.backend, "offload_prior": offload_prior},
     )
-    done(checkpoint)
+    done(running.checkpoint)
     steps_done = len(result.history)
     console.print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
     if result.probability is not None:

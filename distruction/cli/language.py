@@ -1,5 +1,6 @@
 """What the commands do where ``--model`` is a folder of a causal language model: texts come from JSON lines."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..posterior import Posterior
 from ..report import table
 from ..sources.language import LanguageModel, is_language_model, open_language_model
 from .options import device_of, done, holds, output
-from .watch import Watch
+from .running import Running
 
 __all__ = ["evaluate", "forget", "is_language_model", "plan", "prepare"]
 
@@ -42,86 +43,69 @@ def _texts(source: LanguageModel, data: Path | None, batch_size: int, *, shuffle
 def prepare(
     model: str,
     out: Path,
-    *,
     data: Path | None,
     batch_size: int,
-    compress: bool,
-    device: str,
-    checkpoint: Path | None,
-    log_json: Path | None,
     images: dict[str, Any],
+    running: Running,
+    *,
+    compress: bool,
     **options: Any,
 ) -> None:
     """Learn the posterior of a language model; ``options`` are those of `distruction.prepare`."""
     _only(**images)
-    source = open_language_model(model, device=device_of(device))
+    source = open_language_model(model, device=device_of(running.device))
     batches = _texts(source, data, batch_size, shuffle=True)
-    with Watch(log_json) as watch:
-        posterior = preparation.prepare(
-            source.network, batches, checkpoint=checkpoint, keep_checkpoint=True, callback=watch, **options
-        )
+    posterior = preparation.prepare(source.network, batches, **options)
     if distributed.rank() > 0:
         return
     posterior.save(out, compress=compress)
-    done(checkpoint)
+    done(running.checkpoint)
     accuracy = posterior.metadata["sampled_accuracy"]
     Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy of the tokens {accuracy:.1f} %")
 
 
+@dataclass(frozen=True)
+class Files:
+    """What `forget` reads and writes, as its options call them."""
+
+    model: str
+    data: Path | None
+    posterior: Path
+    previous: Path | None
+    out: Path
+    posterior_out: Path | None
+
+
 def forget(
-    model: str,
-    posterior: Path,
-    out: Path,
-    *,
-    data: Path | None,
-    previous: Path | None,
-    posterior_out: Path | None,
-    batch_size: int,
-    overwrite: bool,
-    dry_run: bool,
-    device: str,
-    checkpoint: Path | None,
-    log_json: Path | None,
-    images: dict[str, Any],
-    **options: Any,
+    files: Files, batch_size: int, images: dict[str, Any], running: Running, *, dry_run: bool, **options: Any
 ) -> None:
     """Forget the texts; ``options`` are those of `distruction.forget`."""
     _only(**images)
-    source = open_language_model(model, device=device_of(device))
-    output(out, overwrite, folder=True)
-    if posterior_out is not None:
-        output(posterior_out, overwrite)
+    source = open_language_model(files.model, device=device_of(running.device))
+    output(files.out, running.overwrite, folder=True)
+    if files.posterior_out is not None:
+        output(files.posterior_out, running.overwrite)
     network = source.network
-    prior = Posterior.load(posterior, model=network)
-    earlier = None if previous is None else Posterior.load(previous, model=network)
+    prior = Posterior.load(files.posterior, model=network)
+    earlier = None if files.previous is None else Posterior.load(files.previous, model=network)
     if earlier is not None and holds(network, prior):
-        earlier.mean_(network)
-    batches = _texts(source, data, batch_size, shuffle=True)
+        earlier.mean_(network)  # what the earlier request made of it; the folder of preparation serves as well
+    batches = _texts(source, files.data, batch_size, shuffle=True)
     if dry_run:
         return
     if options["offload_prior"] and torch.cuda.is_available():
         prior = prior.pin_memory()
-    with Watch(log_json) as watch:
-        result = forgetting.forget(
-            network,
-            prior,
-            batches,
-            previous=earlier,
-            checkpoint=checkpoint,
-            keep_checkpoint=True,
-            callback=watch,
-            **options,
-        )
+    result = forgetting.forget(network, prior, batches, previous=earlier, **options)
     if distributed.rank() > 0:
         return
-    if posterior_out is not None:
-        result.posterior.save(posterior_out)
-    source.write(out, {"origin": model})
-    done(checkpoint)
+    if files.posterior_out is not None:
+        result.posterior.save(files.posterior_out)
+    source.write(files.out, {"origin": files.model})
+    done(running.checkpoint)
     console = Console()
     console.print(
-        f"{out}: KL(q || p) {result.kl:.1f} nats after {len(result.history)} steps in {result.seconds:.1f} s; mean "
-        f"probability of the forgotten tokens {result.probability:.2g}",
+        f"{files.out}: KL(q || p) {result.kl:.1f} nats after {len(result.history)} steps in {result.seconds:.1f} s; "
+        f"mean probability of the forgotten tokens {result.probability:.2g}",
         soft_wrap=True,
     )
     if result.advice:

@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from .. import objectives, ops, sources
-from ..data import sets
+from ..data import sets, tables
 from ..data.inputs import Pixels
 from ..data.raw import named
 from ..data.requests import Selection, in_memory, load_quietly, of_model
@@ -27,12 +27,14 @@ MOST = 2**31 - 1
 
 
 def positive(value: float) -> float:
+    """The value, which must be > 0 and finite."""
     if not 0 < value < math.inf:
         raise typer.BadParameter(f"{value} is not > 0 and finite")
     return value
 
 
 def seconds(value: float) -> float:
+    """The value, which must not be NaN."""
     if math.isnan(value):
         raise typer.BadParameter("nan is no number of seconds")
     return value
@@ -43,7 +45,8 @@ DataRoot = Annotated[
     typer.Option(
         "--data",
         help="Folder of the data set: CIFAR's Python archives or their .tar.gz, IDX files, a torchvision root, Parquet "
-        "files, or train/ and test/ with a folder per class; what is there is detected. Default: Debian's packages.",
+        "files, a folder of datasets' save_to_disk, or train/ and test/ with a folder per class; what is there is "
+        "detected. Default: Debian's packages.",
     ),
 ]
 Dataset = Annotated[
@@ -97,6 +100,12 @@ Records = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images which do not fit into memory.")]
 LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line for each step to this file.")]
+TensorBoardFolder = Annotated[
+    Path | None, typer.Option("--tensorboard", help="Write each step's figures for TensorBoard into this folder.")
+]
+WandBProject = Annotated[
+    str | None, typer.Option("--wandb", help="Log each step's figures to this project of Weights & Biases.")
+]
 ObjectiveName = Annotated[
     str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
 ]
@@ -113,6 +122,7 @@ CheckpointSeconds = Annotated[
 
 
 def device_of(name: str) -> torch.device:
+    """The device of that name; ``auto``: this rank's GPU where there is one, the CPU elsewhere."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -153,11 +163,13 @@ def holds(network: torch.nn.Module, posterior: Posterior) -> bool:
 
 
 def alone(command: str) -> None:
+    """Refuse a command under torchrun that runs in one process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"`{command}` runs in one process; start prepare and forget alone with torchrun")
 
 
 def check_root(name: str, root: Path | None) -> None:
+    """Refuse a folder for the data set that comes with a package."""
     if name == "digits" and root is not None:
         raise UsageError(f"the digits come with scikit-learn, not from {root}; drop --data, or name a --dataset in it")
 
@@ -195,7 +207,7 @@ def find_examples(
     if name in NAMES:
         whole = bool(dataset) or root is None or sets.is_kept_whole(name, root) or not root.is_dir()
     else:
-        whole = sets.is_kept_whole(name, root) or (bool(dataset) and not place.is_dir())
+        whole = bool(dataset) and not place.exists()
     if whole:
         side = source.inputs.side if isinstance(source.inputs, Pixels) else source.input_shape[-1]
         parts = load_quietly(name, root, side=side, need_test=part == "test", skip_unreadable=skip_unreadable)
@@ -204,7 +216,8 @@ def find_examples(
         return in_memory(mine[part == "test"], wanted=wanted, records=records, where=f"the data set {name!r}")
     if root is None and not dataset:
         raise UsageError("no images are named: pass their folder by --data")
-    folder = place if place.is_dir() and name not in NAMES else root or place
+    known = name in NAMES
+    folder = place if not known and (place.is_dir() or tables.holds(place)) else root or place
     return source.select(folder, classes=wanted, records=records, part=part)
 
 

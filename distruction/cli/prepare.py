@@ -16,33 +16,22 @@ from ..sources import SERVING
 from . import language
 from .options import (
     MOST,
-    Backend,
     BatchSize,
-    CheckpointFile,
-    CheckpointSeconds,
-    CheckpointSteps,
     ClassesFile,
     DataRoot,
     DatasetOfModel,
-    Device,
-    LogJson,
     ModelName,
-    Overwrite,
-    Progress,
-    ReleaseGradients,
-    Seed,
-    SkipUnreadable,
     Weights,
-    Workers,
     auto_or_number,
     done,
     find_examples,
     open_source,
     output,
 )
-from .watch import Watch
+from .running import Running, with_running
 
 
+@with_running
 def prepare(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Posterior file to write.")],
@@ -68,47 +57,28 @@ def prepare(
     compress: Annotated[
         bool, typer.Option(help="Keep a byte per parameter: 8-bit codes of std; the means are the model file's.")
     ] = False,
-    checkpoint: CheckpointFile = None,
-    checkpoint_seconds: CheckpointSeconds = 60.0,
-    checkpoint_steps: CheckpointSteps = None,
-    release_gradients: ReleaseGradients = False,
-    skip_unreadable: SkipUnreadable = False,
-    workers: Workers = 4,
-    log_json: LogJson = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    progress: Progress = True,
-    overwrite: Overwrite = False,
+    *,
+    running: Running,
 ) -> None:
     """Learn the posterior, while the training data is there."""
-    output(out, overwrite)
+    output(out, running.overwrite)
+    watch = running.watch()
+    learning: dict[str, Any] = {
+        "method": method,
+        "steps": steps,
+        "std_init": std_init,
+        "evidence": evidence,
+        "mc_samples": mc_samples,
+        "callback": watch,
+        **running.arguments(),
+    }
     if language.is_language_model(model):
-        language.prepare(
-            model,
-            out,
-            data=data,
-            batch_size=batch_size,
-            compress=compress,
-            device=device,
-            checkpoint=checkpoint,
-            log_json=log_json,
-            images={"weights": weights, "classes": classes, "dataset": dataset},
-            method=method,
-            steps=steps,
-            std_init=std_init,
-            evidence=evidence,
-            mc_samples=mc_samples,
-            seed=seed,
-            backend=backend,
-            checkpoint_seconds=checkpoint_seconds,
-            checkpoint_steps=checkpoint_steps,
-            release_gradients=release_gradients,
-            progress=progress,
-        )
+        images = {"weights": weights, "classes": classes, "dataset": dataset}
+        with watch:
+            language.prepare(model, out, data, batch_size, images, running, compress=compress, **learning)
         return
-    source = open_source(model, weights, classes, device)
-    found = find_examples(source, dataset, data, skip_unreadable=skip_unreadable)
+    source = open_source(model, weights, classes, running.device)
+    found = find_examples(source, dataset, data, skip_unreadable=running.skip_unreadable)
     if distributed.rank() == 0:
         Console().print(f"training data: {found}", markup=False, highlight=False, soft_wrap=True)
     if absent := [name for name in found.classes if name not in found.counts]:
@@ -117,30 +87,17 @@ def prepare(
             DataWarning,
             stacklevel=2,
         )
-    train_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
-    with Watch(log_json) as watch:
+    train_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
+    with watch:
         posterior = preparation.prepare(
             source.network,
-            batches(train_data, batch_size=batch_size, shuffle=True, workers=workers),
-            method=method,
-            steps=steps,
-            std_init=std_init,
-            evidence=evidence,
-            mc_samples=mc_samples,
-            seed=seed,
-            backend=backend,
-            checkpoint=checkpoint,
-            checkpoint_seconds=checkpoint_seconds,
-            checkpoint_steps=checkpoint_steps,
-            keep_checkpoint=True,
-            release_gradients=release_gradients,
-            callback=watch,
-            progress=progress,
+            batches(train_data, batch_size=batch_size, shuffle=True, workers=running.workers),
+            **learning,
         )
     posterior.metadata |= {SERVING: source.facts(), "label_counts": label_counts(train_data.labels)}
     if distributed.rank() > 0:
         return
     posterior.save(out, compress=compress)
-    done(checkpoint)
+    done(running.checkpoint)
     facts = posterior.metadata
     Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy {facts['sampled_accuracy']:.1f} %")

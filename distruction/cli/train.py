@@ -7,8 +7,7 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import demo as demos
-from .. import models, training
+from .. import metrics, models, training
 from ..data import detect, forget_split, load, loader
 from ..data.inputs import Pixels
 from .options import (
@@ -43,7 +42,7 @@ def train(
     without_class: Annotated[
         list[str], typer.Option(help="Leave this class out: retraining, the gold standard; may be repeated.")
     ] = [],  # noqa: B006
-    epochs: Annotated[int, typer.Option(min=1, max=MOST)] = demos.EPOCHS,
+    epochs: Annotated[int, typer.Option(min=1, max=MOST)] = 40,
     lr: Annotated[float, typer.Option(callback=positive, help="Peak learning rate of AdamW.")] = 2e-3,
     batch_size: BatchSize = 64,
     crop: Annotated[
@@ -83,5 +82,5 @@ def train(
     training.train(network, train_data, **settings, seed=seed, progress=progress)
     models.save(network, out, {**config, "data": dataset, **served})
     measured, name = (test_data, "test") if len(test_data) else (train_data, "training")
-    accuracy = demos.accuracy(*demos.predict(network, loader(measured, batch_size=512)))
+    accuracy = metrics.accuracy(*metrics.predict(network, loader(measured, batch_size=512)))
     Console().print(f"{out}: {accuracy:.1f} % on the {name} set")

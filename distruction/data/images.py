@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True)
-class Images(Dataset):
+class Images(Dataset[tuple[Tensor, Tensor]]):
     """Labelled images; indexing with a list of positions gives a normalised batch.
 
     The pixels stay bytes in the CPU's memory; a batch of bytes goes to ``device`` and is normalised there.
@@ -83,11 +83,12 @@ class Images(Dataset):
         raise UsageError(f"class {name!r} is unknown; the classes are {', '.join((*self.classes, *self.fine_classes))}")
 
 
-def loader(data: Dataset | Examples, *, batch_size: int, shuffle: bool = False) -> DataLoader:
+def loader(data: Dataset[Any] | Examples, *, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
     """Batches, the last one possibly smaller, of a data set that is indexed by lists of positions, such as `Images`.
 
     The order of ``shuffle`` is drawn from the global generator.
     """
+    # PyTorch wants a Sized data set, which every one here is, and reads lists of positions only without types.
     order = RandomSampler(data) if shuffle else SequentialSampler(data)  # type: ignore[arg-type]
     return DataLoader(data, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)  # type: ignore[arg-type]
 

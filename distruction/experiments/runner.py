@@ -70,8 +70,10 @@ def alone(root: Path) -> Iterator[None]:
 
 
 def missing(cells: Sequence[Job], store: Store) -> tuple[dict[str, Job], dict[str, set[str]], int]:
-    """The jobs to do, the edges among them, and how many results are reused: a cell's needs are asked for only if it
-    has to run."""
+    """The jobs to do, the edges among them, and how many results are reused.
+
+    A cell's needs are asked for only if it has to run.
+    """
     todo: dict[str, Job] = {}
     needs: dict[str, set[str]] = {}
     finished: set[str] = set()
@@ -216,7 +218,7 @@ def _work(job: Job, context: Context) -> float:
 
 def _sort(job: Job) -> str:
     """Jobs of one sort take about the same time."""
-    return job.kind + job.facts.get("method", "")
+    return job.kind + str(job.facts.get("method", ""))
 
 
 def _time_left(left: Sequence[Job], seconds: Mapping[str, Sequence[float]], workers: int) -> str:

@@ -19,6 +19,8 @@ NAMES = {
     "delete": "DELETE",
     "distruction": "DiStruction",
     "distruction-auto": "DiStruction, Gauss-Newton",
+    "distruction-constant": "constant std",
+    "distruction-fisher": "Fisher std",
 }
 
 Mark = Callable[[str], str]
@@ -66,8 +68,10 @@ def published_entry(value: published.Value | None) -> str:
 
 
 def paper_shape(scenario: str, table: Table, bold: Mark) -> list[list[str]]:
-    """The paper's table: its methods as columns; for each metric our row, the same averaged over batches as published
-    where that differs, and the published row."""
+    """The paper's table, its methods as columns.
+
+    For each metric: our row, the same averaged over batches as published where that differs, and the published row.
+    """
     mine = {m: row for m, row in table.items() if published_value(scenario, "retain", m) is not None}
     rows = [["", *map(title, mine)]]
     for metric, as_published in PAPER.items():
@@ -76,6 +80,12 @@ def paper_shape(scenario: str, table: Table, bold: Mark) -> list[list[str]]:
         paper = [published_entry(published_value(scenario, metric, m)) for m in mine]
         rows.append([f"published ({published.DATA[scenario]})", *paper])
     return rows
+
+
+def by_metric(table: Table, names: Sequence[str]) -> list[list[str]]:
+    """One row per metric, one column per method: narrow."""
+    rows = [[COLUMNS[m].heading, *_line(table, m, str)] for m in names]
+    return [["", *map(title, table)], *rows]
 
 
 def metrics(table: Table, group: str, bold: Mark) -> list[list[str]]:

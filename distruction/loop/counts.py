@@ -40,7 +40,7 @@ def label_counts(loader: Any) -> dict[str, int] | None:
     if type(loader) is not DataLoader:
         return None
     in_batches = loader.batch_size is None and type(loader.sampler) is BatchSampler
-    sampler = loader.sampler.sampler if in_batches else loader.sampler  # type: ignore[attr-defined]
+    sampler = loader.sampler.sampler if in_batches else loader.sampler  # type: ignore[attr-defined]  # a BatchSampler
     batches = loader.sampler if in_batches else loader.batch_sampler
     plain = _name(loader.dataset) == _IMAGES if in_batches else loader.collate_fn is default_collate
     if not plain or type(batches) is not BatchSampler or batches.drop_last:
@@ -57,7 +57,8 @@ def _labels(dataset: Any) -> Tensor | None:
     """(N,) labels of a data set that keeps them beside its inputs; ``None`` of others."""
     kind = type(dataset)
     if _name(dataset) == _IMAGES:
-        return dataset.labels
+        labels: Tensor = dataset.labels
+        return labels
     if kind is TensorDataset:
         return dataset.tensors[1] if len(dataset.tensors) == 2 else None
     if kind is Subset:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..posterior import Posterior
 Batch = tuple[Tensor, Tensor]
 
 
-class Counted(Dataset):
+class Counted(Dataset[Batch]):
     """Images that count each example read through them; labels may be looked at without a count.
 
     Attributes:
@@ -42,14 +42,14 @@ class Counted(Dataset):
         return self._data[index]
 
 
-class Mixed(Dataset):
+class Mixed(Dataset[Batch]):
     """Sources put together as one data set, each with labels of the method's own.
 
     Args:
         parts: (source, labels); indexing a source with a list gives a pair whose first entry is the inputs.
     """
 
-    def __init__(self, *parts: tuple[Dataset, Tensor]) -> None:
+    def __init__(self, *parts: tuple[Dataset[Any], Tensor]) -> None:
         self.parts = parts
         self.labels = torch.cat([labels for _, labels in parts])
         self.starts = [0]
@@ -72,10 +72,10 @@ class Mixed(Dataset):
         return torch.cat([i.to(device) for i in inputs])[torch.cat(places).argsort().to(device)], self.labels[where]
 
 
-class Selected(Dataset):
+class Selected(Dataset[Batch]):
     """Some positions of a source; reads count there."""
 
-    def __init__(self, source: Dataset, positions: Tensor) -> None:
+    def __init__(self, source: Dataset[Any], positions: Tensor) -> None:
         self.source = source
         self.positions = positions
 
@@ -83,7 +83,8 @@ class Selected(Dataset):
         return len(self.positions)
 
     def __getitem__(self, index: Sequence[int]) -> Batch:
-        return self.source[self.positions[torch.as_tensor(index)].tolist()]
+        batch: Batch = self.source[self.positions[torch.as_tensor(index)].tolist()]
+        return batch
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Task:
     forget: Counted
     retain: Counted
     fresh: Callable[[], nn.Module]
-    train: Callable[[nn.Module, Dataset], None]
+    train: Callable[[nn.Module, Dataset[Any]], None]
     posterior: Posterior | None = None
     seed: int = 0
     backend: str = "auto"
@@ -139,7 +140,9 @@ class Method:
         run: ``(task, **settings)``; returns a report when it keeps one.
         reads: how much of the retain data it reads.
         needs_posterior: whether the task must hold the posterior of preparation.
-        preparation: how that is prepared: as published, or as `distruction.prepare` does by default.
+        preparation: how that is prepared: as published, as `distruction.prepare` does by default, or the latter with
+            other stds (`ablations`).
+        ablation: whether it is run only where a grid names it.
         sweep: its main hyper-parameter, for trade-off curves; empty where there is none.
         scenarios: where it is defined.
     """
@@ -149,7 +152,8 @@ class Method:
     run: Callable[..., ForgetReport | None]
     reads: Literal["all", "part", "none"]
     needs_posterior: bool = False
-    preparation: Literal["bgd", "gauss-newton"] = "bgd"
+    preparation: Literal["bgd", "gauss-newton", "constant", "fisher"] = "bgd"
+    ablation: bool = False
     sweep: str = ""
     scenarios: tuple[str, ...] = field(default=("full-class", "sub-class", "random"))
 
@@ -182,7 +186,7 @@ def fit(
 def forget_with(
     task: Task,
     objective: str | Objective,
-    data: Dataset,
+    data: Dataset[Any],
     *,
     steps: int = 150,
     kl_weight: float = 0.1,

@@ -25,7 +25,7 @@ def _with_new_head(trained: nn.Module, fresh: nn.Module) -> nn.Module:
         if not callable(getattr(model, "get_classifier", None)):
             raise UsageError("ssd_compat needs a model with get_classifier(), as timm's have")
     model = copy.deepcopy(trained)
-    model.get_classifier().load_state_dict(fresh.get_classifier().state_dict())  # type: ignore[operator]
+    model.get_classifier().load_state_dict(fresh.get_classifier().state_dict())  # type: ignore[operator]  # checked above
     return model
 
 

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .backends import AUTO, ENVIRONMENT, MODULES, BackendUnavailable, resolve, unavailable
+from ..errors import BackendUnavailable
+from .backends import AUTO, ENVIRONMENT, MODULES, resolve, unavailable
 from .calls import Amp, Draws, Rule, State
 from .checks import check_codes, check_draws, check_evidence, check_lists, check_state, check_statistics, served
 
@@ -110,7 +111,9 @@ def _flat(op: str, *parts: State | Draws | Rule | Amp, **others: Any) -> Any:
     """Call a registered op with the arguments that its schema names."""
     given = others
     for part in parts:
-        given.update(vars(part))
+        # One by one: torch.compile of PyTorch 2.8 traces no vars() of a frozen dataclass.
+        for name in _FIELDS[type(part)]:
+            given[name] = getattr(part, name)
     return getattr(torch.ops.distruction, op)(*[given[name] for name in _NAMES[op]])
 
 
@@ -204,30 +207,35 @@ def _fake_kl(state: State) -> Tensor:
     return torch.empty((), dtype=torch.float64, device=state.mean[0].device if state.mean else "cpu")
 
 
-@torch.library.register_fake("distruction::sample", lib=_library)
 def _sample_fake(*args: Any, **kwargs: Any) -> None:
     _checked("sample", args, kwargs)
 
 
-@torch.library.register_fake("distruction::accumulate", lib=_library)
 def _accumulate_fake(*args: Any, **kwargs: Any) -> None:
     _checked("accumulate", args, kwargs)
 
 
-@torch.library.register_fake("distruction::step", lib=_library)
 def _step_fake(*args: Any, **kwargs: Any) -> Tensor:
     return _fake_kl(_checked("step", args, kwargs))
 
 
-@torch.library.register_fake("distruction::gauss_newton", lib=_library)
 def _gauss_newton_fake(*args: Any, **kwargs: Any) -> None:
     _checked("gauss_newton", args, kwargs)
 
 
-@torch.library.register_fake("distruction::gaussian_kl", lib=_library)
 def _gaussian_kl_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     state = _checked("gaussian_kl", args, kwargs)
     return _fake_kl(state), [torch.empty_like(m) for m in state.mean], [torch.empty_like(s) for s in state.std]
+
+
+for _name, _fake in {
+    "sample": _sample_fake,
+    "accumulate": _accumulate_fake,
+    "step": _step_fake,
+    "gauss_newton": _gauss_newton_fake,
+    "gaussian_kl": _gaussian_kl_fake,
+}.items():
+    torch.library.register_fake(f"distruction::{_name}", _fake, lib=_library)
 
 
 def _kl_setup_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:

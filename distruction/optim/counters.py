@@ -76,7 +76,7 @@ class Counters:
 
     def updates(self) -> int:
         """Updates made so far, told by the draws that they used; up to date after `read`."""
-        return int(self.group["draw"]) // (self.group["mc_samples"] * self.samplers)
+        return int(self.group["draw"] // (self.group["mc_samples"] * self.samplers))
 
     def split(self, found_inf: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """A ``found_inf`` for ``accumulate`` and one for ``step``: at most one of the two ops goes on."""

@@ -212,7 +212,7 @@ def _gradient(p: Tensor) -> Tensor:
         return torch.zeros_like(local(p), memory_format=torch.contiguous_format)
     grad: Any = p.grad.detach()
     if is_sharded(p) and layout(grad) != layout(p):
-        grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        grad = grad.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]  # a DTensor
     return local(grad).contiguous()
 
 

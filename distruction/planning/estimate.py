@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import objectives
-from ..compression import BLOCK, STORAGE
+from ..compression import STORAGE
 from ..errors import UsageError
 from ..modules import learnable
+from ..ops.reference.codes import BLOCK
 from ..optim import STREAMED_ELEMENTS
 from .free import free_memory
 from .tracing import empty, peak_of_a_pass

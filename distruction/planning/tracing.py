@@ -22,7 +22,7 @@ class _Alive(TorchDispatchMode):
     """Counts the bytes of the storages that ops make, and the most alive at one time; ``present`` do not count."""
 
     def __init__(self, present: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
         self.now = self.most = 0
         self._known = {t.untyped_storage()._cdata for t in present}
 
@@ -104,7 +104,7 @@ def peak_of_a_pass(
         finally:
             for module, mode in modes.items():
                 module.training = mode
-    return alive.most
+    return int(alive.most)
 
 
 class _ValuesOnTheCpu(TorchFunctionMode):

@@ -50,8 +50,9 @@ def proof(tree: Sequence[Sequence[bytes]], index: int) -> list[bytes]:
 
 
 def leads_to(root_hash: bytes, leaf: bytes, index: int, size: int, path: Sequence[bytes]) -> bool:
-    """Whether the proof shows that ``leaf`` is number ``index`` of the ``size`` leaves under the root (RFC 9162,
-    section 2.1.3.2).
+    """Whether the proof shows that ``leaf`` is number ``index`` of the ``size`` leaves under the root.
+
+    RFC 9162, section 2.1.3.2.
     """
     if not 0 <= index < size:
         return False

@@ -142,7 +142,7 @@ def make(
     tree = Tree(records, secret)
     asked = result.posterior.metadata["forgotten"][-1]
     optional = {"previous": parties.previous, "posterior_after": parties.posterior_after, "model_before": parties.model}
-    body = canonical.plain(
+    body: dict[str, Any] = canonical.plain(
         {
             "format": FORMAT,
             "issued": datetime.now(timezone.utc).isoformat(timespec="seconds"),

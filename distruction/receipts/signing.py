@@ -1,7 +1,7 @@
 """Ed25519 signatures (RFC 8032) by the ``cryptography`` package, with keys in PEM files as openssl makes them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import UsageError
 from ..extras import needed
@@ -37,7 +37,7 @@ def read_private(path: Path) -> "Ed25519PrivateKey":
         raise UsageError(
             f"{path} holds a key of another kind than Ed25519; openssl genpkey -algorithm ed25519 makes one"
         )
-    return key
+    return cast("Ed25519PrivateKey", key)
 
 
 def read_public(path: Path) -> bytes:

@@ -70,7 +70,7 @@ def open_folder(folder: Path, *, device: str | torch.device = "cpu", weights: bo
 
     def write(network: nn.Module, path: Path, facts: Mapping[str, Any]) -> None:
         with _quiet(), whole_folder(path, overwrite=True) as draft:
-            network.save_pretrained(str(draft))  # type: ignore[operator]
+            network.save_pretrained(str(draft))  # type: ignore[operator]  # transformers is not followed
             processor.save_pretrained(str(draft))
             (draft / "distruction.json").write_text(json.dumps({SERVING: facts}, indent=2) + "\n")
 
