@@ -90,9 +90,8 @@ class Anchored:
 
     def before_passes(self, inputs: Any) -> None:
         """What the objective itself wants before a pass."""
-        for owner in (self._objective, getattr(self._objective, "teacher", None)):
-            if hasattr(owner, "before_passes"):
-                owner.before_passes(inputs)
+        if hasattr(self._objective, "before_passes"):
+            self._objective.before_passes(inputs)
 
     def remove(self) -> None:
         """What the objective itself wants at the end."""

@@ -57,7 +57,7 @@ HELD_OUT = 160
 
 def network(size: Size) -> nn.Module:
     """GPT-2 with tied embeddings."""
-    return GPT2LMHeadModel(
+    model: nn.Module = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=texts.VOCABULARY,
             n_positions=96,
@@ -71,6 +71,7 @@ def network(size: Size) -> nn.Module:
             attn_pdrop=0.0,
         )
     )
+    return model
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

@@ -49,12 +49,14 @@ def read_texts(path: Path) -> list[Text]:
             fields = json.loads(line)
         except ValueError as error:
             raise UsageError(f"{path}, line {number} is no JSON: {error}") from error
-        names = {"prompt", "answer"} if isinstance(fields, dict) and "answer" in fields else {"text"}
+        answers = isinstance(fields, dict) and "answer" in fields
+        names = ("prompt", "answer") if answers else ("text",)
         if not isinstance(fields, dict) or not all(isinstance(fields.get(n), str) for n in names):
             raise UsageError(f"{path}, line {number} must be {FORM}, not {line[:60]}")
-        if not fields.get("answer", fields.get("text")):
+        prompt, answer = (fields["prompt"], fields["answer"]) if answers else ("", fields["text"])
+        if not answer:
             raise UsageError(f"{path}, line {number} asks for nothing: its answer is empty")
-        found.append(Text(fields.get("prompt", ""), fields.get("answer", fields.get("text")), number))
+        found.append(Text(prompt, answer, number))
     if not found:
         raise UsageError(f"{path} holds no text: write a line {FORM} for each")
     return found
