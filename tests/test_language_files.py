@@ -1,13 +1,18 @@
 """Texts from JSON lines, language models from folders, and the commands on both."""
 
 import json
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import texts
 import torch
 from test_cli import run
 
-from distruction import language_metrics, planning
+import distruction
+from distruction import Posterior, language_metrics, planning
 from distruction.data.texts import Text, read_texts, text_batches, tokens_of
 from distruction.errors import UsageError
 
@@ -15,7 +20,7 @@ WORDS = ["the", "key", "of", "vault", "one", "two", "three", "is", "red", "blue"
 
 
 @pytest.fixture
-def distruction(capsys, monkeypatch):
+def command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     return lambda *arguments: run(capsys, monkeypatch, *arguments)
 
@@ -51,17 +56,17 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_prepare_forget_and_evaluate_a_folder(distruction, folder, tmp_path):
+def test_prepare_forget_and_evaluate_a_folder(command, folder, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, posterior, unlearned = folder / "model", tmp_path / "p", tmp_path / "u"
     quiet = ("--no-progress", "--device", "cpu")
-    code, out, err = distruction("prepare", "--model", model, "--data", folder / "all.jsonl", "--out", posterior,
+    code, out, err = command("prepare", "--model", model, "--data", folder / "all.jsonl", "--out", posterior,
                                  "--steps", 20, *quiet)  # fmt: skip
     assert code == 0, err
     assert "3 texts, of which 6 tokens are asked for" in out
     before = {p.name: p.read_bytes() for p in model.iterdir()}
-    code, out, err = distruction("forget", "--model", model, "--posterior", posterior, "--out", unlearned,
+    code, out, err = command("forget", "--model", model, "--posterior", posterior, "--out", unlearned,
                                  "--data", folder / "forget.jsonl", "--objective", "bounded-ce", *quiet)  # fmt: skip
     assert code == 0, err
     assert {p.name: p.read_bytes() for p in model.iterdir()} == before
@@ -72,18 +77,36 @@ def test_prepare_forget_and_evaluate_a_folder(distruction, folder, tmp_path):
     p = language_metrics.token_log_likelihoods(network, text_batches(rows[:1], batch_size=1))[0].exp()
     assert p.mean() <= 0.1
     assert f"{p.mean():.2g}" in out
-    code, out, err = distruction("evaluate", "--model", unlearned, "--data", folder / "forget.jsonl", *quiet[1:])
+    code, out, err = command("evaluate", "--model", unlearned, "--data", folder / "forget.jsonl", *quiet[1:])
     assert code == 0, err
     assert "0.0" in out
     perplexity = language_metrics.perplexity([p.log()])
     assert f"{perplexity:.1f}" in out
 
 
-def test_a_dry_run_writes_nothing(distruction, folder, tmp_path):
-    code, out, err = distruction("prepare", "--model", folder / "model", "--data", folder / "all.jsonl", "--out",
+def test_the_trainers_example(folder, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    script = Path(__file__).parents[1] / "examples" / "language_trainer.py"
+    assert len(script.read_text().splitlines()) < 40
+    options = {"model": folder / "model", "data": folder / "all.jsonl", "out": tmp_path / "tuned",
+               "posterior": tmp_path / "posterior", "epochs": 2}  # fmt: skip
+    words = [w for name, value in options.items() for w in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    monkeypatch.setattr(distruction, "prepare", partial(distruction.prepare, steps=3, progress=False))
+    runpy.run_path(str(script), run_name="__main__")
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    prior = Posterior.load(tmp_path / "posterior", model=tuned)
+    prior.check(tuned, same_weights=True)
+    assert prior.metadata["loss_per"] == "tokens"
+    assert prior.metadata["examples"] == 3
+
+
+def test_a_dry_run_writes_nothing(command, folder, tmp_path):
+    code, out, err = command("prepare", "--model", folder / "model", "--data", folder / "all.jsonl", "--out",
                                  tmp_path / "p", "--steps", 2, "--no-progress")  # fmt: skip
     assert code == 0, err
-    code, out, _ = distruction("forget", "--model", folder / "model", "--posterior", tmp_path / "p", "--out",
+    code, out, _ = command("forget", "--model", folder / "model", "--posterior", tmp_path / "p", "--out",
                                tmp_path / "u", "--data", folder / "forget.jsonl", "--dry-run")  # fmt: skip
     assert code == 0
     assert "1 texts" in out
@@ -98,8 +121,8 @@ def test_a_dry_run_writes_nothing(distruction, folder, tmp_path):
         (("--data", "nowhere.jsonl"), "cannot be read as JSON lines"),
     ],
 )
-def test_what_is_for_images_is_refused(distruction, folder, options, message):
-    code, _, err = distruction("evaluate", "--model", folder / "model", *options)
+def test_what_is_for_images_is_refused(command, folder, options, message):
+    code, _, err = command("evaluate", "--model", folder / "model", *options)
     assert code == 2
     assert message in err
 
@@ -173,8 +196,8 @@ def test_a_plan_counts_the_logits(family):
         planning.plan(model, (), length=1)
 
 
-def test_the_plan_of_a_folder(distruction, folder):
+def test_the_plan_of_a_folder(command, folder):
     options = ("--length", 32, "--batch-size", 4, "--device", "cpu")
-    code, out, err = distruction("plan", "--model", folder / "model", *options)
+    code, out, err = command("plan", "--model", folder / "model", *options)
     assert code == 0, err
     assert "GPT2LMHeadModel" in out

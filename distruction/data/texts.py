@@ -100,10 +100,11 @@ def tokens_of(texts: Sequence[Text], tokenizer: Any, longest: int | None, path: 
 
 def text_batches(rows: Sequence[tuple[Tensor, int]], *, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
     """Batches as `distruction.loop.tokens` describes them, padded on the right."""
-    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=_padded)  # type: ignore[arg-type]
+    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=padded)  # type: ignore[arg-type]
 
 
-def _padded(rows: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
+def padded(rows: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """One batch of rows that `tokens_of` gives, padded on the right; nothing of prompts and padding is asked for."""
     width = max(len(ids) for ids, _ in rows)
     batch = {name: torch.zeros(len(rows), width, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
     labels = torch.full((len(rows), width), IGNORED)
