@@ -12,8 +12,8 @@ Optimization", 2004, section 5.4), in logarithms. The trust region limits how fa
 run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
 integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
 as fast as it is raised. The steps come in cycles, in each of which the step size decays to zero, and the run ends with
-the first cycle that ends at or below the level. Another cycle starts from the R at which the step size of the one before
-had halved: with what short steps could not follow, its first long steps would be a leap.
+the first cycle that ends at or below the level. Another cycle starts from the R at which the step size of the one
+before had halved: with what short steps could not follow, its first long steps would be a leap.
 """
 
 import math

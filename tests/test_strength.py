@@ -1,8 +1,8 @@
 """Strength found by dual ascent, requests one after another, and requests for records; on real digits."""
 
 import copy
-import json
 import itertools
+import json
 import math
 
 import pytest
