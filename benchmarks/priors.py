@@ -179,8 +179,10 @@ def table(runs: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---|---:|---:|---|---:|---:|---:|",
     ]
     for size in dict.fromkeys(r["size"] for r in runs):
-        some = [r for r in runs if r["size"] == size]
-        for prior in some[0]["sampled"]:
+        all_seeds = [r for r in runs if r["size"] == size]
+        for prior in all_seeds[0]["sampled"]:
+            # A run that was stopped has some priors for some of the seeds.
+            some = [r for r in all_seeds if prior in r["sampled"]]
             cells = []
             missed = 0
             for objective in OBJECTIVES:
@@ -195,8 +197,8 @@ def table(runs: list[dict[str, Any]]) -> str:
             sampled = statistics.fmean(r["sampled"][prior] for r in some)
             read = some[0]["rows"][[x["prior"] for x in some[0]["rows"]].index(prior)]["preparation_read"]
             lines.append(f"| {size} | {prior} | {read:,} | {sampled:.1f} | {' | '.join(cells)} | {missed} |")
-        means = statistics.fmean(r["means"] for r in some)
-        lines.append(f"| {size} | (the means) | {some[0]['training_read']:,} (training) | {means:.1f} |||||||")
+        means = statistics.fmean(r["means"] for r in all_seeds)
+        lines.append(f"| {size} | (the means) | {all_seeds[0]['training_read']:,} (training) | {means:.1f} |||||||")
     lines += ["", "| model | seed | steps | relative noise of std | times sqrt(steps) |", "|---|---:|---:|---:|---:|"]
     lines += [
         f"| {r['size']} | {r['seed']} | {steps} | {value:.3f} | {value * int(steps) ** 0.5:.2f} |"

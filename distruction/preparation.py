@@ -93,7 +93,7 @@ def prepare(
             label per example, or one per pixel (logits (batch, classes, ...), labels (batch, ...), -100 for none).
         method: how the std is learned.
         steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD. A Gauss-Newton std comes out with a relative
-            noise of about 2.2 / sqrt(steps), as benchmarks/priors.py measures it at 0.2 M weights: for a
+            noise of about 2.2 / sqrt(steps) at 0.2 M weights and less at 2.7 M (benchmarks/priors.py): for a
             tolerance t take (2.2 / t)**2 steps, 121 for 0.2.
         std_init: std to start from, > 0; it is also BGD's cap. ``auto``: each tensor's own scale for Gauss-Newton
             (`distruction.initial`), 0.1 for BGD.

@@ -282,8 +282,8 @@ class DualAscent:
         gently: start from the smallest R, aim at the level itself and end as soon as it holds: what is not asked for is
             left undone.
         least_pace: below 1 the rates follow the step size down in each cycle, to this factor: what the steps cannot
-            follow winds R up, and the next cycle starts with a leap. (Of several requests the earlier ones then come
-            back a little, which is why it is 1.)
+            follow does not wind R up. (Of several requests the earlier ones then come back a little, which is why it
+            is 1.)
 
     Attributes:
         value: v at the last look.

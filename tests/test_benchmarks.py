@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks import contestants, gpu, harness, memory, our_ops, profile
+from benchmarks import contestants, gpu, harness, memory, our_ops, priors, profile
 from distruction import methods, scenarios
 from distruction.experiments.grid import tomllib
 from distruction.ops import backends
@@ -389,3 +389,23 @@ def test_the_page_of_memory_says_what_was_measured():
             assert all(row[k] == exact[k] for k in ("retain", "forget", "forget_train"))
             assert row["kl"] == pytest.approx(exact["kl"], rel=0.002)
     assert "D_r {}, {} and {} %, D_f 0 %".format(*whole) in page
+
+
+def test_the_table_of_priors_takes_seeds_that_lack_some(tmp_path):
+    """A run that was stopped: the second seed was prepared in one way, the first in two."""
+
+    def row(prior, objective, retained):
+        facts = {"class": 3, "baseline": 98.0, "forgotten": 0.0, "reached": True, "preparation_read": 9600}
+        return {"prior": prior, "objective": objective, "retained": retained, **facts}
+
+    rows = [row(p, o, r) for p, r in (("learned", 97.0), ("constant", 90.0)) for o in priors.OBJECTIVES]
+    common = {"size": "0.2 M", "parameters": 7, "training_read": 8, "means": 99.0}
+    runs = [
+        {**common, "seed": 0, "sampled": {"learned": 98.0, "constant": 96.0}, "rows": rows},
+        {**common, "seed": 1, "sampled": {"learned": 97.0}, "rows": rows[:2]},
+    ]
+    lines = priors.table(runs).splitlines()
+    assert "| 97.5 | -1.00 (-1.00, -1.00) | -1.0 | 0.0 | -1.00 (-1.00, -1.00) |" in lines[2]
+    assert "| 96.0 | -8.00 (-8.00) | -8.0 | 0.0 | -8.00 (-8.00) |" in lines[3]
+    priors.figure(runs, tmp_path / "figure.png", against="parameters")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
