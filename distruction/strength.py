@@ -207,7 +207,7 @@ class Probability:
             return torch.cat(values).mean().item()
         if self._maps:
             total, count = torch.stack(values).sum(dim=0).tolist()
-            return total / max(count, 1.0)
+            return float(total / max(count, 1.0))
         if seen:
             self.cosine = mean_cosine(torch.cat(seen), self._data.targets).item()
         return self._value(torch.cat(values))

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from distruction import BGD, NonFiniteError, Posterior, UsageError
+from distruction import BGD, NonFiniteError, Posterior, UsageError, ops
 
 
-def made(**options):
+def made(device="cpu", **options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(device)
     return model, BGD(model.named_parameters(), data_per_step=16, **options)
 
 
@@ -28,6 +28,9 @@ def steps(model, opt, count=1):
 # --- values --------------------------------------------------------------------------------------
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def through_data(p):
     p.data.fill_(0.25)
 
@@ -40,10 +43,12 @@ def through_numpy(p):
     p.detach().numpy()[:] = 0.25
 
 
-@pytest.mark.parametrize("write", [through_data, other_data, through_numpy])
+@pytest.mark.parametrize(
+    ("write", "device"), [(through_numpy, "cpu"), *((w, d) for w in (through_data, other_data) for d in DEVICES)]
+)
 @pytest.mark.parametrize("use", ["train", "posterior", "state_dict", "closure"])
-def test_writes_that_pytorch_does_not_count_become_the_means(write, use):
-    model, opt = made(lr=0.0)
+def test_writes_that_pytorch_does_not_count_become_the_means(write, device, use):
+    model, opt = made(lr=0.0, device=device)
     opt.train()
     opt.eval()
     write(model[0].weight)
@@ -55,7 +60,7 @@ def test_writes_that_pytorch_does_not_count_become_the_means(write, use):
     elif use == "state_dict":
         assert (opt.state_dict()["state"][0]["mean"] == 0.25).all()
     else:
-        opt.step(lambda: model(torch.ones(2, 4)).sum().backward())
+        opt.step(lambda: model(torch.ones(2, 4, device=device)).sum().backward())
     opt.eval()
     assert (model[0].weight == 0.25).all()
 
@@ -101,6 +106,13 @@ def test_a_model_that_changes_its_type_keeps_the_means():
         assert torch.equal(p, exact.means[name])
 
 
+with_kernels = pytest.mark.skipif(
+    ops.unavailable("cpp", "cpu") is not None,
+    reason="without kernels plain PyTorch serves the CPU, in any floating type",
+)
+
+
+@with_kernels
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
@@ -124,6 +136,7 @@ def test_parameters_made_in_inference_mode_are_refused():
         BGD([p])
 
 
+@with_kernels
 def test_a_model_that_becomes_float64_is_refused_by_name():
     model, opt = made()
     opt.train()
@@ -197,6 +210,25 @@ def test_groups_that_were_changed_by_hand(change, message):
     for use in (opt.train, opt.eval, lambda: steps(model, opt)):
         with pytest.raises(UsageError, match=message):
             use()
+
+
+def test_parameters_may_be_replaced_before_the_first_draw():
+    """As accelerate does where it shards a model that an optimizer was made for."""
+    model, _ = made()
+    prior = Posterior.around(model, 0.1)
+    options = {"prior": prior, "kl_weight": 0.5, "std_init": prior, "mc_samples": 2}
+    opt, expected = (BGD(model.named_parameters(), **options) for _ in range(2))
+    expected.train()
+    steps(model, expected, 2)
+    expected.eval()
+    other, _ = made()
+    opt.param_groups[0]["params"] = list(other.parameters())
+    opt.train()
+    steps(other, opt, 2)
+    opt.eval()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(opt.kl, expected.kl)
 
 
 @pytest.mark.parametrize("option", ["lr", "std_init", "mc_samples", "seed", "backend", "data_per_step"])

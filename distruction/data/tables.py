@@ -203,7 +203,7 @@ def _feature(rows: Any, kind: type, names: Sequence[str]) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Paths(Sequence):
+class _Paths(Sequence[Any]):
     """What each row calls its image, read when a record asks for it."""
 
     rows: Any

@@ -28,10 +28,10 @@ class BGD(Saved):
     In ``train()`` mode the parameters hold a sample: ``loss.backward(); opt.step()`` does one fused step and
     draws the next sample. ``eval()`` puts the means in. ``step(closure)`` works in either mode.
 
-    What somebody else writes to a parameter, such as ``model.load_state_dict``, becomes its mean, elementwise and
-    with the std that it had. Frozen parameters (``requires_grad=False``) are not written; one that is frozen while it
-    holds a sample keeps it until `eval` puts its mean in. One that is unfrozen takes part from the next update's
-    first sample on: a gradient that was taken at its mean is not used.
+    What somebody else writes to a parameter, such as ``model.load_state_dict``, becomes its mean, elementwise, with
+    the std that it had (what is written in place through ``p.data`` in `eval` mode alone). Frozen parameters are not
+    written; one that is frozen while it holds a sample keeps it until `eval` puts its mean in. One that is unfrozen
+    takes part from the next update's first sample on: a gradient that was taken at its mean is not used.
 
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
@@ -221,7 +221,7 @@ class BGD(Saved):
     @torch.no_grad()
     def train(self) -> None:
         """Let the parameters hold the current sample."""
-        options.check_groups(self.param_groups, self._watched, self._counters)
+        self._check_groups()
         self._take_over()
         for index in range(len(self.param_groups)):
             self._draw(index)
@@ -239,7 +239,7 @@ class BGD(Saved):
                 NaN was written to a parameter (it is as it was).
         """
         if check:
-            options.check_groups(self.param_groups, self._watched, self._counters)
+            self._check_groups()
         self._take_over(strict=check)
         for group, held in zip(self.param_groups, self._held, strict=True):
             for p in group["params"]:
@@ -262,7 +262,7 @@ class BGD(Saved):
         distributed run use it equally often.
         """
         was_training = self._training
-        options.check_groups(self.param_groups, self._watched, self._counters)
+        self._check_groups()
         self._take_over()
         looks = 0 if self._now["gradients_at_sample"] else self._now["looks"]
         seeds = [group["seed"] for group in self.param_groups]

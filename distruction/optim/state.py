@@ -41,8 +41,9 @@ class Held:
         """Positions of parameters that may hold something else by now.
 
         PyTorch counts what is written to a parameter, but not what is written to ``p.data`` or to an array that shares
-        its memory. Means on the CPU are therefore compared; samples would have to be drawn again for that.
-        A parameter that was converted to another type holds nothing else: it gets its mean in that type.
+        its memory. Means on the CPU are therefore compared, and float32 means elsewhere copied, which needs no answer;
+        samples would have to be drawn again for that. A parameter that was converted to another type holds nothing
+        else: it gets its mean in that type.
         """
         if torch.compiler.is_compiling() or not self._marks:
             return []
@@ -56,11 +57,18 @@ class Held:
                 local(params[i]).copy_(local(states[params[i]]["mean"]))
         if converted:
             self.note(params)
+        away = [p for i, p in enumerate(params) if i not in changed and p in states and _is_copied(p)]
+        if away:
+            torch._foreach_copy_([local(states[p]["mean"]) for p in away], [local(p) for p in away])
         return [
             i
             for i, p in enumerate(params)
             if i not in converted and (found[i] != self._marks[i] or (p in states and _differs(p, states[p]["mean"])))
         ]
+
+
+def _is_copied(p: Tensor) -> bool:
+    return p.device.type != "cpu" and p.dtype == torch.float32
 
 
 def _differs(p: Tensor, mean: Tensor) -> bool:
