@@ -34,9 +34,11 @@ __all__ = [
 
 _SUBMODULES = (
     "experiments",
+    "adapters",
     "data",
     "distributed",
     "errors",
+    "loggers",
     "methods",
     "language_metrics",
     "metrics",
@@ -47,6 +49,7 @@ _SUBMODULES = (
     "receipts",
     "request_report",
     "sources",
+    "task_objectives",
 )
 
 

@@ -330,6 +330,7 @@ def ascent(values, level=0.99):
     """log R after each step at which v is looked at, of records."""
     seen = iter(values)
     control = DualAscent(lambda: next(seen), level=level, data_per_step=100.0, most=1e9, gently=True)
+    control.value = values[0]
     history, found = [], []
     for _ in values:
         for _ in range(3):

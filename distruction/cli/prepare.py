@@ -160,7 +160,7 @@ def _unseen(
 ) -> Selection | None:
     """What the model was not trained on: what --held-out names, or else the test part where the data has one."""
     if held_out is not None and (held_out.name != "test" or held_out.is_dir()):
-        return find_examples(source, ".", held_out, skip_unreadable=skip)
+        return source.select(held_out)
     try:
         found = find_examples(source, dataset, data, part="test", skip_unreadable=skip)
     except UsageError:

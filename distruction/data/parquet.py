@@ -186,9 +186,9 @@ def images_of(shard: Labels, rows: list[int]) -> Iterator[tuple[int, bytes]]:
     Raises:
         UsageError: a row has no image, or the file is damaged.
     """
-    import pyarrow
-    import pyarrow.parquet
-
+    with needed("parquet", shard.path):
+        import pyarrow
+        import pyarrow.parquet
     with _told(shard.path):
         file = pyarrow.parquet.ParquetFile(shard.path)
         first = wanted = 0
@@ -216,8 +216,8 @@ def images_of(shard: Labels, rows: list[int]) -> Iterator[tuple[int, bytes]]:
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
     """Say of pyarrow's errors which file they are about."""
-    import pyarrow
-
+    with needed("parquet", path):
+        import pyarrow
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:

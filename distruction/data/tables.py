@@ -175,8 +175,8 @@ def _saved(place: Path, part: str) -> Table:
 
 
 def _of_saved(place: Path, part: str, rows: Any) -> Table:
-    import datasets
-
+    with needed("datasets", place):
+        import datasets
     image = _feature(rows, datasets.Image, parquet.IMAGES)
     if image is None or not isinstance(rows.features[image], datasets.Image):
         raise UsageError(f"{place} has no column of images; it has {', '.join(map(repr, rows.column_names))}")
