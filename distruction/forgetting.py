@@ -25,7 +25,7 @@ from .modules import deterministic, learnable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Probability, examined
-from .targets import Advantage, Unseen, of_target, quantiles_of
+from .targets import Advantage, Unseen, held_out_of, of_target
 from .teachers import AtMeans, SameModel
 
 STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
@@ -51,7 +51,7 @@ class ForgetReport:
         forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
             and for records.
         advantage: with ``target="unseen"``, an attacker's by the log-odds (`distruction.targets.Advantage`), which
-            ``level`` then bounds in place of the probability.
+            ``level`` then bounds in place of the probability; nothing is done where it is within chance.
         cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
@@ -244,15 +244,16 @@ def forget(
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
     first = prior if previous is None else before
-    quantiles = {}
+    advantage_of = None
     if target == "unseen":
-        quantiles = quantiles_of(posterior.metadata, data.counts, next(model.parameters()).device)
-        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, quantiles, earlier)
+        held_out = held_out_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, held_out, earlier)
+        advantage_of = Advantage(model, data, held_out, unlearn.odds)
     else:
         unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
     features = None if depth is None else Features(model, classifier)
     probability = Probability(model, data, removed or None, features)
-    looked_at = Advantage(model, data, quantiles) if quantiles else probability
+    looked_at = advantage_of or probability
     level = level_of(level, kind, posterior) if automatic else None
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
@@ -304,6 +305,9 @@ def forget(
     deepening = None
     if dispersed is not None:
         deepening = DepthAscent(dispersed, probability, level=cosine_level, strength=control, cycle=cycle)
+    if control is not None and advantage_of is not None and control.value <= advantage_of.chance:
+        # What chance alone explains is no reason to change the model.
+        level = control.level = max(control.level, advantage_of.chance)
     idle = control is not None and kind == "records" and control.value <= control.level
     history: list[Step] = []
     if idle:
@@ -335,7 +339,7 @@ def forget(
     if data.counts or data.text:
         with deterministic(model), features or nullcontext():
             value = probability()
-            advantage = looked_at() if quantiles else None
+            advantage = None if advantage_of is None else advantage_of()
     expected = None
     if kind == "class" and damage.KEY in posterior.metadata:
         labels = sorted({*earlier, *removed})

@@ -9,11 +9,14 @@ never seen them. With the log-odds o = log p / (1 - p) of an example's own label
 moves the distribution of the records onto that of unseen examples, rank by rank, with the least change of any record
 (the optimal transport of one dimension; Villani, "Topics in Optimal Transportation", 2003, section 2.2). Each record is
 taught its label with log-odds min(o, t(o)) and the other classes in the proportions that the model had; the run ends
-where an attacker who sees the log-odds could not tell the records from unseen ones.
+where an attacker who sees the log-odds could not tell the records from unseen ones, and does not begin where that is
+within chance. Unseen ones the model will be a little
+less sure of as well, by a share that a rehearsal finds (`distruction.rehearse`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -36,8 +39,10 @@ FEWEST = 10
 """Examples that a class needs for quantiles of its own; the others go by all classes together."""
 CORRECTED = 0.05
 """Mean probability of the given labels at which records count as corrected."""
-ADVANTAGE = 0.06
+ADVANTAGE = 0.02
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
+BEND = 0.5
+"""Log-odds up to which a difference counts by its square."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
 
 
@@ -100,8 +105,26 @@ def held_out_quantiles(model: nn.Module, loader: Batches) -> dict[str, Any]:
     return {"examples": len(odds), "log_odds": kept}
 
 
-def quantiles_of(metadata: Mapping[str, Any], labels: Mapping[int, int], device: torch.device) -> dict[int, Tensor]:
-    """The quantiles for each of these labels.
+@dataclass(frozen=True)
+class HeldOut:
+    """What a posterior keeps of examples that the model was not trained on.
+
+    Attributes:
+        by_label: quantiles of their log-odds, ascending, for each label of a request.
+        everyone: those of all labels together.
+        examples: how many they were.
+        drift: how far their log-odds fall where those of a request's records fall by 1: a model that is made less sure
+            of some records is a little less sure of all that it has not seen. 0 where it was not rehearsed.
+    """
+
+    by_label: dict[int, Tensor]
+    everyone: Tensor
+    examples: int
+    drift: float = 0.0
+
+
+def held_out_of(metadata: Mapping[str, Any], labels: Iterable[int], device: torch.device) -> HeldOut:
+    """What the posterior with this metadata keeps, for these labels.
 
     Raises:
         UsageError: the posterior was prepared without held-out examples.
@@ -112,19 +135,37 @@ def quantiles_of(metadata: Mapping[str, Any], labels: Mapping[int, int], device:
             "without: prepare(..., held_out=loader) keeps a few numbers of theirs"
         )
     kept = metadata["held_out"]["log_odds"]
-    return {
-        c: torch.tensor(kept.get(str(c), kept["all"]), dtype=torch.float64, device=device).sort().values for c in labels
-    }
+
+    def ascending(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device).sort().values
+
+    return HeldOut(
+        {c: ascending(kept.get(str(c), kept["all"])) for c in labels},
+        ascending(kept["all"]),
+        metadata["held_out"]["examples"],
+        metadata["held_out"].get("drift", 0.0),
+    )
 
 
 class Unseen:
-    """KL from the model's own prediction, with each record's log-odds moved to those of an unseen example of its rank.
+    """What each record's log-odds lack to those of an unseen example of its rank; the other classes' proportions stay.
+
+    The mean over the batch of
+
+        h(o - s) + KL(others before || others),   s = min(o before, t(o before) + d r / (1 - d))
+
+    h being Huber's function, divided by its bend: |o - s| beyond `BEND`. An attacker looks at log-odds, of which the KL
+    between predictions sees nothing where both are sure. d is the drift of unseen examples and r the median of
+    s - (o before) without it: where they fall by d per unit, records that fall by r / (1 - d) end where these do.
 
     Args:
         teacher: inputs -> logits of the model before.
         data: of the forget set.
-        quantiles: of unseen examples' log-odds by label, ascending.
+        held_out: what is known of unseen examples.
         forgotten: labels of earlier requests, which are left out of what is taught.
+
+    Attributes:
+        odds: log-odds before of the examples of ``data``.
     """
 
     needs_inputs = True
@@ -133,23 +174,27 @@ class Unseen:
         self,
         teacher: Callable[[Inputs], Tensor],
         data: ForgetSet,
-        quantiles: Mapping[int, Tensor],
+        held_out: HeldOut,
         forgotten: "list[int] | tuple[int, ...]" = (),
     ) -> None:
-        self.teacher, self._quantiles, self._forgotten = teacher, quantiles, tuple(forgotten)
+        self.teacher, self._held_out, self._forgotten = teacher, held_out, tuple(forgotten)
         with torch.no_grad():
-            odds = torch.cat([log_odds(teacher(x), y) for x, y in batches_of(data)])
-        self._known = {c: odds[data.targets == c].sort().values for c in quantiles}
+            self.odds = torch.cat([log_odds(teacher(x), y) for x, y in batches_of(data)])
+        self._known = {c: self.odds[data.targets == c].sort().values for c in held_out.by_label}
+        self._further = 0.0
+        moved = (self.taught(self.odds, data.targets) - self.odds).quantile(0.5).item()
+        self._further = held_out.drift / (1 - held_out.drift) * moved
 
     def taught(self, odds: Tensor, targets: Tensor) -> Tensor:
-        """min(o, t(o)) of each record's log-odds before, float64."""
+        """s of each record's log-odds before, float64."""
         moved = odds.clone()
         for c, known in self._known.items():
             rows = targets == c
             if not rows.any() or not len(known):
                 continue
             own = odds[rows]
-            moved[rows] = torch.minimum(own, _interpolated(self._quantiles[c], _ranks(known, own)))
+            unseen = _interpolated(self._held_out.by_label[c], _ranks(known, own))
+            moved[rows] = torch.minimum(own, unseen + self._further)
         return moved
 
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Inputs) -> Tensor:
@@ -157,32 +202,55 @@ class Unseen:
         left = others(logits, targets, self._forgotten)
         with torch.no_grad():
             before = self.teacher(inputs).double()
-            odds = self.taught(log_odds(before, targets), targets)
-            # log p of the label, and of the others in their old proportions.
-            rest = F.log_softmax(before.masked_fill(~left, -torch.inf), dim=-1) + F.logsigmoid(-odds)[:, None]
-            taught = rest.scatter(-1, targets[:, None], F.logsigmoid(odds)[:, None]).to(logits.dtype)
-        return divergence(logits, taught)
+            wanted = self.taught(log_odds(before, targets), targets)
+            rest = F.log_softmax(before.masked_fill(~left, -torch.inf), dim=-1).to(logits.dtype)
+        own = F.one_hot(targets, logits.shape[-1]).bool()
+        missing = F.smooth_l1_loss(log_odds(logits, targets), wanted, beta=BEND).to(logits.dtype)
+        return missing + divergence(logits.masked_fill(own, torch.finfo(logits.dtype).min / 2), rest)
 
 
 class Advantage(Probability):
-    """How much better than chance an attacker tells records from unseen examples of their class by the log-odds.
+    """How much better than chance an attacker tells records from unseen examples by the log-odds.
 
-    2 AUC - 1, AUC being the share of pairs in which the record has the larger log-odds, ties half; the mean over the
-    records. It is the largest advantage of a threshold where the two curves differ by a shift.
+    2 AUC - 1, AUC being the share of pairs in which the record has the larger log-odds, ties half: among examples of
+    its class, the mean over the records, or among all, whichever is larger. It is the largest advantage of a threshold
+    where the two curves differ by a shift. The unseen examples' log-odds are the kept ones, moved by their drift.
+
+    Args:
+        model, data: see `Probability`.
+        held_out: what is known of unseen examples.
+        before: log-odds of the examples of ``data`` before.
     """
 
-    def __init__(self, model: nn.Module, data: ForgetSet, quantiles: Mapping[int, Tensor]) -> None:
+    def __init__(self, model: nn.Module, data: ForgetSet, held_out: HeldOut, before: Tensor) -> None:
         super().__init__(model, data, None)
-        self._quantiles = quantiles
+        self._held_out, self._before = held_out, before
+
+    @property
+    def chance(self) -> float:
+        """The standard error of the advantage where records are no other than unseen examples.
+
+        2 sqrt((n + m + 1) / (12 n m)) for n records and m examples, as of the statistic of Mann and Whitney (1947).
+        """
+        n, m = len(self._data.targets), self._held_out.examples
+        return float(2 * math.sqrt((n + m + 1) / (12 * n * m)))
 
     def _value(self, logits: Tensor) -> float:
         odds = log_odds(logits, self._data.targets)
+        # As if the others had drifted back.
+        odds = odds - self._held_out.drift * (odds - self._before).quantile(0.5).clamp(max=0)
         shares = torch.zeros_like(odds)
-        for c, known in self._quantiles.items():
+        for c, known in self._held_out.by_label.items():
             rows = self._data.targets == c
-            below = torch.searchsorted(known, odds[rows]), torch.searchsorted(known, odds[rows], right=True)
-            shares[rows] = (below[0] + below[1]).to(odds) / (2 * len(known))
-        return max(2 * shares.mean().item() - 1, 1e-6)
+            shares[rows] = _share_below(known, odds[rows])
+        auc = max(shares.mean().item(), _share_below(self._held_out.everyone, odds).mean().item())
+        return max(2 * auc - 1, 1e-6)
+
+
+def _share_below(known: Tensor, odds: Tensor) -> Tensor:
+    """Of the known values, ties half."""
+    below = torch.searchsorted(known, odds) + torch.searchsorted(known, odds, right=True)
+    return below.to(odds) / (2 * len(known))
 
 
 def _ranks(known: Tensor, values: Tensor) -> Tensor:

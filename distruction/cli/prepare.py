@@ -117,7 +117,7 @@ def prepare(
         if held_out.name == "test" and not held_out.is_dir():
             unseen = find_examples(source, dataset, data, part="test", skip_unreadable=skip_unreadable)
         else:
-            unseen = find_examples(source, ".", held_out, skip_unreadable=skip_unreadable)
+            unseen = source.select(held_out)
         unseen_data = unseen.read(source.inputs, skip_unreadable=skip_unreadable)
         held_out_batches = batches(unseen_data, batch_size=batch_size, shuffle=False, workers=workers)
     loader = batches(train_data, batch_size=batch_size, shuffle=True, workers=workers)
