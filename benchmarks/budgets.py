@@ -4,13 +4,14 @@ Each kernel is compiled, for GPUs that need not be there, exactly as it is launc
 loop is examined: the instructions of an iteration handle four elements per thread.
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +102,13 @@ VARIANTS = {
     "gaussian_kl": Variant(gaussian_kl_kernel, {}, 24),
 }
 """What is compiled: the ops, and the options of the updates one by one."""
+
+UPDATES = {
+    "update of two samples with prior, in pairs": ("accumulate, pair", "step, pair"),
+    "the same, prior in codes": ("accumulate, pair", "step, pair, codes of the prior"),
+    "the same, by sums": ("accumulate", "step, K > 2"),
+}
+"""The calls of BGD's default update."""
 
 _POINTERS = {
     "records": "*i64",
@@ -279,21 +287,44 @@ def measure(variants: Sequence[str] = tuple(VARIANTS), targets: Sequence[str] = 
     return budgets
 
 
-def markdown(budgets: Sequence[Budget]) -> str:
-    """The budgets as a table: instructions per element and registers by target."""
+def with_updates(budgets: Sequence[Budget]) -> list[Budget]:
+    """The budgets, and of `UPDATES` whose kernels are among them the sums, with the most registers of any."""
+    found = {(b.variant, b.target): b for b in budgets}
+    updates = []
+    for name, target in itertools.product(UPDATES, dict.fromkeys(b.target for b in budgets)):
+        parts = [found[variant, target] for variant in UPDATES[name] if (variant, target) in found]
+        if len(parts) == len(UPDATES[name]):
+            instructions, moved = sum(b.instructions for b in parts), sum(b.bytes for b in parts)
+            most = max(b.registers for b in parts)
+            summed = replace(parts[0], variant=name, registers=most, instructions=instructions, bytes=moved)
+            updates.append(summed)
+    return [*budgets, *updates]
+
+
+def markdown(budgets: Sequence[Budget], before: Sequence[Budget] = ()) -> str:
+    """The budgets as a table: instructions per element and registers by target; in brackets those of ``before``."""
     targets = list(dict.fromkeys(b.target for b in budgets))
     head = ["kernel", "bytes/element", *(f"{t}: instr./element, registers" for t in targets)]
     lines = [head, ["---", "---:", *["---:"] * len(targets)]]
-    for name in dict.fromkeys(b.variant for b in budgets):
-        cells = {b.target: f"{b.instructions:.1f}, {b.registers}" for b in budgets if b.variant == name}
-        lines.append([name, str(VARIANTS[name].bytes), *(cells.get(t, "-") for t in targets)])
+    old = {(b.variant, b.target): f" ({b.instructions:.1f}, {b.registers})" for b in with_updates(before)}
+    rows: dict[str, dict[str, str]] = {}
+    for b in with_updates(budgets):
+        cells = rows.setdefault(b.variant, {"bytes": f"{b.bytes:g}"})
+        cells[b.target] = f"{b.instructions:.1f}, {b.registers}{old.get((b.variant, b.target), '')}"
+    lines += [[name, *(cells.get(column, "-") for column in ("bytes", *targets))] for name, cells in rows.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def read(file: Path) -> list[Budget]:
+    """The budgets that ``--json`` wrote."""
+    return [Budget(**{**entry, "widths": tuple(entry["widths"])}) for entry in json.loads(file.read_text())]
 
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help=f"Of {'; '.join(VARIANTS)}; repeatable.")] = None,
     target: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(TARGETS)}; repeatable.")] = None,
+    before: Annotated[Path | None, typer.Option(help="An older version's --json, to give in brackets.")] = None,
 ) -> None:
     """Print what the kernels cost per element."""
     if tables.INTERPRETED:
@@ -301,7 +332,7 @@ def main(
     budgets = measure(variant or tuple(VARIANTS), target or tuple(TARGETS))
     if json_file:
         json_file.write_text(json.dumps([asdict(b) for b in budgets], indent=1) + "\n")
-    print(markdown(budgets), end="")
+    print(markdown(budgets, [] if before is None else read(before)), end="")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import typer
 
 from distruction import attacks, forget, models, prepare
 from distruction.data import forget_split, load, loader
-from distruction.demo import MODEL
+from distruction.experiments.demo import MODEL
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
 from distruction.training import train

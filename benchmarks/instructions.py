@@ -39,6 +39,9 @@ CASES = {
 UPDATES = {"in pairs": ("accumulate, pair", "step, pair"), "by sums": ("accumulate, first sample", "step, sums")}
 """The calls of an update of two antithetic samples with a prior, BGD's default."""
 
+PARTS = {"generate": "normals", "update_piece": "update and sample", "kl_piece": "KL", "accumulate_piece": "first half"}
+"""What an update's instructions are spent on, by the functions of csrc/cpu/vectorised.h."""
+
 
 def compiler() -> str | None:
     """The C++ compiler's name and version, ``None`` where there is none."""
@@ -62,13 +65,13 @@ def build(source: Path, folder: Path) -> Path:
     return program
 
 
-def count(program: Path, library: Path, case: str, elements: int) -> int:
-    """Instructions of one call."""
+def count(program: Path, library: Path, case: str, elements: int, out: Path = Path("/dev/null")) -> int:
+    """Instructions of one call; callgrind writes its own account to ``out``."""
     op, draw, arrays = CASES[case]
     counting = [
         "valgrind",
         "--tool=callgrind",
-        "--callgrind-out-file=/dev/null",
+        f"--callgrind-out-file={out}",
         f"--toggle-collect=distruction_cpu_{op}",
     ]
     call = [str(program), str(library), op, "avx2", str(elements), str(draw), arrays]
@@ -76,6 +79,23 @@ def count(program: Path, library: Path, case: str, elements: int) -> int:
     found = re.search(r"Collected : (\d+)", run.stderr)
     assert found is not None, run.stderr
     return int(found.group(1))
+
+
+def parts(source: Path = ROOT) -> dict[str, float]:
+    """Instructions per element of an update in pairs, by `PARTS` and the rest."""
+    library = source / "distruction" / "ops" / "libdistruction_cpu.so"
+    found = dict.fromkeys([*PARTS.values(), "rest"], 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        program, out = build(source, Path(folder)), Path(folder) / "counts"
+        for case in UPDATES["in pairs"]:
+            for elements, sign in zip(SIZES, (-1, 1), strict=True):
+                count(program, library, case, elements, out)
+                read = ["callgrind_annotate", "--threshold=100", str(out)]
+                lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout
+                for instructions, function in re.findall(r"^ *([\d,]+) \([^)]*\) +\S*?:(.*) \[", lines, re.MULTILINE):
+                    part = next((part for name, part in PARTS.items() if f"::{name}<" in function), "rest")
+                    found[part] += sign * int(instructions.replace(",", "")) / (SIZES[1] - SIZES[0])
+    return {part: round(value, 2) for part, value in found.items()}
 
 
 def measure(source: Path = ROOT) -> dict[str, float]:
@@ -113,7 +133,14 @@ def main(
     print("| call | before | now |\n|---|--:|--:|")
     for name, value in now.items():
         print(f"| {name} | {then.get(name, '')} | {value} |")
-    result = {"compiler": compiler(), "instructions per element": now, "before": then}
+    of_update = parts()
+    print("\nOf an update of two samples, in pairs:", ", ".join(f"{part} {value}" for part, value in of_update.items()))
+    result = {
+        "compiler": compiler(),
+        "instructions per element": now,
+        "parts of an update of two samples, in pairs": of_update,
+        "before": then,
+    }
 
     def write(name: str) -> None:
         Path(name).write_text(json.dumps(result, indent=1) + "\n")

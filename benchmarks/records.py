@@ -23,7 +23,7 @@ from torch import nn
 
 from distruction import attacks, forget, models, prepare
 from distruction.data import Images, load, loader
-from distruction.demo import MODEL
+from distruction.experiments.demo import MODEL
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
 from distruction.training import train

@@ -17,7 +17,7 @@ from torch import nn
 
 from distruction import ForgetReport, forget, models, prepare
 from distruction.data import forget_split, load, loader
-from distruction.demo import MODEL
+from distruction.experiments.demo import MODEL
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
 from distruction.training import train

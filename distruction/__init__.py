@@ -35,7 +35,6 @@ __all__ = [
 _SUBMODULES = (
     "experiments",
     "data",
-    "demo",
     "distributed",
     "errors",
     "methods",

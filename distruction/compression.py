@@ -12,11 +12,13 @@ Values below float32's smallest normal number count as that. The kernels read a 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .ops.reference.codes import BLOCK, decode
+from .sharding import gather, is_sharded, local, runs, shard_like, spread_as
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class LogCodes:
     """A positive float32 tensor as 8-bit codes (see the module's docstring).
 
     Attributes:
-        codes: uint8, in the tensor's shape.
-        low, step: float32, one for each block of `BLOCK` elements, the last of which may be shorter.
+        codes: uint8, in the tensor's shape; sharded (DTensor) where the tensor is.
+        low, step: float32, one for each block of `BLOCK` elements, the last of which may be shorter; of all blocks on
+            every rank.
     """
 
     codes: Tensor
@@ -49,7 +52,12 @@ class LogCodes:
 
     def decode(self) -> Tensor:
         """The float32 tensor, in new memory."""
-        return decode(self.codes, self.low, self.step)
+        codes: Any = self.codes
+        if not is_sharded(codes):
+            return decode(codes, self.low, self.step)
+        flat = local(codes).view(-1)
+        parts = [decode(flat[i : i + n], self.low, self.step, start) for i, start, n in runs(codes)]
+        return spread_as(codes, torch.cat(parts) if parts else flat.float())
 
     @property
     def shape(self) -> torch.Size:
@@ -77,6 +85,14 @@ class LogCodes:
     def pin_memory(self) -> "LogCodes":
         """The codes in page-locked memory."""
         return LogCodes(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
+    def gathered(self) -> "LogCodes":
+        """The codes whole on every rank, on the CPU if they were sharded."""
+        return self if not is_sharded(self.codes) else LogCodes(gather(self.codes), self.low, self.step).to("cpu")
+
+    def beside(self, like: Tensor) -> "LogCodes":
+        """The codes as ``like`` is spread, on its device."""
+        return LogCodes(shard_like(self.codes, like), self.low.to(like.device), self.step.to(like.device))
 
     def error_bound(self) -> float:
         """Largest relative error of any element, apart from float32 rounding: exp(step / 2) - 1."""

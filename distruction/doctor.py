@@ -1,5 +1,6 @@
 """What a bug report should say of the machine: versions, and which backend serves which device."""
 
+import importlib
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -36,4 +37,8 @@ def report() -> str:
         else:
             lines.append(f"{device}: {next(name for name, reason in reasons.items() if reason is None)} serves")
         lines += [f"  {name}: {reason or 'available'}" for name, reason in reasons.items()]
+    with suppress(ImportError):
+        lines.append(
+            f"the CUDA kernels were built by toolkit {importlib.import_module(backends.MODULES['cuda']).toolkit()}"
+        )
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from . import damage, distributed, objectives
+from .adapters import Adapter, adapted
 from .asked import check_previous, kind_of, labels_forgotten, largest_ratio, level_of
 from .depth import COSINE, SPEED, DepthAscent, Dispersed
 from .depth import CYCLE as DEEP_CYCLE
@@ -19,17 +20,18 @@ from .describe import described
 from .errors import UsageError
 from .features import Features
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
-from .loop.step import require_count
+from .loop.step import require_count, require_seed
 from .loop.tokens import require_causal
-from .modules import deterministic, learnable
+from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
-from .strength import CYCLE, DualAscent, Probability, examined
-from .targets import Advantage, Unseen, held_out_of, of_target
+from .strength import CYCLE, DualAscent, Known, Probability, examined
+from .targets import ADVANTAGE, Advantage, Unseen, by_unseen, held_out_of, odds_of, of_target
+from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
-STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
-"""Updates with a given lambda, and at most where lambda is found: for a class, and for records."""
+STEPS, MOST_STEPS = 150, 400
+"""Updates with a given lambda, and at most where lambda is found."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class ForgetReport:
         advice: what to do where it is not reached.
         forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
             and for records.
-        advantage: with ``target="unseen"``, an attacker's by the log-odds (`distruction.targets.Advantage`), which
-            ``level`` then bounds in place of the probability; nothing is done where it is within chance.
+        advantage: with ``target="unseen"``, and of records where p knows unseen data, an attacker's by the log-odds
+            (`distruction.targets.Advantage`), which ``level`` then bounds in place of the probability; nothing is done
+            where it is within chance.
         cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
@@ -68,6 +71,18 @@ class ForgetReport:
     cosine: float | None = None
     advantage: float | None = None
 
+    @property
+    def outcome(self) -> str:
+        """In a sentence, what became of the request."""
+        if self.reached is None:
+            return "lambda was given, and no level was to be reached"
+        if not self.reached:
+            return f"the level {self.level:g} is not reached: {self.advice}"
+        if not self.history:
+            than = "ones that it has not seen" if self.advantage is not None else f"the level {self.level:g} allows"
+            return f"nothing had to be done: the model knows these records no better than {than}, and stays as it was"
+        return f"the level {self.level:g} is reached"
+
 
 def forget(
     model: nn.Module,
@@ -78,6 +93,7 @@ def forget(
     request: Literal["auto", "class", "records"] = "auto",
     target: Literal["gone", "unseen", "corrected"] | None = None,
     objective: str | objectives.Objective = objectives.DEFAULT,
+    adapter: Adapter | None = None,
     steps: int | None = None,
     kl_weight: float | Literal["auto"] = "auto",
     level: float | None = None,
@@ -113,7 +129,8 @@ def forget(
         previous: the report of the request before this one, or its posterior.
         request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
             these records alone go and their labels live on; the model is changed as little as possible, not at all
-            where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
+            where it knows them no better than it should: than unseen data, as far as p knows of any (of
+            ``prepare(..., held_out=)``), else than ``level``. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, and not those of all labels, or, where p does not
             say, where it has at most half of the labels that the model knows. A language model's are ``texts``: their
             tokens are to be at most as likely as ``level``, in up to 400 steps; as ``records`` the model is changed as
@@ -122,10 +139,12 @@ def forget(
             if the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``,
             the labels of these records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
-            must itself leave out what was forgotten earlier. With a callable and a given ``kl_weight`` targets may be
-            anything: several labels, values, maps.
-        steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
-            for a class and 50 for records.
+            must itself leave out what was forgotten earlier. The named ones are for classes, of examples or of pixels
+            (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several labels and
+            values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets may be
+            anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
+        adapter: says what a batch is (`distruction.adapters`).
+        steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for texts 0.1, of the tokens that their labels ask for,
@@ -182,12 +201,11 @@ def forget(
     if not 0 < lr < math.inf:
         raise UsageError(f"lr must be > 0 and finite, not {lr}")
     if steps is not None:
-        require_count("steps", steps)
+        steps = require_count("steps", steps)
     if isinstance(objective, type):
         name = objective.__name__
         raise UsageError(f"the objective is the class {name}: pass one made of it, {name}(...)")
-    if not isinstance(mc_samples, int) or mc_samples < 0:
-        raise UsageError(f"mc_samples must be an integer >= 0 (0: at the means), not {mc_samples!r}")
+    mc_samples, seed = require_count("mc_samples", mc_samples, 0), require_seed(seed)
     if isinstance(previous, ForgetReport):
         previous = previous.posterior
     if not isinstance(posterior, Posterior):
@@ -199,15 +217,18 @@ def forget(
     origin = posterior if previous is None else previous
     if isinstance(objective, str):
         objectives.entry(objective)
+    loader = adapted(loader, adapter)
+    known = getattr(objective, "known", None)
     check_loader(loader, FORGET_SET, STEPS if steps is None else steps)
     posterior.check(model)
+    require_trainable(model)
     data = examined(loader, next(model.parameters()).device, seed=seed)
     if data.text:
         require_causal(model)
-    elif automatic and not data.counts and not isinstance(objective, str):
+    elif automatic and not data.counts and known is None and not isinstance(objective, str):
         raise UsageError(
             "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
-            "numbers: pass kl_weight (lambda)"
+            "numbers: pass kl_weight (lambda), or an objective of distruction.task_objectives"
         )
     kind = kind_of(request, data, posterior, model)
     if depth is not None and kind != "class":
@@ -216,8 +237,7 @@ def forget(
             "request='class' if classes are to go"
         )
     if steps is None:
-        gentle = kind == "records" and target is None
-        steps = (STEPS_FOR_RECORDS if gentle else MOST_STEPS) if automatic else STEPS
+        steps = MOST_STEPS if automatic else STEPS
     cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
     speed = lr if depth is None else SPEED * lr
     settings = {
@@ -244,15 +264,22 @@ def forget(
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
     first = prior if previous is None else before
-    advantage_of = None
-    if target == "unseen":
+    advantage_of = held_out = None
+    if target == "unseen" or by_unseen(kind, data, posterior.metadata, target, level if automatic else 0.0):
         held_out = held_out_of(posterior.metadata, data.counts, next(model.parameters()).device)
-        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, held_out, earlier)
-        advantage_of = Advantage(model, data, held_out, unlearn.odds)
+        level = ADVANTAGE
+        odds = odds_of(AtMeans(model, first), data)
+        advantage_of = Advantage(model, data, held_out, odds)
+    if target == "unseen" and held_out is not None:
+        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, held_out, odds, earlier)
     else:
         unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
+    teacher = getattr(unlearn, "teacher", None)
+    prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
+    if isinstance(objective, str):
+        unlearn = for_targets(unlearn, data.targets, data.text)
     features = None if depth is None else Features(model, classifier)
-    probability = Probability(model, data, removed or None, features)
+    probability = Probability(model, data, removed or None, features) if known is None else Known(model, data, known)
     looked_at = advantage_of or probability
     level = level_of(level, kind, posterior) if automatic else None
 
@@ -278,8 +305,6 @@ def forget(
             group["lr"] = speed * cosine(len(history) % cycle, cycle)
 
     needs_inputs = getattr(unlearn, "needs_inputs", False)
-    teacher = getattr(unlearn, "teacher", None)
-    prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
 
     def loss_fn(logits: Any, targets: Any, inputs: Any) -> Any:
         return unlearn(logits, targets, inputs) if needs_inputs else unlearn(logits, targets)
@@ -328,6 +353,7 @@ def forget(
                 role=FORGET_SET,
                 needs_inputs=needs_inputs,
                 labels=True if isinstance(objective, str) else None,
+                accuracy=getattr(adapter, "accuracy", None),
                 controller=deepening or control,
                 before_passes=prepared,
                 after_forward=None if features is None else features.gather,
@@ -336,7 +362,7 @@ def forget(
     result = origin.like(model) if idle else optimizer.posterior(copy=False)
     kl = history[-1].kl if history and previous is None else result.kl(posterior.like(model)).item()
     value = advantage = None
-    if data.counts or data.text:
+    if data.counts or data.text or known is not None:
         with deterministic(model), features or nullcontext():
             value = probability()
             advantage = None if advantage_of is None else advantage_of()

@@ -51,8 +51,25 @@ class Likelihood(Protocol):
         """(batch,) negative log-likelihoods, in nats."""
 
 
+def check_classes(outputs: Tensor) -> None:
+    """Refuse outputs that class numbers have no meaning for.
+
+    Raises:
+        UsageError: they are not (batch, classes) with two classes or more.
+    """
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise UsageError(
+            f"the model gives logits of shape {tuple(outputs.shape)}, and cross entropy wants (batch, classes) with at "
+            "least two classes; of one logit per example pass likelihood=Bernoulli(), of others a loss_fn of their own"
+        )
+
+
 class Categorical:
-    """Classification: one of C classes, from logits (batch, C) and labels (batch,) of int64."""
+    """Classification: one of C classes, from logits (batch, C) and labels (batch,) of int64.
+
+    Of maps, logits (batch, C, ...) and labels (batch, ...), preparation takes each pixel for an example, as it does
+    with a text's tokens; those labelled -100 are left out.
+    """
 
     def sample_targets(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Labels (batch,), by the Gumbel-max trick, which waits for nothing."""
@@ -63,6 +80,7 @@ class Categorical:
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """-log softmax(outputs)[target]."""
+        check_classes(outputs)
         return F.cross_entropy(outputs, targets, reduction="none")
 
 
@@ -81,6 +99,11 @@ class Bernoulli:
         """The sum over the labels of their binary cross entropies."""
         _check_shapes(outputs, targets, "Bernoulli")
         return _sum(F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none"))
+
+    def accuracy(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The share of an example's labels that are more likely right than not, (batch,)."""
+        right = ((outputs > 0) == (targets > 0.5)).float()
+        return right.flatten(1).mean(dim=1) if right.ndim > 1 else right
 
 
 class Gaussian:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .errors import PosteriorError, UsageError
 from .seeds import private_generators
@@ -116,6 +117,23 @@ def require_suitable(params: Mapping[str, Tensor]) -> None:
             raise UsageError(f"parameter {name} {fault}")
 
 
+def require_trainable(model: nn.Module) -> None:
+    """Raise where a run of forward and backward passes cannot learn anything, or would change the weights by itself.
+
+    Raises:
+        UsageError: says why, with the remedy.
+    """
+    if torch.is_inference_mode_enabled():
+        raise UsageError("torch.inference_mode() is on, in which nothing has a gradient: call this outside of it")
+    for name, module in unwrapped(model).named_modules():
+        limit = getattr(module, "max_norm", None)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and limit is not None and module.weight.requires_grad:
+            raise UsageError(
+                f"the embedding {name} has max_norm={limit}, by which each forward pass overwrites its weight, a "
+                "sample's included: set its max_norm to None, or freeze it"
+            )
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and float32 values in the order of the mapping."""
     digest = hashlib.sha256()
@@ -181,7 +199,8 @@ def deterministic(model: nn.Module) -> Iterator[None]:
     backward in eval mode.
 
     Raises:
-        UsageError: such a layer has a ``forward`` of its own, so that nobody knows what train mode does to it.
+        UsageError: such a layer has a ``forward`` of its own, so that nobody knows what train mode does to it; the
+            model has no eval mode; or ``torch.nn.utils.parametrize.cached()`` keeps weights of the first sample.
     """
     modes = {module: module.training for module in model.modules()}
     recurrent = [m for m in modes if isinstance(m, nn.RNNBase)] if torch.is_grad_enabled() else []
@@ -194,7 +213,17 @@ def deterministic(model: nn.Module) -> Iterator[None]:
             )
     dropouts = {m: m.dropout for m in recurrent}
     try:
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:  # of what torch.export gives
+            raise UsageError(f"the model has no eval mode ({error}): pass the module that it was made from") from error
+        # In eval mode, in which asking for a weight changes no buffer of spectral_norm.
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module) and _is_cached(module):
+                raise UsageError(
+                    f"torch.nn.utils.parametrize.cached() is on, so that {name or 'the model'} keeps the weights of "
+                    "the first sample for all of them: call this outside of it"
+                )
         for m in recurrent:
             m.training, m.dropout = True, 0.0
         with private_generators():
@@ -204,6 +233,14 @@ def deterministic(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for m, dropout in dropouts.items():
             m.dropout = dropout
+
+
+def _is_cached(module: nn.Module) -> bool:
+    """Whether a parametrized module gives the tensor that it has made before."""
+    name, chain = next(iter(module.parametrizations.items()))  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        made = getattr(module, name)
+        return made is getattr(module, name) and made is not getattr(chain, "original", None)
 
 
 def _served_by_cudnn(module: nn.Module) -> bool:
@@ -218,6 +255,10 @@ def logits_of(output: Any) -> Tensor:
         UsageError: neither is a tensor.
     """
     logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and (not logits.is_floating_point() or logits.layout != torch.strided):
+        raise UsageError(
+            f"the model gives a tensor of {logits.dtype} and {logits.layout}; logits are dense and floating point"
+        )
     if not isinstance(logits, Tensor):
         raise UsageError(
             f"the model gives a {type(output).__name__}, neither logits nor an output with .logits; put it into a "

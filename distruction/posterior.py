@@ -111,7 +111,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
     def is_sharded(self) -> bool:
         """Whether the tensors are spread over ranks."""
-        return any(is_sharded(t) for t in self.means.values())
+        return any(is_sharded(t) for t in self._means.values() if isinstance(t, Tensor))
 
     def largest_std(self) -> float:
         """The largest standard deviation of any element, on any rank."""
@@ -194,7 +194,7 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """This posterior over what ``model`` learns: without its frozen parameters, where it has the others.
 
         They are on their devices and, if they are sharded, as they are: each rank takes its part of a whole posterior
-        without communication. A compressed one stays so, unless the parameters are sharded.
+        without communication. A compressed one stays so.
 
         Raises:
             PosteriorError: as `check` does.
@@ -208,19 +208,22 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     def _beside(self, params: Mapping[str, Tensor]) -> "Posterior":
         """This posterior where the parameters are, which are its own."""
         placed = copy.copy(self)
-        if any(is_sharded(t) for t in [*params.values(), *self.means.values()]):
-            placed._means = {n: shard_like(t, params[n]) for n, t in self.means.items()}
-            placed._stds = {n: shard_like(t, params[n]) for n, t in self.stds.items()}
-        else:
-            placed._means = {n: t.to(params[n].device) for n, t in self._means.items()}
-            placed._stds = {n: t.to(params[n].device) for n, t in self._stds.items()}
+
+        def beside(t: Stored, param: Tensor) -> Stored:
+            return t.beside(param) if isinstance(t, LogCodes) else shard_like(t, param)
+
+        placed._means = {n: beside(t, params[n]) for n, t in self._means.items()}
+        placed._stds = {n: beside(t, params[n]) for n, t in self._stds.items()}
         return placed
 
     def gathered(self) -> "Posterior":
         """This posterior with whole tensors on every rank, on the CPU if it was sharded."""
         whole = copy.copy(self)
         whole._means, whole._stds = (
-            {n: gather(t).cpu() if isinstance(t, Tensor) and is_sharded(t) else t for n, t in tensors.items()}
+            {
+                n: t.gathered() if isinstance(t, LogCodes) else gather(t).cpu() if is_sharded(t) else t
+                for n, t in tensors.items()
+            }
             for tensors in (self._means, self._stds)
         )
         return whole

@@ -1,6 +1,7 @@
 """Preparation: learn, while the data is there, how precisely each weight must be known (paper, section 3.1)."""
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
+from .adapters import Adapter, adapted
 from .describe import described
 from .errors import UsageError
 from .initial import initial_std
-from .likelihood import Categorical, Given, Likelihood, signed, signed_tokens
+from .likelihood import Categorical, Given, Likelihood, check_classes, signed, signed_tokens
 from .loop import (
     TRAINING,
     Batches,
@@ -28,9 +30,10 @@ from .loop import (
 )
 from .loop.batches import unpack
 from .loop.counts import label_counts
-from .loop.step import require_count
+from .loop.labels import as_rows, is_map
+from .loop.step import require_count, require_seed
 from .loop.tokens import Sequences
-from .modules import fingerprint, learnable, require_suitable
+from .modules import fingerprint, learnable, require_suitable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .seeds import seed_of
@@ -55,6 +58,7 @@ def prepare(
     num_examples: int | None = None,
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
     likelihood: Likelihood | None = None,
+    adapter: Adapter | None = None,
     held_out: Batches | None = None,
     mc_samples: int | None = None,
     learn_mean: bool = False,
@@ -85,7 +89,8 @@ def prepare(
             with ``requires_grad`` get a posterior. It runs in eval mode (no dropout, BatchNorm statistics untouched)
             and ends as it was.
         loader: batches of the whole training set, repeated as often as needed: pairs (inputs, targets), or mappings
-            with the targets under ``labels`` (`distruction.loop.batches`).
+            with the targets under ``labels`` (`distruction.loop.batches`); what ``adapter`` understands. Targets are a
+            label per example, or one per pixel (logits (batch, classes, ...), labels (batch, ...), -100 for none).
         method: how the std is learned.
         steps: updates; ``None`` is 150 for Gauss-Newton and 1500 for BGD. A Gauss-Newton std comes out with a relative
             noise of about 2.2 / sqrt(steps), as benchmarks/priors.py measures it at 0.2 M weights: for a
@@ -104,6 +109,7 @@ def prepare(
             out too wide.
         likelihood: in place of ``loss_fn``, also draws targets: `Categorical` (the default), `Bernoulli`, `Gaussian`
             (`distruction.likelihood`) or one of your own.
+        adapter: in place of both, also says what a batch is (`distruction.adapters`).
         held_out: batches that the model was not trained on, of which a few quantiles of the log-odds by class are kept
             in the metadata: what ``forget(..., target="unseen")`` goes by.
         mc_samples: forward and backward passes per update of BGD, 2 by default; even numbers use antithetic pairs.
@@ -136,13 +142,19 @@ def prepare(
     gauss_newton = method == "gauss-newton"
     if steps is None:
         steps = METHODS[method]
-    require_count("steps", steps)
+    steps, seed = require_count("steps", steps), require_seed(seed)
     if isinstance(loss_fn, type):
         raise UsageError(f"loss_fn is the class {loss_fn.__name__}: pass one made of it, {loss_fn.__name__}(...)")
     if loss_fn is not None and likelihood is not None:
         raise UsageError("loss_fn and likelihood both say what the loss is; pass one of them")
+    if adapter is not None and not (loss_fn is None and likelihood is None):
+        raise UsageError("the adapter says what the loss is: leave out loss_fn and likelihood")
+    loader = adapted(loader, adapter)
+    held_out = None if held_out is None else adapted(held_out, adapter)
+    losses = adapter or likelihood
     if mc_samples is None:
         mc_samples = 1 if gauss_newton else 2
+    mc_samples = require_count("mc_samples", mc_samples)
     if gauss_newton and (learn_mean or mc_samples != 1):
         raise UsageError(
             f"learn_mean={learn_mean} and mc_samples={mc_samples} are for method='bgd': Gauss-Newton keeps the means "
@@ -151,6 +163,7 @@ def prepare(
     if not learnable(model):
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
     require_suitable(learnable(model))
+    require_trainable(model)
     if not _is_auto_or_positive(std_init):
         raise UsageError(f"std_init must be > 0 and finite, not {std_init!r}; 'auto' goes by each tensor's own scale")
     if not _is_auto_or_positive(evidence):
@@ -167,11 +180,14 @@ def prepare(
         raise UsageError(
             "the loader does not say how many examples it draws: pass num_examples= (training examples, e.g. 50_000)"
         )
-    require_count("num_examples", examples)
+    examples = require_count("num_examples", examples)
     if evidence == "auto":
         evidence = sum(p.numel() for p in learnable(model).values()) / (2 * TOLERANCE * examples)
     if std_init == "auto" and not gauss_newton:
         std_init = STD_INIT
+    evidence = float(evidence)
+    if std_init != "auto":
+        std_init = float(std_init)
     total = evidence * examples
     weights = fingerprint(learnable(model))
     shares = [1.0 / steps] * steps if gauss_newton else rising(steps)
@@ -185,7 +201,7 @@ def prepare(
         "mc_samples": mc_samples,
         "learn_mean": learn_mean,
         "lr": lr,
-        "loss": described(loss_fn if likelihood is None else likelihood),
+        "loss": described(loss_fn if losses is None else losses),
         "seed": seed,
         "weights": weights,
     }
@@ -205,7 +221,7 @@ def prepare(
             statistic=method,
         )
 
-    loss: Loss = SignedLoss(likelihood, loss_fn, seed) if gauss_newton else Loss(likelihood, loss_fn)
+    loss: Loss = SignedLoss(losses, loss_fn, seed) if gauss_newton else Loss(losses, loss_fn)
 
     def schedule(optimizer: BGD, history: list[Step]) -> None:
         loss.step = len(history)
@@ -213,7 +229,7 @@ def prepare(
             group["lr"] = lr * cosine(len(history), steps)
             group["data_per_step"] = total * shares[len(history)]
 
-    labelled = likelihood is None or isinstance(likelihood, Categorical)
+    labelled = losses is None or isinstance(losses, Categorical)
     counts = label_counts(loader) if labelled else None
     point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
     optimizer, history = run(
@@ -230,6 +246,7 @@ def prepare(
         role=TRAINING,
         labels=None if loss_fn is not None else labelled,
         shown=loss.shown if gauss_newton else None,
+        accuracy=getattr(losses, "accuracy", None),
     )
     posterior = optimizer.posterior(copy=False)
     tail = history[-max(1, steps // 10) :]
@@ -252,7 +269,7 @@ def prepare(
 
 
 def _is_auto_or_positive(value: object) -> bool:
-    return value == "auto" or (isinstance(value, int | float) and 0 < value < math.inf)
+    return value == "auto" or (isinstance(value, numbers.Real) and 0 < float(value) < math.inf)
 
 
 def total_evidence(metadata: Mapping[str, Any]) -> float:
@@ -263,6 +280,11 @@ def total_evidence(metadata: Mapping[str, Any]) -> float:
     return float(metadata["evidence"]) * int(metadata.get("examples", 1))
 
 
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    check_classes(logits)
+    return F.cross_entropy(logits, targets)
+
+
 class Loss:
     """The mean loss of a batch, as `distruction.loop.run` wants it.
 
@@ -271,15 +293,19 @@ class Loss:
         unit: what the loss is a mean over.
     """
 
-    def __init__(self, likelihood: Likelihood | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+    def __init__(
+        self, likelihood: Likelihood | Adapter | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None
+    ) -> None:
         self.likelihood = likelihood
-        self.loss_fn = loss_fn or F.cross_entropy
+        self.of_pixels = loss_fn is None and (likelihood is None or isinstance(likelihood, Categorical))
+        self.loss_fn = loss_fn or _cross_entropy
         self.step = 0
         self.unit = "examples"
 
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
         """The loss to minimise."""
         self.unit = "tokens" if isinstance(inputs, Sequences) else self.unit
+        logits, targets = self._examples(logits, targets)
         if self.likelihood is not None:
             return self.likelihood.losses(logits, targets).mean()
         return self.loss_fn(logits, targets)
@@ -288,16 +314,31 @@ class Loss:
         """The loss to report."""
         return self(logits, targets, None)
 
+    def _examples(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss is a mean over: of maps, their pixels."""
+        if self.of_pixels and is_map(targets):
+            self.unit = "pixels"
+            return as_rows(logits, targets)
+        return logits, targets
+
 
 class SignedLoss(Loss):
     """The signed loss of the Gauss-Newton statistic, with signs and targets of the step's own seed."""
 
     def __init__(
-        self, likelihood: Likelihood | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None, seed: int
+        self,
+        likelihood: Likelihood | Adapter | None,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None,
+        seed: int,
     ) -> None:
         super().__init__(likelihood, loss_fn)
         self.seed = seed
-        self.per_example: Likelihood | Given = likelihood or (Categorical() if loss_fn is None else Given(loss_fn))
+        if likelihood is not None:
+            self.per_example: Likelihood | Given = (
+                likelihood if isinstance(likelihood, Likelihood) else Given(likelihood.losses)
+            )
+        else:
+            self.per_example = Categorical() if loss_fn is None else Given(loss_fn)
 
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Any) -> Tensor:
         """The loss whose squared gradient is the statistic."""
@@ -305,8 +346,9 @@ class SignedLoss(Loss):
         if isinstance(inputs, Sequences):
             self.unit = "tokens"
             return signed_tokens(self.per_example, logits, targets, inputs.start, inputs.total, generator)
+        logits, targets = self._examples(logits, targets)
         return signed(self.per_example, logits, targets, generator)
 
     def shown(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean loss on the given targets."""
-        return self.per_example.losses(logits, targets).mean()
+        return self.per_example.losses(*self._examples(logits, targets)).mean()

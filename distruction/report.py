@@ -13,7 +13,6 @@ from .data import Images
 from .errors import UsageError
 from .extras import needed
 from .files import write_atomically
-from .loop import Step
 
 with needed("cli"):
     from matplotlib.figure import Figure
@@ -56,44 +55,30 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, write)
 
 
-Value = float | tuple[float, float]
-
-
-def table(title: str, rows: Mapping[str, Mapping[str, Value]], columns: Mapping[str, str]) -> Table:
-    """One row per method, one column per metric: a number, or a mean and (s and the standard deviation).
+def table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> Table:
+    """One row per method, one column per metric.
 
     Args:
         title: above the table.
         rows: method to metric to value.
         columns: metric to its heading, in the order to show.
     """
+    texts = [[name, *(_number(row[key]) if key in row else "-" for key in columns)] for name, row in rows.items()]
+    return lines(title, [["method", *columns.values()], *texts])
+
+
+def lines(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """A table of texts under its first row."""
     out = Table(title=title)
-    out.add_column("method", no_wrap=True)
-    for heading in columns.values():
-        out.add_column(heading, justify="right")
-    for name, metrics in rows.items():
-        out.add_row(name, *(_number(metrics[key]) if key in metrics else "-" for key in columns))
+    for i, heading in enumerate(rows[0]):
+        out.add_column(heading, justify="right" if i else "left", no_wrap=not i, overflow="fold")
+    for row in rows[1:]:
+        out.add_row(*row)
     return out
 
 
-def _number(value: Value) -> str:
-    if isinstance(value, tuple):
-        return f"{value[0]:.1f} (s {value[1]:.1f})"
+def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.1f}"
-
-
-def plot_curves(path: Path, history: Sequence[Step]) -> None:
-    """KL(q || p), and the accuracy of the sampled models on the forget set, against the step."""
-    steps = [s.step for s in history]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(steps, [s.kl for s in history], color="tab:blue")
-    left.set(xlabel="unlearning step", ylabel="KL(q || p) [nats]", title="distance from the posterior")
-    right.plot(steps, [s.accuracy for s in history], color="tab:red")
-    right.set(xlabel="unlearning step", ylabel="accuracy [%]", title="forget set, sampled weights", ylim=(-3, 103))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
 
 
 def examples(groups: Mapping[str, tuple[Images, Sequence[int], Sequence[int]]]) -> Figure:

@@ -30,6 +30,8 @@ from .predictive import restored
 with needed("vision", "a report"):
     from PIL import Image
 
+    from .data.raw import upright
+
 if TYPE_CHECKING:
     from .data.requests import Selection
 
@@ -192,6 +194,7 @@ def collect(
         "cosine": result.cosine,
         "reached": result.reached,
         "advice": result.advice,
+        "outcome": result.outcome,
         "before": side(before),
         "after": side(after),
         "steps": [{k: _finite(v) for k, v in asdict(step).items()} for step in result.history],
@@ -214,8 +217,8 @@ def thumbnails(selection: "Selection", places: Sequence[int]) -> dict[int, bytes
     found = {}
     top = 1 if selection.images is None else int(selection.images.images.max())
     for i in places:
-        if selection.paths is not None:
-            picture = Image.open(selection.paths[i]).convert("RGB")
+        if selection.encoded is not None:
+            picture = upright(selection.encoded[i], "RGB")
         else:
             assert selection.images is not None
             # Data sets whose bytes do not go up to 255 would be all but black.

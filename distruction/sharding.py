@@ -150,6 +150,14 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     return part.clone()
 
 
+def spread_as(like: "DTensor", here: Tensor) -> Tensor:
+    """The tensor of which this rank has ``here``, in any shape: spread as ``like`` is."""
+    part = here.view(like.to_local().shape)
+    return type(like).from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def reshard(model: nn.Module) -> None:
     """Drop the whole parameters that a forward pass without a backward left in a ``fully_shard``-ed model.
 

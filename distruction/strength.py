@@ -12,12 +12,12 @@ Optimization", 2004, section 5.4), in logarithms. The trust region limits how fa
 run away meanwhile and come back too late; therefore it is not raised while v is falling by itself (the conditional
 integration of controllers that saturate: Åström, Hägglund, "PID Controllers", 1995, section 3.5), and is lowered twice
 as fast as it is raised. The steps come in cycles, in each of which the step size decays to zero, and the run ends with
-the first cycle that ends at or below the level. Another cycle starts from the R at which the step size of the one before
-had halved: with what short steps could not follow, its first long steps would be a leap.
+the first cycle that ends at or below the level. Another cycle starts from the R at which the step size of the one
+before had halved: with what short steps could not follow, its first long steps would be a leap.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ from .errors import UsageError
 from .features import Features, mean_cosine
 from .loop import FORGET_SET, Batches, Step, cosine
 from .loop.batches import Batching, Inputs, apply, call
-from .loop.loaders import restarted
+from .loop.labels import IGNORED as NO_LABEL
+from .loop.labels import as_rows, is_map
+from .loop.loaders import generators, restarted
 from .loop.tokens import IGNORED, asked, joined
 from .modules import logits_of, unwrapped
 from .optim import BGD
@@ -43,8 +45,11 @@ CYCLE = 50
 """Steps in which the step size decays to zero."""
 MARGIN = 0.7
 """What the ascent aims at, as a share of the odds of the level: v ends within about a third of it."""
-FALLING = 0.8
-"""v falls by itself where it is below this share of what it was at the look before."""
+FALLING, FALLING_GENTLY = 0.8, 0.98
+"""v falls by itself where it is below this share of what it was at the look before; gently, any visible fall will do:
+a larger R would carry the means far past the level between two looks."""
+HALF = 0.5
+"""Levels above it, of records whose labels live on, are approached by the log-odds."""
 RATE_UP, RATE_DOWN, CLIP = 0.2, 0.4, 2.0
 FOLLOWED = 0.5
 """Share of the largest step size down to which the means follow R."""
@@ -62,7 +67,7 @@ class ForgetSet:
 
     Attributes:
         records: how many there are.
-        counts: records by label, in the order of the labels; empty where targets are no class numbers.
+        counts: records by label, of maps pixels, in the order of the labels; empty where targets are no class numbers.
         inputs, targets: `EXAMPLES` of them, drawn at random, or all.
         batch_size: of the largest batch.
         text: targets are the labels of a causal language model's texts, (rows, length).
@@ -85,9 +90,11 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
     counts: dict[int, int] = {}
     records = batch_size = 0
     kept: tuple[Tensor, Inputs, Tensor] | None = None
-    with private_generators():
-        seed_all(seed_of(seed, 3))
-        for loaded in restarted(loader):
+    loader = restarted(loader)
+    own = generators(loader)
+    with private_generators(own):
+        seed_all(seed_of(seed, 3), own)
+        for loaded in loader:
             batch = batching(loaded)
             inputs, targets = batch.whole_inputs, batch.targets
             if batch.sequences is not None:
@@ -96,10 +103,12 @@ def examined(loader: Batches, device: torch.device, *, seed: int) -> ForgetSet:
                 text = True
             records += len(targets)
             batch_size = max(batch_size, len(targets))
-            if targets.ndim == 1 and not targets.is_floating_point():
+            if not text and not (targets.is_floating_point() or targets.is_complex()):
+                targets = targets.long()  # of any integers, as `distruction.loop.labels` takes them
                 labels, times = targets.unique(return_counts=True)
                 for label, count in zip(labels.tolist(), times.tolist(), strict=True):
-                    counts[label] = counts.get(label, 0) + count
+                    if targets.ndim == 1 or label != NO_LABEL:
+                        counts[label] = counts.get(label, 0) + count
             # The records with the largest of random keys are a uniform draw without replacement.
             keys = torch.rand(len(targets), generator=chooser)
             if kept is not None:
@@ -136,6 +145,7 @@ class Probability:
     """Mean over the forget set's examples of the probability that the model gives to what is to be forgotten.
 
     Of a language model's texts: the mean over the tokens that the labels ask for, given the true tokens before them.
+    Of maps: the mean over the pixels that have a label.
 
     Args:
         model: in eval mode when it is called.
@@ -157,6 +167,7 @@ class Probability:
         features: Features | None = None,
     ) -> None:
         self._model, self._data, self._labels, self._features = unwrapped(model), data, labels, features
+        self._maps = is_map(data.targets) and not data.text
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -185,19 +196,29 @@ class Probability:
             if features is not None:
                 logits, rows_of_features = logits[:, :classes], logits[:, classes:]
                 seen.append(rows_of_features.float())
+            if self._maps:
+                pixels = self._known(*as_rows(self._checked(logits), targets))
+                values.append(torch.stack([pixels.sum(), pixels.new_tensor(len(pixels))]))
+                continue
             values.append(self._checked(logits))
         torch.clear_autocast_cache()
         reshard(self._model)
         if self._data.text:
             return torch.cat(values).mean().item()
+        if self._maps:
+            total, count = torch.stack(values).sum(dim=0).tolist()
+            return float(total / max(count, 1.0))
         if seen:
             self.cosine = mean_cosine(torch.cat(seen), self._data.targets).item()
         return self._value(torch.cat(values))
 
     def _value(self, logits: Tensor) -> float:
+        return self._known(logits, self._data.targets).mean().item()
+
+    def _known(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The probability of what is to be forgotten, of each row."""
         p = logits.double().softmax(dim=-1)
-        own = self._data.targets[:, None]
-        return (p.gather(-1, own) if self._labels is None else p[:, list(self._labels)]).sum(dim=-1).mean().item()
+        return (p.gather(-1, targets[:, None]) if self._labels is None else p[:, list(self._labels)]).sum(dim=-1)
 
     def _of_tokens(self, inputs: Inputs, labels: Tensor) -> Tensor:
         """The probability of each token that the texts ask for, on every rank."""
@@ -213,10 +234,11 @@ class Probability:
         return distributed.by_rows(answered, {**inputs, OWN: own})[where].exp()
 
     def _checked(self, logits: Tensor) -> Tensor:
-        if logits.ndim != 2 or logits.shape[-1] < 2:
+        if logits.ndim != (self._data.targets.ndim + 1 if self._maps else 2) or logits.shape[1] < 2:
             raise UsageError(
                 f"the model's output has the shape {tuple(logits.shape)}, so that the probability of the labels, by "
-                "which kl_weight='auto' goes, is not known: pass a number as kl_weight, or give (batch, classes) logits"
+                "which kl_weight='auto' goes, is not known: pass a number as kl_weight, or give (batch, classes) "
+                "logits, of maps (batch, classes, ...)"
             )
         targets = self._data.targets
         if not self._data.counts:
@@ -225,12 +247,27 @@ class Probability:
                 f"{targets.dtype} {tuple(targets.shape)}: pass a number as kl_weight"
             )
         low, high = min(self._data.counts), max(self._data.counts)
-        if low < 0 or high >= logits.shape[-1]:
+        if low < 0 or high >= logits.shape[1]:
             raise UsageError(
-                f"the labels run from {low} to {high}, but the model has {logits.shape[-1]} classes "
-                f"(0 to {logits.shape[-1] - 1}); the forget set is not part of its label space"
+                f"the labels run from {low} to {high}, but the model has {logits.shape[1]} classes "
+                f"(0 to {logits.shape[1] - 1}); the forget set is not part of its label space"
             )
         return logits
+
+
+class Known(Probability):
+    """What an objective itself says of how much is known: its ``known(outputs, targets)``, in [0, 1], in the mean."""
+
+    def __init__(self, model: nn.Module, data: ForgetSet, known: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(model, data, None)
+        self._maps = False
+        self._of = known
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def _value(self, logits: Tensor) -> float:
+        return self._of(logits, self._data.targets).double().mean().item()
 
 
 class DualAscent:
@@ -269,6 +306,7 @@ class DualAscent:
         self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently
         odds = (1.0 if gently else MARGIN) * level / (1 - level)
         self._aim = odds / (1 + odds)
+        self._falling = FALLING_GENTLY if gently else FALLING
         self._data_per_step = data_per_step
         self._least = math.log(data_per_step * (1 - LARGEST_WEIGHT) / LARGEST_WEIGHT)
         self._most = math.log(most)
@@ -302,12 +340,12 @@ class DualAscent:
         looks = ends or len(history) % STEPS_BETWEEN_LOOKS == 0
         if looks:
             self._before, self.value = self.value, self._probability()
-        excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
+        excess = min(max(self._size(self.value) - self._size(self._aim), -CLIP), CLIP)
         step_size = cosine((len(history) - 1) % self._cycle, self._cycle)
         pace = max(self._least_pace, step_size)
         if excess < 0:
             self.log_ratio += pace * RATE_DOWN * excess
-        elif self.value >= FALLING * self._before:
+        elif self._size(self.value) >= self._size(self._before) + math.log(self._falling):
             self.log_ratio += pace * RATE_UP * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
         self.settled = (looks if self._gently else ends) and self.value <= self.level
@@ -316,6 +354,11 @@ class DualAscent:
         elif ends and not self.settled:
             self.log_ratio = min(self.log_ratio, self._followed)
         return self.settled
+
+    def _size(self, value: float) -> float:
+        """log v; near 1, where all that changes is 1 - v, the log-odds, which for small v are the same."""
+        value = min(max(value, 1e-30), 1 - 1e-12)
+        return math.log(value / (1 - value)) if self.level > HALF else math.log(value)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -10,8 +10,8 @@ moves the distribution of the records onto that of unseen examples, rank by rank
 (the optimal transport of one dimension; Villani, "Topics in Optimal Transportation", 2003, section 2.2). Each record is
 taught its label with log-odds min(o, t(o)) and the other classes in the proportions that the model had; the run ends
 where an attacker who sees the log-odds could not tell the records from unseen ones, and does not begin where that is
-within chance. Unseen ones the model will be a little
-less sure of as well, by a share that a rehearsal finds (`distruction.rehearse`).
+within chance. Unseen ones the model will be a little less sure of as well, by a share that a rehearsal finds
+(`distruction.rehearse`).
 """
 
 import math
@@ -147,6 +147,18 @@ def held_out_of(metadata: Mapping[str, Any], labels: Iterable[int], device: torc
     )
 
 
+def by_unseen(kind: str, data: ForgetSet, metadata: Mapping[str, Any], target: str | None, level: float | None) -> bool:
+    """Whether a request without a target ends where the records look unseen: where p knows how unseen ones look."""
+    of_labels = data.targets.ndim == 1 and bool(data.counts)
+    return kind == "records" and of_labels and target is None and level is None and "held_out" in metadata
+
+
+@torch.no_grad()
+def odds_of(teacher: Callable[[Inputs], Tensor], data: ForgetSet) -> Tensor:
+    """The log-odds that a teacher gives to the labels of the forget set's examples, float64."""
+    return torch.cat([log_odds(teacher(x), y) for x, y in batches_of(data)])
+
+
 class Unseen:
     """What each record's log-odds lack to those of an unseen example of its rank; the other classes' proportions stay.
 
@@ -162,10 +174,8 @@ class Unseen:
         teacher: inputs -> logits of the model before.
         data: of the forget set.
         held_out: what is known of unseen examples.
+        odds: of the examples of ``data``, before: see `odds_of`.
         forgotten: labels of earlier requests, which are left out of what is taught.
-
-    Attributes:
-        odds: log-odds before of the examples of ``data``.
     """
 
     needs_inputs = True
@@ -175,14 +185,13 @@ class Unseen:
         teacher: Callable[[Inputs], Tensor],
         data: ForgetSet,
         held_out: HeldOut,
+        odds: Tensor,
         forgotten: "list[int] | tuple[int, ...]" = (),
     ) -> None:
         self.teacher, self._held_out, self._forgotten = teacher, held_out, tuple(forgotten)
-        with torch.no_grad():
-            self.odds = torch.cat([log_odds(teacher(x), y) for x, y in batches_of(data)])
-        self._known = {c: self.odds[data.targets == c].sort().values for c in held_out.by_label}
+        self._known = {c: odds[data.targets == c].sort().values for c in held_out.by_label}
         self._further = 0.0
-        moved = (self.taught(self.odds, data.targets) - self.odds).quantile(0.5).item()
+        moved = (self.taught(odds, data.targets) - odds).quantile(0.5).item()
         self._further = held_out.drift / (1 - held_out.drift) * moved
 
     def taught(self, odds: Tensor, targets: Tensor) -> Tensor:
@@ -219,7 +228,7 @@ class Advantage(Probability):
     Args:
         model, data: see `Probability`.
         held_out: what is known of unseen examples.
-        before: log-odds of the examples of ``data`` before.
+        before: log-odds of the examples of ``data``, before: see `odds_of`.
     """
 
     def __init__(self, model: nn.Module, data: ForgetSet, held_out: HeldOut, before: Tensor) -> None:

@@ -18,8 +18,24 @@ TRACEBACK = "DISTRUCTION_TRACEBACK"
 """The environment variable that lets the traceback of an error through."""
 
 
+WRITTEN = ("out", "posterior_out", "report", "receipt", "log_json", "checkpoint")
+"""Options, by parameter, that name a file to write."""
+
+READ = (
+    *("model", "posterior", "previous", "weights", "pretrained", "classes", "records", "key", "grid"),
+    *("original", "retrained"),
+)
+"""Options that name a file to read."""
+
+REPLACED = (("out", "model"), ("posterior_out", "previous"))
+"""What `forget` writes in the place of what it was given, if it may overwrite it: the next state of the same thing."""
+
+
 class Command(TyperCommand):
-    """A command that refuses an option given twice where only the last value would count."""
+    """A command that refuses what would lose something in silence.
+
+    That is an option given twice where only the last value would count, and one file for two purposes.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of the command line."""
@@ -30,7 +46,22 @@ class Command(TyperCommand):
             harmless = getattr(option, "is_flag", False) and len(names.intersection(args)) == 1
             if given.count(option) > 1 and not option.multiple and not harmless:
                 ctx.fail(f"{' / '.join(sorted(names))} is given {given.count(option)} times, but takes one value")
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        self._check_files(ctx)
+        return rest
+
+    def _check_files(self, ctx: Any) -> None:
+        seen: dict[str, str] = {}
+        names = {param.name: param.opts[0] for param in self.params}
+        for name in (*READ, *WRITTEN):
+            value = ctx.params.get(name)
+            if not isinstance(value, str | os.PathLike) or "\0" in str(value):
+                continue
+            place = os.path.realpath(value)
+            other = seen.setdefault(place, name)
+            in_place = self.name == "forget" and (name, other) in REPLACED
+            if name in WRITTEN and other != name and not in_place:
+                ctx.fail(f"{names[other]} and {names[name]} are one file, {value}: give each its own")
 
 
 def run(app: Callable[[], object]) -> None:

@@ -202,6 +202,46 @@ def check_any_placement_draws_the_same_bits(world, folder):
         assert_equal(opts[1].posterior().gathered(), opts[0].posterior())
 
 
+def check_a_step_reads_the_codes_of_its_shards(world, folder):
+    mesh = init_device_mesh("cpu", (world,))
+    g = torch.Generator().manual_seed(1)
+    # Shards begin within the blocks of 1024 codes, and some in the rows of one.
+    wholes = [torch.randn(shape, generator=g) for shape in ((40, 50), (3, 700), (2500,), (30, 40), (1500,))]
+    placements = [[Shard(1)], [Shard(1)], [Shard(0)], [Replicate()], None]
+    gradients = [torch.randn(t.shape, generator=g) for t in wholes]
+
+    def place(t, how):
+        return t.clone() if how is None else distribute_tensor(t.clone(), mesh, how, src_data_rank=None)
+
+    means = {f"p{i}": t for i, t in enumerate(wholes)}
+    stds = {n: 0.2 * torch.exp(torch.randn(t.shape, generator=g)) for n, t in means.items()}
+    for mean in ("float32", "bfloat16"):
+        whole = Posterior(means, stds).compress(mean=mean)
+        models = [nn.Module() for _ in range(2)]
+        for model, spread in zip(models, (False, True), strict=True):
+            for (n, t), how in zip(means.items(), placements, strict=True):
+                model.register_parameter(n, nn.Parameter(place(t, how if spread else None)))
+        parts = [whole.like(model) for model in models]
+        assert [part.is_sharded() for part in parts] == [False, True]
+        assert all(part.is_in_codes() and part.nbytes == whole.nbytes for part in parts)
+        assert_equal(parts[1].gathered(), whole)
+        assert parts[1].gathered().fingerprint() == whole.fingerprint()
+        assert_equal(parts[1].like(models[0]), whole)
+        opts = [BGD(model.named_parameters(), std_init=0.1, mc_samples=2, prior=part, kl_weight=0.2)
+                for model, part in zip(models, parts, strict=True)]  # fmt: skip
+        for opt in opts:
+            opt.train()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr("distruction.compression.LogCodes.decode")
+            for _ in range(4):
+                for p, q, gradient, how in zip(*(m.parameters() for m in models), gradients, placements, strict=True):
+                    p.grad, q.grad = place(gradient, None), place(gradient, how)
+                for opt in opts:
+                    opt.step()
+        assert opts[1].kl.item() == pytest.approx(opts[0].kl.item(), rel=1e-8)
+        assert_equal(opts[1].posterior().gathered(), opts[0].posterior())
+
+
 def check_partial_gradients_are_summed(world, folder):
     from torch.distributed.tensor import Partial
 

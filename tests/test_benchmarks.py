@@ -384,8 +384,8 @@ def test_the_page_of_memory_says_what_was_measured():
     assert sorted(kept) == ["0", "3", "8"]
     whole = []
     for _, exact, *compressed in kept.values():
-        whole.append(f"{exact['retain_test']:.1f}")
+        whole.append(f"{exact['retain']:.1f}")
         for row in compressed:
-            assert all(row[k] == exact[k] for k in ("retain_test", "forget_test", "forget_train"))
+            assert all(row[k] == exact[k] for k in ("retain", "forget", "forget_train"))
             assert row["kl"] == pytest.approx(exact["kl"], rel=0.002)
     assert "D_r {}, {} and {} %, D_f 0 %".format(*whole) in page

@@ -1,5 +1,6 @@
 """The build: without compilers, with them, under the sanitizers, and the CUDA kernels' resources."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -150,7 +151,9 @@ def test_cuda_kernels_keep_their_budget(tree):
     assert len(kernels) == 15 * len(ARCHITECTURES)
     over = [k for k in kernels if int(k[2]) or int(k[3]) or int(k[4]) > 64]
     assert not over
-    assert library(tree, "cuda").exists()
+    release = re.search(r"release (\d+)\.(\d+)", run(["nvcc", "--version"], tree).stdout)
+    built_by = ctypes.CDLL(str(library(tree, "cuda"))).distruction_cuda_toolkit()
+    assert built_by == 1000 * int(release[1]) + 10 * int(release[2])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")

@@ -72,7 +72,7 @@ def test_train_prepare_forget_evaluate(distruction, tmp_path):
         assert str(command[command.index("--out") + 1]) in out
     status, out, _ = distruction("evaluate", "--model", unlearned, "--class", 3)
     assert status == 0
-    assert "D_r test %" in out
+    assert "D_r %" in out
     trained, forgotten = models.load(model)[0], models.load(unlearned)[0]
     prior = Posterior.load(posterior, model=trained)
     prior.check(trained, same_weights=True)
@@ -291,7 +291,8 @@ PREPARE = {"--model": "model", "--steps": "2"}
         ("forget", {"--backend": "fortran"}, "fortran"),
         ("forget", {"--device": "warp:9"}, "device 'warp:9' cannot be used"),
         ("forget", {"--batch-size": "0"}, "--batch-size"),
-        ("forget", {"--out": "posterior"}, "exists; choose another file or pass --overwrite"),
+        ("forget", {"--out": "model"}, "exists; choose another file or pass --overwrite"),
+        ("forget", {"--out": "posterior"}, "--posterior and --out are one file"),
         ("forget", {"--out": "no/such/folder/file"}, "create it first"),
         ("prepare", {"--std-init": "0"}, "std_init must be > 0 and finite, not 0.0"),
         ("prepare", {"--std-init": "-0.1"}, "std_init must be > 0 and finite, not -0.1"),

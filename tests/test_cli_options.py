@@ -88,6 +88,8 @@ BAD = {
     "--records": NO_FILE,
     "--request": NO_NAME,
     "--log-json": NO_PLACE,
+    "--tensorboard": NO_FOLDER,
+    "--wandb": ["", "\u2003"],
     "--method": NO_NAME,
     "--level": ["", "x", "nan", "inf", "-1", "0", "1"],
     "--grid": [*NO_FILE, "{files}/empty.toml"],
@@ -199,6 +201,62 @@ def test_an_option_of_one_value_is_given_once(distruction):
         status, _, err = distruction(*words)
         assert status == 2, words
         assert "is given 2 times, but takes one value" in err, words
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "second"),
+    [
+        ("forget", "--posterior", "--out"),
+        ("forget", "--posterior", "--posterior-out"),
+        ("forget", "--model", "--posterior-out"),
+        ("forget", "--model", "--log-json"),
+        ("forget", "--posterior", "--checkpoint"),
+        ("forget", "--out", "--posterior-out"),
+        ("forget", "--out", "--log-json"),
+        ("forget", "--out", "--checkpoint"),
+        ("forget", "--out", "--report"),
+        ("forget", "--records", "--report"),
+        ("prepare", "--model", "--out"),
+        ("prepare", "--out", "--checkpoint"),
+        ("prepare", "--weights", "--out"),
+        ("attack", "--model", "--out"),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["same", "link"])
+def test_a_file_has_one_purpose(distruction, files, tmp_path, command, first, second, spelling):
+    """The one would be written over the other, and with --log-json appended to a model."""
+    shared = tmp_path / "shared"
+    kind = {"--model": "model", "--posterior": "posterior"}.get(first)
+    if kind:
+        shared.write_bytes((files / kind).read_bytes())
+    again = shared
+    if spelling == "link":
+        again = tmp_path / "link"
+        again.symlink_to(shared)
+    given = {"--model": files / "model", "--out": tmp_path / "out", "--class": "3"}
+    given |= {"--posterior": files / "posterior"} if command == "forget" else {}
+    if command == "prepare":
+        del given["--class"]
+    given |= {first: shared, second: again}
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.exists()}
+    words = [command, *(word for pair in given.items() for word in pair), "--overwrite"]
+    status, _, err = distruction(*words, *(["--steps", "1"] if command != "attack" else []))
+    assert status == 2
+    assert f"{first} and {second} are one file, {again}: give each its own" in err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.exists()} == before
+
+
+def test_a_model_may_be_replaced_by_what_is_left_of_it(distruction, files, tmp_path):
+    model = tmp_path / "model"
+    model.write_bytes((files / "model").read_bytes())
+    words = ["forget", "--model", model, "--posterior", files / "posterior", "--class", "3", "--out", model]
+    words += ["--posterior-out", tmp_path / "q", "--steps", "3", "--no-progress"]
+    assert distruction(*words)[0] == 2
+    assert distruction(*words, "--overwrite")[0] == 0
+    assert model.read_bytes() != (files / "model").read_bytes()
+    words[words.index("3")] = "8"
+    assert distruction(*words, "--previous", tmp_path / "q", "--overwrite")[0] == 0
+    assert [list(f["labels"]) for f in Posterior.load(tmp_path / "q").metadata["forgotten"]] == [["3"], ["8"]]
 
 
 def test_several_classes_are_forgotten_together(distruction, files, tmp_path, monkeypatch):

@@ -159,7 +159,10 @@ def test_state_dict_survives_a_file_and_a_move(tmp_path):
     again.load_state_dict(saved["opt"])
     assert all(t.device.type == device for state in again.state.values() for t in state.values())
     assert_same(values(opt), [t.cpu() for t in values(again)])
-    assert_same([p.detach() for p in model.parameters()], [p.detach().cpu() for p in other.parameters()])
+    # The samples of two devices' kernels agree to 1e-6 of std, 0.1 here, and their rounding.
+    exact = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-6, "atol": 1e-7}
+    for p, p_2 in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, p_2.cpu(), **exact)
 
 
 @pytest.mark.parametrize("option", ["foreach", "fused", "capturable", "differentiable", "weight_decay", "momentum"])

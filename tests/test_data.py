@@ -20,6 +20,7 @@ from torchvision import datasets as peers
 
 from distruction import UsageError, scenarios
 from distruction.data import detect, forget_split, load, names, sets
+from distruction.data.images import Images
 from distruction.errors import MissingPackage
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
@@ -622,3 +623,13 @@ def test_moments_are_those_of_float64():
     values = images.double().transpose(0, 1).flatten(1)
     assert mean == pytest.approx(values.mean(dim=1).tolist(), rel=1e-13)
     assert std == pytest.approx(values.std(dim=1).tolist(), rel=1e-13)
+
+
+def test_a_constant_channel_becomes_zero_and_no_nan():
+    images = torch.randint(256, (9, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 1] = 7
+    for some in (images, images[:1, :, :1, :1]):
+        mean, std = sets.moments(some)
+        batch, _ = Images(some, torch.zeros(len(some), dtype=torch.int64), ("a",), mean, std)[[0]]
+        assert (batch[:, 1] == 0).all()
+        assert batch.isfinite().all()

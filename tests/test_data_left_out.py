@@ -1,7 +1,9 @@
 """What a data set holds and a reader does not use is said; what it cannot use stops it, or is left out by choice."""
 
 import io
+import os
 import shutil
+import threading
 import warnings
 
 import numpy as np
@@ -128,6 +130,60 @@ def test_a_class_of_unreadable_images_is_refused(tmp_path):
         path.write_bytes(b"x")
     with pytest.raises(UsageError, match="No readable image is left of b"):
         load(".", tmp_path, skip_unreadable=True)
+
+
+def test_a_link_to_a_folder_above_is_not_read_again(tmp_path):
+    """torchvision reads it until the path is too long: 41 times the class."""
+    write_tree(tmp_path, ["a", "b"], train=6, test=4)
+    (tmp_path / "train/a/loop").symlink_to(tmp_path / "train/a")
+    (tmp_path / "train/b/all").symlink_to(tmp_path)
+    elsewhere = tmp_path / "more"
+    elsewhere.mkdir()
+    picture(elsewhere / "x.png", size=(32, 32))
+    (tmp_path / "train/a/linked").symlink_to(elsewhere)
+    with pytest.warns(DataWarning, match=r"2 without extension \(a/loop, b/all\)"):
+        train, _ = load(".", tmp_path)
+    assert len(train) == 7
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    """It would be waited for without end."""
+    write_tree(tmp_path, ["a", "b"], train=6, test=4)
+    path = tmp_path / "train/a/x.png"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.open("wb").close())  # whoever reads it need not wait here
+    writer.start()
+    try:
+        with pytest.raises(UsageError, match=r"x\.png is no regular file.*--skip-unreadable"):
+            load(".", tmp_path)
+    finally:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        writer.join()
+
+
+@pytest.mark.parametrize("target", ["none", "train/a/x.png"])
+def test_links_to_nothing_are_named(tmp_path, target):
+    write_tree(tmp_path, ["a", "b"], train=6, test=4)
+    (tmp_path / "train/a/x.png").symlink_to(tmp_path / target)
+    with pytest.raises(UsageError, match=r"x\.png.*--skip-unreadable"):
+        load(".", tmp_path)
+    with pytest.warns(DataWarning, match=r"left out as unreadable: .*x\.png"):
+        assert len(load(".", tmp_path, skip_unreadable=True)[0]) == 6
+
+
+def test_names_that_are_no_text(tmp_path):
+    write_tree(tmp_path, ["a", "b"], train=6, test=4)
+    os.rename(tmp_path / "train/a", os.fsencode(tmp_path / "train") + b"/\xff\xfe")
+    with pytest.raises(UsageError, match=r"class folder '.udcff.udcfe' .*rename it"):
+        load(".", tmp_path)
+
+
+def test_a_message_is_the_same_each_time(tmp_path):
+    write_tree(tmp_path, ["a", "b"], train=6, test=4)
+    (tmp_path / "train/a/x.png").write_bytes(b"no image")
+    with pytest.raises(UsageError) as error:
+        load(".", tmp_path)
+    assert " at 0x" not in str(error.value)
 
 
 # --- orientation ---------------------------------------------------------------------------------

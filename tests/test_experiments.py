@@ -118,6 +118,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("name", experiments.PRESETS)
 def test_presets_are_grids(name):
     found = experiments.preset(name)
+    if name == "demo":
+        assert [s.name for s in found.scenarios] == ["full-class"]
+        return
     assert {s.name for s in found.scenarios} == {"full-class", "sub-class", "random"}
     assert len(found.seeds) == 3
 

@@ -24,7 +24,7 @@ MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "ivon-opt": "ivon", "pyya
 """Packages whose module has another name."""
 OPTIONAL = {
     MODULES.get(name, name)
-    for extra in ("vision", "cli", "experiments", "language", "receipt", "parquet")
+    for extra in ("vision", "cli", "experiments", "language", "receipt", "parquet", "datasets", "tensorboard", "wandb")
     for line in EXTRAS[extra]
     if (name := re.match(r"[\w-]+", line)[0]) != "distruction"
 }

@@ -11,6 +11,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -101,6 +102,36 @@ def test_a_resumed_run_draws_what_the_whole_one_drew(tmp_path, kind, workers, pe
         used = loader()
         list(used)
         assert_same(whole, run(used))
+
+
+@pytest.mark.parametrize("where", ["loader", "sampler"])
+def test_generators_of_the_loader_are_seeded_and_left_alone(tmp_path, where):
+    """One loader, read by both runs: its generator is elsewhere when the second one starts."""
+    own = torch.Generator().manual_seed(7)
+    order = (
+        {"shuffle": True, "generator": own} if where == "loader" else {"sampler": RandomSampler(data(), generator=own)}
+    )
+    loader = DataLoader(data(), batch_size=8, **order)
+
+    def interrupt(step):
+        if step.step == 5:
+            raise KeyboardInterrupt
+
+    before = own.get_state()
+    whole = prepare(make(), loader, steps=8, **QUIET)
+    path = tmp_path / "c"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make(), loader, steps=8, checkpoint=path, checkpoint_steps=1, callback=interrupt, **QUIET)
+    assert torch.equal(own.get_state(), before)
+    torch.rand(3, generator=own)
+    assert_same(whole, prepare(make(), loader, steps=8, checkpoint=path, **QUIET))
+    # What forgetting looks at is drawn as it is read.
+    reports = []
+    for _ in range(2):
+        torch.rand(3, generator=own)
+        model = make()
+        reports.append(forget(model, whole, loader, steps=3, request="records", level=0.2, **QUIET).posterior)
+    assert_same(*reports)
 
 
 def test_the_callers_generators_are_left_alone():
@@ -258,6 +289,23 @@ def test_no_record_of_the_forget_set_is_left_unread_in_silence():
     with pytest.raises(UsageError, match=r"drop_last=True.*4 of the 24 records.*drop_last=False"):
         forget(model, posterior, DataLoader(data(), batch_size=10, drop_last=True), steps=4, **QUIET)
     forget(model, posterior, DataLoader(data(), batch_size=12, drop_last=True), steps=4, **QUIET)
+    parts = {
+        "draws 24 times from its 24 records, with replacement": RandomSampler(data(), replacement=True),
+        "draws 9 of its 24 records, ": RandomSampler(data(), num_samples=9),
+        "draws 12 times from its 24 records, with replacement": WeightedRandomSampler(torch.ones(24), 12),
+        r"draws 20 of its 24 records \(drop_last=True\)": DistributedSampler(data(), 5, 0, drop_last=True),
+    }
+    for message, sampler in parts.items():
+        for loader in (
+            DataLoader(data(), sampler=sampler, batch_size=8),
+            DataLoader(data(), batch_sampler=BatchSampler(sampler, 8, False)),
+        ):
+            with pytest.raises(UsageError, match=message):
+                forget(model, posterior, loader, steps=4, **QUIET)
+    whole = [SubsetRandomSampler(range(8)), WeightedRandomSampler(torch.ones(24), 24, replacement=False)]
+    for sampler in whole:
+        model = make()
+        forget(model, posterior, DataLoader(data(), sampler=sampler, batch_size=8), steps=4, **QUIET)
     model = make()
     with pytest.warns(UserWarning, match="2 steps read 2 of the 3 batches of the forget set"):
         forget(model, posterior, DataLoader(data(), batch_size=8), steps=2, **QUIET)

@@ -88,6 +88,8 @@ SMALL = {
     "ssd": {"alpha": 2.0},
     "ssd-per-sample": {"alpha": 2.0},
     "distruction-auto": {},
+    "distruction-constant": {},
+    "distruction-fisher": {},
 }
 
 
@@ -466,7 +468,9 @@ def test_delete_is_sgd_on_the_old_prediction_without_the_true_class():
     torch.testing.assert_close(model[1].bias.double(), bias - 0.5 * slope.sum(dim=0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in REGISTRY if REGISTRY[n].needs_posterior and n != "distruction-auto"])
+@pytest.mark.parametrize(
+    "name", [n for n in REGISTRY if REGISTRY[n].needs_posterior and REGISTRY[n].preparation == "bgd"]
+)
 def test_a_larger_penalty_stays_closer_to_the_posterior(name, trained):
     spent = []
     for weight in (0.01, 0.1, 0.6):
@@ -532,7 +536,8 @@ def test_the_numbers_on_digits_are_plausible(tmp_path):
     found, outcome = experiments.run(grid.parse(DIGITS, "digits"), tmp_path, context, devices=["cpu"], progress=False)
     assert outcome.failures == {}
     numbers = {c.method: c.numbers for c in found}
-    assert set(numbers) == set(REGISTRY)
+    compared = {n for n, m in REGISTRY.items() if not m.ablation}
+    assert set(numbers) == compared
     baseline, retrain = numbers["baseline"], numbers["retrain"]
     assert min(baseline["retain"], baseline["forget"], retrain["retain"]) > 90
     # The old model recalls at once; one that never knew the class does not know it, and takes a while.
@@ -542,7 +547,7 @@ def test_the_numbers_on_digits_are_plausible(tmp_path):
     assert numbers["finetune"]["forget"] > 50
     # Less is left than chance explains. UNSIR's noise alone forgets nothing: see `unsir_kl`.
     low, _ = next(c for c in found if c.method == "baseline").intervals["forget_train"]
-    for name in set(REGISTRY) - {"baseline", "retrain", "finetune", "unsir+kl"}:
+    for name in compared - {"baseline", "retrain", "finetune", "unsir+kl"}:
         assert numbers[name]["forget_train"] < low, name
         assert numbers[name]["js_forget"] < baseline["js_forget"], name
         assert numbers[name]["retain"] > 50, name

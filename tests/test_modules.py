@@ -204,6 +204,48 @@ def test_recurrent_layers_of_cudnn_stay_in_train_mode_without_dropout(kind, monk
     assert not model.rnn.training
 
 
+class RefusedInEvalMode(torch.autograd.Function):
+    """The identity, with cuDNN's rule for its recurrent layers."""
+
+    @staticmethod
+    def forward(ctx, x, training):
+        ctx.training = training
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.training:
+            raise RuntimeError("cudnn RNN backward can only be called in training mode")
+        return grad, None
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_classifiers_are_prepared_and_forgotten_from_where_cudnn_serves_them(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = Recurrent(kind)
+    untouched = copy.deepcopy(model)
+    examples = torch.utils.data.TensorDataset(torch.randn(12, 6, 3), torch.arange(12) % 2)
+    loader = torch.utils.data.DataLoader(examples, batch_size=6)
+    quiet = {"steps": 2, "progress": False}
+    expected = prepare(untouched, loader, **quiet)
+    own = forget(untouched, expected, loader, request="records", level=0.4, **quiet).posterior
+
+    plain = kind.forward
+
+    def served(self, *args, **kwargs):
+        out, state = plain(self, *args, **kwargs)
+        return RefusedInEvalMode.apply(out, self.training), state
+
+    monkeypatch.setattr(kind, "forward", served)
+    monkeypatch.setattr(modules, "_served_by_cudnn", lambda module: True)
+    prior = prepare(model, loader, **quiet)
+    left = forget(model, prior, loader, request="records", level=0.4, **quiet).posterior
+    assert left.metadata["steps_done"] > 0
+    # Train mode without dropout computes what eval mode does.
+    for a, b in ((expected, prior), (own, left)):
+        assert all(torch.equal(a.stds[n], b.stds[n]) and torch.equal(a.means[n], b.means[n]) for n in a)
+
+
 def test_a_recurrent_layer_with_a_forward_of_its_own_is_refused_on_cudnn(monkeypatch):
     class Own(nn.LSTM):
         def forward(self, x):

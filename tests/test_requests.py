@@ -22,6 +22,7 @@ from torch import nn
 
 from distruction import Posterior, cli, models
 from distruction.data import inputs
+from distruction.data.encoded import Files
 from distruction.data.inputs import Pixels
 from distruction.sources import open_model
 
@@ -137,7 +138,7 @@ def test_a_class_is_forgotten_with_everything_else_deleted(distruction, made, he
     assert after[0] >= before[0] - 10
     assert after[1] == 0
     status, out, _ = distruction("evaluate", "--model", here / "out", "--data", made / "photos", "--class", "ant")
-    assert (status, "D_r test %" in out, "MIA %" in out) == (0, True, True)
+    assert (status, "D_r %" in out, "MIA %" in out) == (0, True, True)
 
 
 def test_what_the_model_takes_is_kept(made):
@@ -161,9 +162,9 @@ def test_a_streamed_image_is_the_one_in_memory(tmp_path, monkeypatch, size):
         Image.fromarray(pixels.numpy()).save(paths[-1])
     for channels in (1, 3):
         taken = Pixels(channels, 8, (7.0,) * channels, (3.0,) * channels)
-        kept, _ = inputs.read_images(paths, [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
+        kept, _ = inputs.read_images(Files(tuple(paths)), [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
         monkeypatch.setattr(inputs, "IN_MEMORY", 0)
-        streamed, _ = inputs.read_images(paths, [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
+        streamed, _ = inputs.read_images(Files(tuple(paths)), [0, 1, 0], ["a", "b"], taken, skip_unreadable=False)
         monkeypatch.undo()
         assert type(streamed) is inputs.ImageFiles
         (x, y), (z, w) = (next(iter(inputs.batches(d, batch_size=3))) for d in (kept, streamed))
@@ -186,8 +187,13 @@ def test_records_by_csv(distruction, made, here):
     for path in here.glob("photos/train/*/*.png"):
         if f"{path.relative_to(here)},{path.parent.name}" not in rows:
             path.unlink()
-    status, _, err = distruction(*words, "--posterior-out", here / "q")
+    status, out_of_it, err = distruction(*words, "--posterior-out", here / "q", "--report", here / "report")
     assert (status, err) == (0, "")
+    assert "is reached." in out_of_it or "Nothing had to be done" in out_of_it
+    told = json.loads((here / "report/report.json").read_text())
+    assert told["reached"] is True
+    before, after = (accuracies(made, m, ["owl"]) for m in (made / "model", here / "out"))
+    assert min(a - b for a, b in zip(after, before, strict=True)) >= -100 / 16
     (request,) = Posterior.load(here / "q").metadata["forgotten"]
     assert (request["request"], request["records"]) == ("records", 20)
     assert request["labels"] == {"2": 7, "4": 13}
@@ -199,6 +205,35 @@ def test_records_by_csv(distruction, made, here):
         listed.write_text(content)
         more = ("--records", listed, "--data", here / "photos", "--dry-run")
         assert distruction(*forgets(made, here / "p", *more))[1] == out
+
+
+def test_records_that_the_model_has_not_seen_leave_it_as_it_is(distruction, made, here):
+    """The held-out images themselves: no attacker could tell them from unseen ones, and nothing is done."""
+    assert Posterior.load(made / "posterior").metadata["held_out"]["examples"] == 80
+    names = [f"test/{c}/{i}.png" for c in CLASSES for i in range(32, 48)]
+    for name in names:
+        (here / "photos" / name).with_name(f"{int(name[-6:-4]) - 32}.png").rename(here / "photos" / name)
+    (here / "list.txt").write_text("\n".join(names))
+    words = ("--records", here / "list.txt", "--data", here / "photos", "--report", here / "r.html")
+    status, out, err = distruction(*forgets(made, here / "out", *words))
+    assert (status, err) == (0, "")
+    assert "Nothing had to be done: the model knows these records no better than ones that it has not seen" in out
+    first, second = load_file(made / "model"), load_file(here / "out")
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert "Nothing had to be done" in (here / "r.html").read_text()
+
+
+def test_prepare_says_whether_it_knows_unseen_data(distruction, made, here):
+    """By default the test part; without one, and without parts, none."""
+    words = ("prepare", "--model", made / "model", "--steps", 1, *QUICK)
+    status, out, _ = distruction(*words, "--data", here / "photos", "--out", here / "p")
+    assert (status, "unseen data: 80 records of 5 classes" in out) == (0, True)
+    for number, data in enumerate((here / "photos/train", here / "photos")):
+        if number:
+            shutil.rmtree(here / "photos/test")
+        status, out, _ = distruction(*words, "--data", data, "--out", here / f"p{number}")
+        assert (status, "unseen data: none: " in out) == (0, True)
+        assert "held_out" not in Posterior.load(here / f"p{number}").metadata
 
 
 def test_rows_of_a_published_data_set(distruction, tmp_path):
@@ -378,7 +413,7 @@ def test_a_hugging_face_folder(distruction, made, here):
     assert after[0] >= before[0] - 10
     assert after[1] <= 10
     status, out, _ = distruction("evaluate", "--model", here / "forgotten", "--data", made / "photos", "--class", "bee")
-    assert (status, "D_f test %" in out) == (0, True)
+    assert (status, "D_f %" in out) == (0, True)
     assert distruction("plan", "--model", here / "vit", "--free", 8, "--device", "cpu")[0] == 0
 
 
@@ -418,7 +453,7 @@ def test_a_run_of_timms_train_script(distruction, made, here):
     # The classes' names are in the file: the folders that gave them are gone.
     words = ("--model", run, "--weights", here / "forgotten.safetensors", "--data", made / "photos", "--class", "bee")
     status, out, _ = distruction("evaluate", *words)
-    assert (status, "D_f test %" in out) == (0, True)
+    assert (status, "D_f %" in out) == (0, True)
 
 
 def test_a_timm_name_with_its_weights(distruction, made, here):

@@ -62,7 +62,7 @@ def test_records_are_taught_the_log_odds_of_their_rank(drift, expected):
     labels = torch.zeros(4, dtype=torch.int64)
     before = softmaxes(odds, torch.tensor([0.2, 0.8]).log())
     data = examined([(before, labels)], torch.device("cpu"), seed=0)
-    objective = Unseen(lambda x: x, data, HeldOut({0: UNSEEN}, UNSEEN, 4, drift))
+    objective = Unseen(lambda x: x, data, HeldOut({0: UNSEEN}, UNSEEN, 4, drift), odds)
     torch.testing.assert_close(objective.taught(odds, labels), torch.tensor(expected, dtype=torch.float64))
 
 
@@ -74,7 +74,7 @@ def test_the_loss_is_of_the_log_odds_and_of_the_others_proportions():
     labels = torch.zeros(4, dtype=torch.int64)
     before = softmaxes(odds, rest)
     data = examined([(before, labels)], torch.device("cpu"), seed=0)
-    objective = Unseen(lambda x: x, data, HeldOut({0: UNSEEN}, UNSEEN, 4))
+    objective = Unseen(lambda x: x, data, HeldOut({0: UNSEEN}, UNSEEN, 4), odds)
     torch.manual_seed(0)
     # Two records a little away from what they are taught, and two far away.
     far = torch.tensor([[0.1], [0.1], [3.0], [3.0]], dtype=torch.float64)

@@ -43,19 +43,16 @@ DISTRUCTION_FN void store_transposed(uint32_t* out, const Word (&x)[4]) {
   store(out + 3 * kLanes, interleave_pairs<true>(c, d));
 }
 
-// The words, the normals or both of `count` elements from generator block `block` on, rounded up to whole units.
+// The words, the normals or both of `count` elements from generator block `block` on, rounded up to whole units. The
+// blocks share the high word of their numbers.
 template <bool with_words, bool with_normals>
 DISTRUCTION_NOINLINE void generate(
     uint64_t block, int count, Draw draw, uint32_t stream, uint32_t* __restrict words, float* __restrict eps) {
   for (int done = 0; done < count; done += kUnit) {
-    Wide c[4][4];
-    for (int g = 0; g < 4; ++g) {
-      c[g][0] = load<Wide>(kLaneBlocks.of[g % 2]) + (block + static_cast<uint64_t>(done / 4 + g / 2 * kLanes));
-      c[g][1] = c[g][0] >> 32;
-      c[g][2] = Wide{} + draw.number;
-      c[g][3] = Wide{} + stream;
-    }
-    philox<4>(c, draw.seed);
+    Wide low[4], c[4][4];
+    for (int g = 0; g < 4; ++g)
+      low[g] = load<Wide>(kLaneBlocks.of[g % 2]) + (block + static_cast<uint64_t>(done / 4 + g / 2 * kLanes));
+    philox<4>(low, static_cast<uint32_t>(block >> 32), draw.number, stream, draw.seed, c);
     for (int p = 0; p < 2; ++p) {
       Word w[4];
       for (int j = 0; j < 4; ++j) w[j] = pack(c[2 * p][j], c[2 * p + 1][j]);

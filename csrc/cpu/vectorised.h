@@ -110,12 +110,15 @@ DISTRUCTION_FN PriorPiece prior_of(const Model& m, int64_t t, const Piece& p, Bu
 }
 
 void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out) {
+  constexpr uint64_t kBlocks = kPiece / 4;
   uint32_t buffer[kPiece];
-  for (int64_t done = 0; done < blocks; done += kPiece / 4) {
-    const int64_t n = blocks - done < kPiece / 4 ? blocks - done : kPiece / 4;
-    generate<true, false>(
-        block + static_cast<uint64_t>(done), static_cast<int>(4 * n), {seed, number, 1.0f}, stream, buffer, nullptr);
-    memcpy(out + 4 * done, buffer, static_cast<size_t>(n) * 16);
+  for (uint64_t left = static_cast<uint64_t>(blocks); left;) {
+    const uint64_t most = kBlocks - block % kBlocks, n = most < left ? most : left;
+    generate<true, false>(block, static_cast<int>(4 * n), {seed, number, 1.0f}, stream, buffer, nullptr);
+    memcpy(out, buffer, n * 16);
+    block += n;
+    out += 4 * n;
+    left -= n;
   }
 }
 

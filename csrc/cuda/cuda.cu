@@ -211,6 +211,9 @@ using namespace distruction;
 // Changes with every change of the interface, so that a stale library is noticed.
 DISTRUCTION_API int32_t distruction_abi() { return 5; }
 
+// The toolkit that built it: 1000 times its version and 10 times its release.
+DISTRUCTION_API int32_t distruction_cuda_toolkit() { return CUDART_VERSION; }
+
 DISTRUCTION_API const char* distruction_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

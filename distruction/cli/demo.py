@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import demo as demos
 from .. import report
 from .options import SEEDS, Backend, Overwrite, Progress, alone
 
@@ -25,8 +24,11 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """The main job on scikit-learn's digits: train, prepare, forget one class, compare with retraining."""
+    from ..experiments import demo as demos
+    from ..experiments import results, tables
+
     alone("demo")
-    runs = demos.run_demo(
+    found = demos.run(
         out,
         classes=forget_class,
         seeds=seed,
@@ -35,17 +37,19 @@ def demo(
         backend=backend,
         progress=progress,
     )
-    title = f"digits, class {', '.join(forget_class)} forgotten, seed {', '.join(map(str, seed))}"
-    rows = demos.summary(runs) if len(runs) > 1 else runs[0].rows
     console = Console()
-    spent = demos.phases(runs)
+    spent = found.phases
     for phase, seconds in spent.items():
         console.print(f"{seconds / sum(spent.values()):4.0%}  {seconds:7.1f} s  {phase}", highlight=False)
-    console.print(report.table(title, rows, demos.COLUMNS))
-    if len(runs) > 1:
-        worst = max(runs, key=lambda r: r.loss_of_retained)
+    title = f"digits, class {', '.join(forget_class)} forgotten, seed {', '.join(map(str, seed))}"
+    (table,) = results.tables(found.cells).values()
+    console.print(report.lines(title, tables.by_metric(table, demos.COLUMNS)))
+    runs = len(forget_class) * len(seed)
+    if runs > 1:
+        loss, worst, worst_seed = found.loss_of_retained()
         console.print(
-            f"mean and standard deviation s (n - 1) of {len(runs)} runs; DiStruction's largest loss of D_r in one run: "
-            f"{worst.loss_of_retained:.1f} points (class {worst.forget_class}, seed {worst.seed})"
+            f"means over the classes, of several seeds with (each seed's), of more than {results.SHOWN} with ± half "
+            f"their 95 % interval; DiStruction's largest loss of D_r in one of {runs} runs: {loss:.1f} points "
+            f"(class {worst}, seed {worst_seed})"
         )
     console.print(f"report: {out}")

@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from .. import demo as demos
 from .. import report
 from ..data.inputs import batches
 from ..data.requests import Selection
@@ -47,6 +46,8 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Accuracy on the retained and the forgotten classes, and membership inference where --data has train/ as well."""
+    from ..experiments.results import COLUMNS
+
     alone("evaluate")
     source = open_source(model, weights, classes, device)
     if posterior is not None:
@@ -55,18 +56,18 @@ def evaluate(
     train = find_examples(source, dataset, data, part="train", skip_unreadable=skip_unreadable)
     mask = members(test, forget_class)
     row, logits = {}, _logits(source, test, workers, skip_unreadable)
-    for name, where in (("retain_test", ~mask), ("forget_test", mask)):
+    for name, where in (("retain", ~mask), ("forget", mask)):
         row[name] = accuracy(logits[0][where], logits[1][where]) if where.any() else float("nan")
-    if train.paths is None or train.paths != test.paths:
+    if train.encoded is None or train.encoded != test.encoded:
         of_train = members(train, forget_class)
         trained = _logits(source, train, workers, skip_unreadable)
         if of_train.any():
             row["forget_train"] = accuracy(trained[0][of_train], trained[1][of_train])
             if not of_train.all():
-                row["mia"] = entropy_mia(
+                row["mia_entropy"] = entropy_mia(
                     trained[0][~of_train], torch.cat([logits[0][mask], logits[0][~mask]]), trained[0][of_train]
                 )
-    columns = {k: v for k, v in demos.COLUMNS.items() if k in row}
+    columns = {k: COLUMNS[k].heading for k in row}
     name = dataset or (source.origin if source.origin not in ("", ".") else str(data or "")) or "digits"
     Console().print(report.table(f"{name}, class {', '.join(forget_class)}", {model: row}, columns))
 

@@ -1,5 +1,6 @@
 """``distruction forget``: a request."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,27 +15,15 @@ from ..posterior import Posterior
 from ..sources import SERVING
 from .options import (
     MOST,
-    Backend,
     BatchSize,
-    CheckpointFile,
-    CheckpointSeconds,
-    CheckpointSteps,
     ClassesFile,
     DataRoot,
     DatasetOfModel,
-    Device,
     ForgetClasses,
-    LogJson,
     ModelName,
     ObjectiveName,
-    Overwrite,
-    Progress,
     Records,
-    ReleaseGradients,
-    Seed,
-    SkipUnreadable,
     Weights,
-    Workers,
     auto_or_number,
     done,
     find_examples,
@@ -43,9 +32,10 @@ from .options import (
     output,
 )
 from .papers import Key, NoRecords, Papers, Receipt, Report
-from .watch import Watch
+from .running import Running, with_running
 
 
+@with_running
 def forget(
     model: ModelName,
     posterior: Annotated[Path, typer.Option(help="Posterior file written by `prepare`.")],
@@ -122,18 +112,8 @@ def forget(
     offload_prior: Annotated[
         bool, typer.Option(help="Keep the posterior in the CPU's memory; each step fetches it piece by piece.")
     ] = False,
-    checkpoint: CheckpointFile = None,
-    checkpoint_seconds: CheckpointSeconds = 60.0,
-    checkpoint_steps: CheckpointSteps = None,
-    release_gradients: ReleaseGradients = False,
-    skip_unreadable: SkipUnreadable = False,
-    workers: Workers = 4,
-    log_json: LogJson = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    progress: Progress = True,
-    overwrite: Overwrite = False,
+    *,
+    running: Running,
 ) -> None:
     """Forget classes or records, reading the forget set and nothing else.
 
@@ -142,19 +122,24 @@ def forget(
     """
     if request not in (None, "auto", "class", "records"):
         raise UsageError(f"--request must be class, records or auto, not {request!r}")
-    source = open_source(model, weights, classes, device)
-    output(out, overwrite, folder=source.folder)
+    if dry_run:
+        running = replace(running, checkpoint=None, log_json=None, tensorboard=None, wandb=None)
+    watch = running.watch()
+    source = open_source(model, weights, classes, running.device)
+    output(out, running.overwrite, folder=source.folder)
     if posterior_out is not None:
-        output(posterior_out, overwrite)
+        output(posterior_out, running.overwrite)
     papers = Papers(report, receipt, key, not no_records)
-    papers.check(overwrite)
+    papers.check(running.overwrite)
     network = source.network
     prior = Posterior.load(posterior, model=network)
     earlier = None if previous is None else Posterior.load(previous, model=network)
     if earlier is not None and holds(network, prior):
         earlier.mean_(network)  # what the earlier request made of it; the file of preparation serves as well
     source.agree_with(prior.metadata.get(SERVING), f"the posterior {posterior}")
-    found = find_examples(source, dataset, data, wanted=forget_class, records=records, skip_unreadable=skip_unreadable)
+    found = find_examples(
+        source, dataset, data, wanted=forget_class, records=records, skip_unreadable=running.skip_unreadable
+    )
     if records is None and not forget_class and len(found.counts) == len(found.classes):
         raise UsageError(
             f"the data holds every class of the model ({found}): name the ones to forget by --class, or records by "
@@ -165,13 +150,13 @@ def forget(
         console.print(f"to forget: {found}", markup=False, highlight=False, soft_wrap=True)
     if dry_run and damage.KEY not in prior.metadata:
         return
-    forget_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    forget_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
     begun = papers.before(source, found, forget_data)
-    with Watch(None if dry_run else log_json) as watch:
+    with watch:
         result = forgetting.forget(
             network,
             prior.pin_memory() if offload_prior and torch.cuda.is_available() else prior,
-            batches(forget_data, batch_size=batch_size, shuffle=True, workers=workers),
+            batches(forget_data, batch_size=batch_size, shuffle=True, workers=running.workers),
             previous=earlier,
             # The options know their words; older versions of typer know no Literal.
             request=request or _kind(target, records, forget_class),  # type: ignore[arg-type]
@@ -186,15 +171,8 @@ def forget(
             mc_samples=mc_samples,
             data_per_step=data_per_step,
             offload_prior=offload_prior,
-            seed=seed,
-            backend=backend,
-            checkpoint=None if dry_run else checkpoint,
-            checkpoint_seconds=checkpoint_seconds,
-            checkpoint_steps=checkpoint_steps,
-            keep_checkpoint=True,
-            release_gradients=release_gradients,
             callback=watch,
-            progress=progress,
+            **running.arguments(),
         )
     if distributed.rank() > 0:
         return
@@ -219,9 +197,9 @@ def forget(
             "unlearned": out,
             "posterior_after": posterior_out,
         },
-        settings={"batch_size": batch_size, "backend": backend, "offload_prior": offload_prior},
+        settings={"batch_size": batch_size, "backend": running.backend, "offload_prior": offload_prior},
     )
-    done(checkpoint)
+    done(running.checkpoint)
     _tell(console, str(out), result)
 
 
@@ -244,5 +222,5 @@ def _tell(console: Console, what: str, result: forgetting.ForgetReport) -> None:
         console.print(f"mean cosine of their features: {result.cosine:.2f}")
     if result.forecast is not None:
         console.print(f"forecast: the retained classes lose {result.forecast} of accuracy", highlight=False)
-    if result.advice:
-        console.print(f"The level {result.level} is not reached: {result.advice}.", soft_wrap=True)
+    if result.reached is not None:
+        console.print(f"{result.outcome[0].upper()}{result.outcome[1:]}.", soft_wrap=True)

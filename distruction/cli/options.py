@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from .. import objectives, ops, sources
-from ..data import sets
+from ..data import sets, tables
 from ..data.inputs import Pixels
 from ..data.raw import named
 from ..data.requests import Selection, in_memory, load_quietly, of_model
@@ -45,7 +45,8 @@ DataRoot = Annotated[
     typer.Option(
         "--data",
         help="Folder of the data set: CIFAR's Python archives or their .tar.gz, IDX files, a torchvision root, Parquet "
-        "files, or train/ and test/ with a folder per class; what is there is detected. Default: Debian's packages.",
+        "files, a folder of datasets' save_to_disk, or train/ and test/ with a folder per class; what is there is "
+        "detected. Default: Debian's packages.",
     ),
 ]
 Dataset = Annotated[
@@ -99,6 +100,12 @@ Records = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images which do not fit into memory.")]
 LogJson = Annotated[Path | None, typer.Option(help="Append a JSON line for each step to this file.")]
+TensorBoardFolder = Annotated[
+    Path | None, typer.Option("--tensorboard", help="Write each step's figures for TensorBoard into this folder.")
+]
+WandBProject = Annotated[
+    str | None, typer.Option("--wandb", help="Log each step's figures to this project of Weights & Biases.")
+]
 ObjectiveName = Annotated[
     str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
 ]
@@ -200,7 +207,7 @@ def find_examples(
     if name in NAMES:
         whole = bool(dataset) or root is None or sets.is_kept_whole(name, root) or not root.is_dir()
     else:
-        whole = sets.is_kept_whole(name, root) or (bool(dataset) and not place.is_dir())
+        whole = bool(dataset) and not place.exists()
     if whole:
         side = source.inputs.side if isinstance(source.inputs, Pixels) else source.input_shape[-1]
         parts = load_quietly(name, root, side=side, need_test=part == "test", skip_unreadable=skip_unreadable)
@@ -209,7 +216,8 @@ def find_examples(
         return in_memory(mine[part == "test"], wanted=wanted, records=records, where=f"the data set {name!r}")
     if root is None and not dataset:
         raise UsageError("no images are named: pass their folder by --data")
-    folder = place if place.is_dir() and name not in NAMES else root or place
+    known = name in NAMES
+    folder = place if not known and (place.is_dir() or tables.holds(place)) else root or place
     return source.select(folder, classes=wanted, records=records, part=part)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import ops, receipts, request_report
-from ..data.inputs import Data, ImageFiles, batches
+from ..data.inputs import Data, batches
 from ..data.requests import Selection
 from ..errors import UsageError
 from ..forgetting import ForgetReport
@@ -139,7 +139,7 @@ class Papers:
         if self.report is not None:
             count = request_report.RECORDS if self.records else 0
             shown = request_report.positions(len(data), count)
-            paths = data.paths if isinstance(data, ImageFiles) else found.paths
+            files = found.encoded
             whole = len(data) == len(found.labels)
             collected = request_report.collect(
                 result,
@@ -152,7 +152,7 @@ class Papers:
                 read={"forget set": str(found), "posterior": str(parties["posterior"])},
                 settings={**settings, "backend": backend},
                 records=count,
-                names=None if paths is None or not whole else [p.name for p in paths],
+                names=None if files is None or not whole else [Path(files[i][0]).name for i in range(len(files))],
                 pictures=request_report.thumbnails(found, shown) if whole else None,
             )
             request_report.save(self.report, collected, receipt=receipt)

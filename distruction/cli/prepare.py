@@ -11,39 +11,28 @@ from rich.console import Console
 from .. import distributed, preparation
 from ..data.inputs import batches
 from ..data.raw import named
-from ..data.requests import label_counts
+from ..data.requests import Selection, label_counts
 from ..errors import DataWarning, UsageError
 from ..rehearsal import rehearse as rehearse_requests
-from ..sources import SERVING
+from ..sources import SERVING, Model
 from .options import (
     MOST,
-    Backend,
     BatchSize,
-    CheckpointFile,
-    CheckpointSeconds,
-    CheckpointSteps,
     ClassesFile,
     DataRoot,
     DatasetOfModel,
-    Device,
-    LogJson,
     ModelName,
-    Overwrite,
-    Progress,
-    ReleaseGradients,
-    Seed,
-    SkipUnreadable,
     Weights,
-    Workers,
     auto_or_number,
     done,
     find_examples,
     open_source,
     output,
 )
-from .watch import Watch
+from .running import Running, with_running
 
 
+@with_running
 def prepare(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Posterior file to write.")],
@@ -70,7 +59,8 @@ def prepare(
         Path | None,
         typer.Option(
             help="Labelled images that the model was not trained on, a folder of class folders, or test: the test part "
-            "of the data. What --target unseen and the forecast go by; numbers alone are kept of them."
+            "of the data, which is the default where there is one. What requests for records and the forecast go by; "
+            "numbers alone are kept of them."
         ),
     ] = None,
     rehearse: Annotated[
@@ -82,27 +72,18 @@ def prepare(
     compress: Annotated[
         bool, typer.Option(help="Keep a byte per parameter: 8-bit codes of std; the means are the model file's.")
     ] = False,
-    checkpoint: CheckpointFile = None,
-    checkpoint_seconds: CheckpointSeconds = 60.0,
-    checkpoint_steps: CheckpointSteps = None,
-    release_gradients: ReleaseGradients = False,
-    skip_unreadable: SkipUnreadable = False,
-    workers: Workers = 4,
-    log_json: LogJson = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    progress: Progress = True,
-    overwrite: Overwrite = False,
+    *,
+    running: Running,
 ) -> None:
     """Learn the posterior, while the training data is there."""
-    output(out, overwrite)
+    output(out, running.overwrite)
     if rehearse and held_out is None:
         raise UsageError("a rehearsal measures what images that the model was not trained on lose: pass --held-out")
     if held_out is not None and rehearse != 0 and distributed.size() > 1:
         raise UsageError("rehearsals run in one process: pass --rehearse 0, or prepare without torchrun")
-    source = open_source(model, weights, classes, device)
-    found = find_examples(source, dataset, data, skip_unreadable=skip_unreadable)
+    watch = running.watch()
+    source = open_source(model, weights, classes, running.device)
+    found = find_examples(source, dataset, data, skip_unreadable=running.skip_unreadable)
     if distributed.rank() == 0:
         Console().print(f"training data: {found}", markup=False, highlight=False, soft_wrap=True)
     if absent := [name for name in found.classes if name not in found.counts]:
@@ -111,17 +92,17 @@ def prepare(
             DataWarning,
             stacklevel=2,
         )
-    train_data = found.read(source.inputs, skip_unreadable=skip_unreadable)
+    train_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
+    unseen = _unseen(source, found, held_out, dataset, data, running.skip_unreadable)
     held_out_batches = None
-    if held_out is not None:
-        if held_out.name == "test" and not held_out.is_dir():
-            unseen = find_examples(source, dataset, data, part="test", skip_unreadable=skip_unreadable)
-        else:
-            unseen = source.select(held_out)
-        unseen_data = unseen.read(source.inputs, skip_unreadable=skip_unreadable)
-        held_out_batches = batches(unseen_data, batch_size=batch_size, shuffle=False, workers=workers)
-    loader = batches(train_data, batch_size=batch_size, shuffle=True, workers=workers)
-    with Watch(log_json) as watch:
+    if unseen is not None:
+        unseen_data = unseen.read(source.inputs, skip_unreadable=running.skip_unreadable)
+        held_out_batches = batches(unseen_data, batch_size=batch_size, shuffle=False, workers=running.workers)
+    if distributed.rank() == 0:
+        told = unseen or "none: what is as good as unseen must be guessed when records are forgotten (--held-out)"
+        Console().print(f"unseen data: {told}", markup=False, highlight=False, soft_wrap=True)
+    loader = batches(train_data, batch_size=batch_size, shuffle=True, workers=running.workers)
+    with watch:
         posterior = preparation.prepare(
             source.network,
             loader,
@@ -131,20 +112,13 @@ def prepare(
             evidence=evidence,
             mc_samples=mc_samples,
             held_out=held_out_batches,
-            seed=seed,
-            backend=backend,
-            checkpoint=checkpoint,
-            checkpoint_seconds=checkpoint_seconds,
-            checkpoint_steps=checkpoint_steps,
-            keep_checkpoint=True,
-            release_gradients=release_gradients,
             callback=watch,
-            progress=progress,
+            **running.arguments(),
         )
     posterior.metadata |= {SERVING: source.facts(), "label_counts": label_counts(train_data.labels)}
     rehearsals = []
     started = time.perf_counter()
-    if held_out_batches is not None and rehearse != 0:
+    if held_out is not None and held_out_batches is not None and rehearse != 0:
         most = 4 if rehearse is None else rehearse
         rehearsals = rehearse_requests(
             source.network,
@@ -152,14 +126,14 @@ def prepare(
             loader,
             held_out_batches,
             most=most,
-            seed=seed,
-            backend=backend,
-            progress=progress,
+            seed=running.seed,
+            backend=running.backend,
+            progress=running.progress,
         )
     if distributed.rank() > 0:
         return
     posterior.save(out, compress=compress)
-    done(checkpoint)
+    done(running.checkpoint)
     facts = posterior.metadata
     Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy {facts['sampled_accuracy']:.1f} %")
     if rehearsals:
@@ -170,3 +144,19 @@ def prepare(
             f"{max(damages):.1f} points",
             highlight=False,
         )
+
+
+def _unseen(
+    source: Model, train: Selection, held_out: Path | None, dataset: str | None, data: Path | None, skip: bool
+) -> Selection | None:
+    """What the model was not trained on: what --held-out names, or else the test part where the data has one."""
+    if held_out is not None and (held_out.name != "test" or held_out.is_dir()):
+        return source.select(held_out)
+    try:
+        found = find_examples(source, dataset, data, part="test", skip_unreadable=skip)
+    except UsageError:
+        if held_out is not None:
+            raise
+        return None
+    # A folder without parts is its own test part.
+    return None if found.encoded is not None and found.encoded == train.encoded else found

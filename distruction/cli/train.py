@@ -7,7 +7,6 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import demo as demos
 from .. import metrics, models, training
 from ..data import detect, forget_split, load, loader
 from ..data.inputs import Pixels
@@ -43,7 +42,7 @@ def train(
     without_class: Annotated[
         list[str], typer.Option(help="Leave this class out: retraining, the gold standard; may be repeated.")
     ] = [],  # noqa: B006
-    epochs: Annotated[int, typer.Option(min=1, max=MOST)] = demos.EPOCHS,
+    epochs: Annotated[int, typer.Option(min=1, max=MOST)] = 40,
     lr: Annotated[float, typer.Option(callback=positive, help="Peak learning rate of AdamW.")] = 2e-3,
     batch_size: BatchSize = 64,
     crop: Annotated[

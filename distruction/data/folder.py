@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
-from .raw import Raw, Source, decode, extensions, ignored, named
+from .raw import Raw, Source, decode, extensions, file_source, ignored, named
 
 TEST = ("test", "val", "valid", "validation")
 
@@ -39,7 +39,7 @@ def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
         notes += ignored(others, folder) if folder is not None else ()
     _check_classes(parts[0], names, f"{train}: Found no valid file for the classes", notes)
     files = parts[0] + parts[1]
-    sources: list[Source] = [(str(path), path.read_bytes) for path, _ in files]
+    sources: list[Source] = [file_source(path) for path, _ in files]
     images, kept, unreadable = decode(sources, side, skip_unreadable)
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)[kept]
     _check_classes([files[i] for i in kept.tolist() if i < len(parts[0])], names, "No readable image is left of", ())
@@ -61,10 +61,18 @@ def _check_classes(files: list[tuple[Path, int]], names: list[str], what: str, n
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The class folders: all that are not hidden, such as those that Jupyter and file managers leave behind."""
+    """The class folders: all that are not hidden, such as those that Jupyter and file managers leave behind.
+
+    Raises:
+        UsageError: a name cannot be written into a file.
+    """
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        if any("\ud800" <= character <= "\udfff" for character in name):  # how Python reads other bytes
+            raise UsageError(f"the class folder {name!a} in {folder} has a name that is no text of UTF-8; rename it")
+    return names
 
 
 def labelled_files(folder: Path, names: list[str]) -> tuple[list[tuple[Path, int]], list[Path]]:
@@ -73,7 +81,7 @@ def labelled_files(folder: Path, names: list[str]) -> tuple[list[tuple[Path, int
     others = [folder / e.name for e in os.scandir(folder) if not e.is_dir() or e.name.startswith(".")]
     for label, name in enumerate(names):
         for parent, folders, entries in sorted(_walk(folder / name), key=lambda found: found[0]):
-            others += [Path(parent, hidden) for hidden in folders if hidden.startswith(".")]
+            others += [Path(parent, unread) for unread in folders if not _is_read(Path(parent, unread))]
             for entry in sorted(entries):
                 path = Path(parent, entry)
                 if path.suffix.lower() in extensions() and not entry.startswith("."):
@@ -84,9 +92,16 @@ def labelled_files(folder: Path, names: list[str]) -> tuple[list[tuple[Path, int
 
 
 def _walk(folder: Path) -> list[tuple[str, list[str], list[str]]]:
-    """`os.walk` without what is below hidden folders, which are listed in their parents."""
+    """`os.walk` without what is below folders that are not read, which are listed in their parents."""
     found = []
     for parent, folders, entries in os.walk(folder, followlinks=True):
         found.append((parent, list(folders), entries))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if _is_read(Path(parent, name))]
     return found
+
+
+def _is_read(folder: Path) -> bool:
+    """Whether a folder is neither hidden nor a link to one that it lies in, which would be read over and over."""
+    return not folder.name.startswith(".") and not (
+        folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+    )

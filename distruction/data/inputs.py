@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,14 +13,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from .. import distributed
 from ..errors import UsageError
 from ..extras import needed
+from .encoded import IN_MEMORY, Encoded
 from .images import Images, loader
 from .raw import pixels_of, upright
 
 with needed("vision"):
     from PIL import Image, ImageOps
-
-IN_MEMORY = 2**28
-"""Bytes of decoded images up to which they are read once and kept; more are read again in each epoch."""
 
 
 class Inputs(Protocol):
@@ -129,14 +126,13 @@ class Tensors(Labelled):
 
 @dataclass(frozen=True)
 class ImageFiles(Labelled):
-    """Image files that are read each time; an index gives one example, for a loader with workers."""
+    """Image files or rows of a table that are read each time; an index gives one example, for a loader with workers."""
 
-    paths: tuple[Path, ...]
+    encoded: Encoded
     inputs: Inputs = field(repr=False)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.paths[index]
-        image = upright((str(path), path.read_bytes), "L" if self.inputs.channels == 1 else "RGB")
+        image = upright(self.encoded[index], "L" if self.inputs.channels == 1 else "RGB")
         return self.inputs(image), int(self.labels[index])
 
 
@@ -144,20 +140,20 @@ Data = Images | Tensors | ImageFiles
 
 
 def read_images(
-    paths: Sequence[Path], labels: Sequence[int], classes: Sequence[str], inputs: Inputs, *, skip_unreadable: bool
+    encoded: Encoded, labels: Sequence[int], classes: Sequence[str], inputs: Inputs, *, skip_unreadable: bool
 ) -> tuple[Data, list[str]]:
-    """The image files as a data set: in memory where they are small, else read in each epoch.
+    """Encoded images as a data set: in memory where they are small, else read in each epoch.
 
     Args:
-        skip_unreadable: leave out files that cannot be read, instead of stopping at the first.
+        skip_unreadable: leave out images that cannot be read, instead of stopping at the first.
 
     Returns:
-        The data; why files were left out.
+        The data; why images were left out.
 
     Raises:
-        UsageError: a file cannot be read, or none is left.
+        UsageError: an image cannot be read, or none is left.
     """
-    files = ImageFiles(torch.tensor(labels, dtype=torch.int64), tuple(classes), tuple(paths), inputs)
+    files = ImageFiles(torch.tensor(labels, dtype=torch.int64), tuple(classes), encoded, inputs)
     reasons: dict[int, str] = {}
     if isinstance(inputs, Pixels):
         size = inputs.channels * inputs.side**2
@@ -168,8 +164,7 @@ def read_images(
     def one(position: int) -> Tensor | None:
         try:
             if isinstance(inputs, Pixels) and small:
-                path = files.paths[position]
-                array = pixels_of((str(path), path.read_bytes), inputs.channels, inputs.side)
+                array = pixels_of(encoded[position], inputs.channels, inputs.side)
                 return torch.from_numpy(array.copy())
             return files[position][0]
         except UsageError as error:
@@ -188,7 +183,7 @@ def read_images(
     notes = [reasons[i] for i in sorted(reasons)]
     labels_kept = files.labels[kept]
     if not small:
-        return replace(files, labels=labels_kept, paths=tuple(files.paths[i] for i in kept)), notes
+        return replace(files, labels=labels_kept, encoded=encoded.take(kept)), notes
     stacked = torch.stack([t for t in read if t is not None])
     if isinstance(inputs, Pixels):
         return Images(stacked, labels_kept, files.classes, inputs.mean, inputs.std), notes

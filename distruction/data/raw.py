@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..extras import needed
 
 with needed("vision"):
-    from PIL import ExifTags, Image, ImageFile, ImageOps
+    from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 Part = tuple[Tensor, Tensor]
 """Images, uint8 (N, channels, height, width), and labels, int64 (N,)."""
@@ -155,6 +155,17 @@ def decode(
     return images if kept.all() else images[kept], torch.tensor(readable, dtype=torch.int64)[kept], notes
 
 
+def file_source(path: Path) -> Source:
+    """An image file; a pipe or a device with such a name would be waited for without end, so that it is refused."""
+
+    def content() -> bytes:
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is no regular file")
+        return path.read_bytes()
+
+    return str(path), content
+
+
 @contextmanager
 def _open(source: Source) -> Iterator[Image.Image]:
     name, content = source
@@ -165,7 +176,9 @@ def _open(source: Source) -> Iterator[Image.Image]:
             yield image
     except UsageError:
         raise
-    # UnidentifiedImageError is an OSError; a damaged PNG raises a SyntaxError.
+    except UnidentifiedImageError as error:  # whose text has an address in it
+        raise UsageError(f"{name} is no image, or is damaged: Pillow does not know its format") from error
+    # A damaged PNG raises a SyntaxError.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{name} is no image, or is damaged: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Which examples a request is for: class folders, a flat folder, a list of records, or parts of a published data set.
+"""Which examples a request is for: class folders, a flat folder, rows of tables, lists of records, parts of data sets.
 
 Classes are matched with the model's by name, so that a folder means the same whatever lies beside it.
 """
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ..errors import DataWarning, UsageError
 from . import sets
+from .encoded import Encoded, Files
 from .folder import TEST, class_folders, labelled_files
 from .images import Images, forget_split
 from .inputs import Data, Inputs, Pixels, read_images
 from .raw import extensions, ignored, named
 from .records import Record, read_records
+from .tables import Table
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Selection:
     Attributes:
         labels: numbers in the model's head.
         classes: the model's.
-        paths: of image files; or ``None``.
+        encoded: image files, or rows of a table; or ``None``.
         images: of a data set in memory; or ``None``.
         notes: what was there and is not read, a sentence each.
         others: how many files these are.
@@ -36,7 +38,7 @@ class Selection:
 
     labels: tuple[int, ...]
     classes: tuple[str, ...]
-    paths: tuple[Path, ...] | None = None
+    encoded: Encoded | None = None
     images: Images | None = None
     notes: tuple[str, ...] = ()
     others: int = 0
@@ -63,13 +65,13 @@ class Selection:
         """
         if self.images is not None:
             return self.images
-        assert self.paths is not None
+        assert self.encoded is not None
         if inputs is None:
             raise UsageError(
                 "the model does not say how images become its inputs (size, mean, std): a file of an older version is "
                 "to be trained again, a factory returns (model, transform)"
             )
-        data, left_out = read_images(self.paths, self.labels, self.classes, inputs, skip_unreadable=skip_unreadable)
+        data, left_out = read_images(self.encoded, self.labels, self.classes, inputs, skip_unreadable=skip_unreadable)
         if left_out:
             warnings.warn(f"left out as unreadable: {named(left_out)}", DataWarning, stacklevel=2)
         return data
@@ -137,7 +139,55 @@ def in_folder(
     notes = ignored(others, top)
     if not files:
         raise UsageError("; ".join((f"{top} holds no images", *notes)))
-    return Selection(tuple(labels), tuple(classes), tuple(p for p, _ in files), notes=notes, others=len(others))
+    return Selection(tuple(labels), tuple(classes), Files(tuple(p for p, _ in files)), notes=notes, others=len(others))
+
+
+def in_table(
+    table: Table, classes: Sequence[str], *, wanted: Sequence[str] = (), records: Path | None = None
+) -> Selection:
+    """The rows of a request in a table.
+
+    Args:
+        classes: the model's, in the order of its head; a table without names has their numbers.
+        wanted: classes to take; none: all that are there.
+        records: a file of `read_records` with the part's row numbers, from 0, or with what it calls its images.
+
+    Raises:
+        UsageError: a label or a name is no class of the model, or a record is missing or labelled in two ways.
+    """
+    _check_wanted(wanted, classes)
+    where = f"{table.where}, part {table.part}," if table.part else str(table.where)
+    own = [table.label(row) for row in range(len(table.labels))]
+    if unknown := sorted({n for n in own if n is not None and not _is_known(n, classes)}):
+        raise UsageError(
+            f"{where} has labels that are no classes of the model: {named(unknown)}; its classes are "
+            f"{named(classes, 20)}"
+        )
+    given = [None if n is None else _name(n, classes) for n in own]
+    if records is not None:
+        rows, labels = [], []
+        for record in read_records(records):
+            row = _table_row(record, table, where, records)
+            if row in rows:
+                raise UsageError(f"{records} names row {row} of {where} twice")
+            rows.append(row)
+            labels.append(_one_label(record, given[row], classes, wanted, records, where))
+    elif any(n is not None for n in given) or not given:
+        rows = [row for row, n in enumerate(given) if n is not None and (not wanted or n in wanted)]
+        if lacking := [n for n in wanted if n not in given]:
+            there = named(dict.fromkeys(n for n in given if n is not None), 20) or "nothing"
+            raise UsageError(f"{where} has no rows of {named(lacking)}; it has {there}")
+        labels = [known_class(name, classes) for row in rows if (name := given[row]) is not None]
+    elif len(wanted) == 1:
+        rows, labels = list(range(len(given))), [known_class(wanted[0], classes)] * len(given)
+    else:
+        raise UsageError(
+            f"{where} has no labels: name the one class of its images by --class (classes=); the model's classes are "
+            f"{named(classes, 20)}"
+        )
+    if not rows:
+        raise UsageError("; ".join((f"{where} holds no rows", *table.notes)))
+    return Selection(tuple(labels), tuple(classes), table.read(rows), notes=table.notes, others=table.others)
 
 
 def in_memory(
@@ -256,18 +306,42 @@ def _of_records(
         label = _label_of(record, path, classes, wanted, where)
         paths.append(path)
         labels.append(label)
-    return Selection(tuple(labels), tuple(classes), tuple(paths))
+    return Selection(tuple(labels), tuple(classes), Files(tuple(paths)))
+
+
+def _table_row(record: Record, table: Table, where: str, records: Path) -> int:
+    """The row that a record means: by its number, or by what the table calls its image."""
+    if isinstance(record.place, int):
+        if not 0 <= record.place < len(table.labels):
+            raise UsageError(
+                f"{records} names row {record.place}, but {where} has the rows 0 to {len(table.labels) - 1}"
+            )
+        return record.place
+    rows = [row for row, name in enumerate(table.files) if name == record.place]
+    if len(rows) != 1:
+        what = "calls no image so" if not rows else f"calls {len(rows)} images so"
+        raise UsageError(f"{records} names {record.place}, but {where} {what}: give the numbers of rows, from 0")
+    return rows[0]
 
 
 def _label_of(record: Record, path: Path, classes: Sequence[str], wanted: Sequence[str], where: Path) -> int:
     folder = next((p.name for p in path.parents if p.name in classes), None)
+    return _one_label(record, folder, classes, wanted, where, None)
+
+
+def _one_label(
+    record: Record, own: str | None, classes: Sequence[str], wanted: Sequence[str], where: Path, table: str | None
+) -> int:
+    """The label of a record, by what its list and its place (a folder, or a row of ``table``) say."""
     given = None if record.label is None else _name(record.label, classes)
-    if folder is not None and given is not None and folder != given:
-        raise UsageError(f"{where} calls {record.place} {given}, but it lies in the folder of {folder}")
-    name = given or folder or (wanted[0] if len(wanted) == 1 else None)
+    if own is not None and given is not None and own != given:
+        there = f"it lies in the folder of {own}" if table is None else f"{table} calls it {own}"
+        raise UsageError(f"{where} calls {record.place} {given}, but {there}")
+    name = given or own or (wanted[0] if len(wanted) == 1 else None)
     if name is None:
+        there = "which lies in no class folder" if table is None else f"which has none in {table}"
         raise UsageError(
-            f"{where} gives no label for {record.place}, which lies in no class folder: add a column label, or name "
+            f"{where} gives no label for {record.place}, {there}: add a column label, or name "
             "the class of all by --class (classes=)"
         )
     if wanted and name not in wanted:
@@ -275,9 +349,13 @@ def _label_of(record: Record, path: Path, classes: Sequence[str], wanted: Sequen
     return known_class(name, classes)
 
 
+def _is_known(label: str, classes: Sequence[str]) -> bool:
+    return label in classes or (label.isdecimal() and int(label) < len(classes))
+
+
 def _name(label: str, classes: Sequence[str]) -> str:
     """A class by its name, or by its number where no class has that name."""
-    if label not in classes and label.isdecimal() and int(label) < len(classes):
+    if label not in classes and _is_known(label, classes):
         return classes[int(label)]
     return classes[known_class(label, classes)]
 

@@ -270,7 +270,10 @@ def _test_part(raw: Raw, where: Path) -> Part | str:
 
 
 def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images (N, channels, height, width), from exact sums."""
+    """Mean and standard deviation of each channel of uint8 images (N, channels, height, width), from exact sums.
+
+    The standard deviation of a constant channel is 1: it becomes 0 everywhere, and no NaN.
+    """
     channels = images.shape[1]
     total, squares = torch.zeros(channels, dtype=torch.int64), torch.zeros(channels, dtype=torch.int64)
     for chunk in images.split(4096):
@@ -280,7 +283,9 @@ def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     count = images.numel() // channels
     sums = list(zip(total.tolist(), squares.tolist(), strict=True))
     mean = tuple(t / count for t, _ in sums)
-    return mean, tuple(math.sqrt((s * count - t * t) / (count * (count - 1))) for t, s in sums)
+    return mean, tuple(
+        math.sqrt((s * count - t * t) / (count * (count - 1))) if s * count > t * t else 1.0 for t, s in sums
+    )
 
 
 def _digits() -> tuple[Images, Images]:

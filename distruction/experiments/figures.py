@@ -1,11 +1,14 @@
 """Figures of a bench's report, as matplotlib figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..extras import needed
 from ..methods import REGISTRY
+from ..report import examples
+from ..scenarios import Split
 from .results import Cell
 from .tables import title
 
@@ -25,15 +28,18 @@ def _colour(method: str) -> tuple[float, ...]:
 
 def kl_curves(cells: Sequence[Cell]) -> Figure | None:
     """KL(q || p) against the iteration, one curve per lambda (the paper's Figure 1), and the forget accuracy."""
-    curves = {float(c.settings["kl_weight"]): c.value["history"] for c in cells if c.method == "distruction"}
-    if not curves:
-        return None
+    found = {float(c.settings["kl_weight"]): c.value["history"] for c in cells if c.method == "distruction"}
+    return curves({f"λ = {weight:g}": history for weight, history in sorted(found.items())}) if found else None
+
+
+def curves(histories: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """KL(q || p), and the accuracy of the sampled models on the forget set, against the iteration: a curve for each."""
     figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    shades = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
-    for (weight, history), shade in zip(sorted(curves.items()), shades, strict=True):
+    shades = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(histories)))
+    for (label, history), shade in zip(histories.items(), shades, strict=True):
         steps = range(1, len(history["kl"]) + 1)
-        left.plot(steps, history["kl"], color=shade, label=f"λ = {weight:g}")
+        left.plot(steps, history["kl"], color=shade, label=label)
         right.plot(steps, history["accuracy"], color=shade)
     left.set(
         xlabel="unlearning iteration", ylabel="KL(q ‖ p) [nats]", title="distance from the posterior", yscale="log"
@@ -41,8 +47,15 @@ def kl_curves(cells: Sequence[Cell]) -> Figure | None:
     right.set(xlabel="unlearning iteration", ylabel="accuracy [%]", title="forget set, sampled weights", ylim=(-3, 103))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    if len(histories) > 1:
+        figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return figure
+
+
+def predictions(cell: Cell, split: Split) -> Figure:
+    """The first images of both measured sets, with what the model called them before and after unlearning."""
+    parts, called = {"forget": split.measured_forget, "retain": split.measured_retain}, cell.value["examples"]
+    return examples({n: (part, called[n]["before"], called[n]["after"]) for n, part in parts.items()})
 
 
 def trade_off(sweep: Sequence[Cell], single: Sequence[Cell]) -> Figure | None:

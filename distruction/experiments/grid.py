@@ -18,7 +18,7 @@ else:
     with needed("cli"):
         import tomli as tomllib
 
-PRESETS = ("digits", "fashion", "cifar")
+PRESETS = ("digits", "fashion", "cifar", "demo")
 
 MEASURE: dict[str, Any] = {"batch_size": 512, "shadow_models": 0, "relearn_lr": 1e-3, "relearn_steps": 50}
 """Options of the measurements and their defaults: batch size of the predictions; models of the likelihood-ratio attack,
@@ -60,6 +60,8 @@ class Sweep:
 class Grid:
     """Scenarios x targets x methods x seeds, and how models are made and measured.
 
+    ``network`` has the arguments of `models.create`; with ``plain_seed`` the untrained model is drawn from the seed
+    itself, as ``distruction train --seed`` draws it, rather than from a stream of its own.
     ``validation`` is the share of the training data that is measured on in the place of the test set, which is then not
     used at all: for the choice of settings.
     """
@@ -127,9 +129,9 @@ def parse(text: str, where: str) -> Grid:
     if not all(isinstance(seed, int) and seed >= 0 for seed in table["seeds"]):
         raise UsageError(f"{where}: seeds must be integers >= 0, not {table['seeds']}")
     settings = table.get("method", {})
-    names = tuple(table.get("methods", methods.REGISTRY))
+    names = tuple(table.get("methods", [n for n, m in methods.REGISTRY.items() if not m.ablation]))
     if not names:
-        raise UsageError(f"{where}: methods is empty; leave it out for all of them")
+        raise UsageError(f"{where}: methods is empty; leave it out for all but the ablations")
     for name in {*names, *settings}:
         methods.get(name)
     for name, given in settings.items():

@@ -139,9 +139,7 @@ def _cell(
     facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
     facts["retrained"] = {"model": model, "split": split}
     if methods.get(method).needs_posterior:
-        published = methods.get(method).preparation == "bgd"
-        settings_of_prepare = dict(grid.prepare) if published else {"method": "gauss-newton"}
-        facts["posterior"] = {"format": FORMATS["posterior"], "model": model, "prepare": settings_of_prepare}
+        facts["posterior"] = _posterior(grid, model, methods.get(method).preparation)
     facts["measure"] = {**grid.measure, "brief": brief}
     if not brief:
         # Shared by every seed of the grid.
@@ -149,6 +147,14 @@ def _cell(
             {**model, "seed": 10_000 + i, "pair": i // 2, "half": i % 2} for i in range(grid.measure["shadow_models"])
         ]
     return Job("cell", facts)
+
+
+def _posterior(grid: Grid, model: Mapping[str, Any], preparation: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {"format": FORMATS["posterior"], "model": model}
+    if preparation in ("constant", "fisher"):
+        return {**facts, "std": preparation, "posterior": _posterior(grid, model, "gauss-newton")}
+    as_given = preparation == grid.prepare.get("method", "bgd")
+    return {**facts, "prepare": dict(grid.prepare) if as_given or preparation == "bgd" else {"method": preparation}}
 
 
 def forget_sets(jobs: list[Job], context: Context) -> Iterator[tuple[str, scenarios.Split, dict[str, Any]]]:

@@ -28,6 +28,8 @@ class Context:
         device: as torch names it.
         backend: see `distruction.ops`.
         skip_unreadable: leave out image files that cannot be read; what is left is part of a job's facts.
+        keep_models: keep the unlearned model of each cell.
+        progress: show progress bars inside of a job.
     """
 
     store: Path
@@ -36,6 +38,8 @@ class Context:
     device: str = "cpu"
     backend: str = "auto"
     skip_unreadable: bool = False
+    keep_models: bool = False
+    progress: bool = False
 
 
 @functools.cache
@@ -77,19 +81,22 @@ def make_split(model: Mapping[str, Any], split: Mapping[str, Any], context: Cont
     return scenarios.full_class(train, test, split["target"])
 
 
+def network_of(facts: Mapping[str, Any], data: Images) -> dict[str, Any]:
+    """The arguments of `models.create` for the data."""
+    given = {k: v for k, v in facts["network"].items() if k != "plain_seed"}
+    channels, side = data.images.shape[1], data.images.shape[-1]
+    return {"img_size": side, **given, "num_classes": len(data.classes), "in_chans": channels}
+
+
 def fresh(facts: Mapping[str, Any], context: Context) -> nn.Module:
     """An untrained model of these facts, the same each time."""
     train, _ = training_data(facts, context)
+    plain = facts["network"].get("plain_seed", False)
     with torch.random.fork_rng():
-        torch.manual_seed(seed_of(facts["seed"], 3))
+        torch.manual_seed(facts["seed"] if plain else seed_of(facts["seed"], 3))
         side = train.images.shape[-1]
-        network = {"img_size": side, **facts["network"]}
-        model = models.create(
-            **network,
-            num_classes=len(train.classes),
-            in_chans=train.images.shape[1],
-            pretrained=context.pretrained,
-        )
+        network = network_of(facts, train)
+        model = models.create(**network, pretrained=context.pretrained)
         if network["img_size"] != side:
             models.resize_inputs(model, network["img_size"])
     return model.to(context.device)

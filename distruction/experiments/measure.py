@@ -72,7 +72,7 @@ def measure(
     found = {"retain": metrics.accuracy(retain, retain_labels), "forget": metrics.accuracy(forget, forget_labels)}
     value: dict[str, Any] = {"metrics": found, "counts": {"retain": len(retain), "forget": len(forget)}}
     if report is not None:
-        found["kl"] = report.history[-1].kl
+        found["kl"] = report.kl
         value["history"] = {
             "kl": [s.kl for s in report.history],
             "accuracy": [s.accuracy for s in report.history],

@@ -12,12 +12,12 @@ from .. import pages
 from ..extras import needed
 from ..methods import REGISTRY
 from ..metrics import wilson_interval
-from ..report import examples, folder, write_json
+from ..report import folder, write_json
 from . import figures, tables
 from .grid import Grid
 from .jobs import Job, sweep_cells
 from .materials import Context, make_split
-from .results import COLUMNS, Cell, Contest, Table, collect, contest, summarise
+from .results import COLUMNS, Cell, Contest, Table, collect, contest, described, summarise
 from .results import tables as summaries_of
 from .runner import Outcome
 from .store import Facts, Store
@@ -78,7 +78,7 @@ def _write(
             }
         )
     (out / "summary.csv").write_text(tables.comma_separated(by_scenario))
-    write_json(out / "results.json", _numbers(found))
+    write_json(out / "results.json", described(found))
     write_json(out / "failures.json", {title: message for title, message in outcome.failures.values()})
     shown = {metric for table in by_scenario.values() for row in table.values() for metric in row}
     page = pages.render(
@@ -159,10 +159,7 @@ def _figures(out: Path, grid: Grid, context: Context, scenario: str, found: list
     if shown is not None:
         split = make_split(shown.facts["model"], shown.facts["split"], context)
         caption = "Predictions before → after unlearning with DiStruction, red where they changed. The first images."
-        parts = {"forget": split.measured_forget, "retain": split.measured_retain}
-        predictions = shown.value["examples"]
-        groups = {n: (part, predictions[n]["before"], predictions[n]["after"]) for n, part in parts.items()}
-        drawn.append(("examples", examples(groups), caption))
+        drawn.append(("examples", figures.predictions(shown, split), caption))
     pictures = []
     for name, figure, caption in drawn:
         if figure is not None:
@@ -194,22 +191,6 @@ def _settings(grid: Grid, name: str) -> str:
     if len(set(by_scenario.values())) == 1:
         return next(iter(by_scenario.values()))
     return "; ".join(f"{scenario}: {text}" for scenario, text in by_scenario.items())
-
-
-def _numbers(found: Sequence[Cell]) -> list[dict[str, Any]]:
-    return [
-        {
-            "scenario": c.scenario,
-            "target": c.target,
-            "method": c.method,
-            "seed": c.seed,
-            "settings": dict(c.settings),
-            "brief": c.brief,
-            **c.numbers,
-            "wilson_95": c.intervals,
-        }
-        for c in found
-    ]
 
 
 def _provenance(grid: Grid, context: Context, found: Sequence[Cell], command: str) -> str:

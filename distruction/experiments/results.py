@@ -134,6 +134,23 @@ def collect(jobs: Sequence[Job], store: Store) -> list[Cell]:
     return found
 
 
+def described(found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The cells' places and numbers, as they are written to a report's JSON."""
+    return [
+        {
+            "scenario": c.scenario,
+            "target": c.target,
+            "method": c.method,
+            "seed": c.seed,
+            "settings": dict(c.settings),
+            "brief": c.brief,
+            **c.numbers,
+            "wilson_95": c.intervals,
+        }
+        for c in found
+    ]
+
+
 SHOWN = 3
 """Up to so many seeds their values are shown: an interval of Student's t on two degrees of freedom says little."""
 

@@ -19,6 +19,8 @@ NAMES = {
     "delete": "DELETE",
     "distruction": "DiStruction",
     "distruction-auto": "DiStruction, Gauss-Newton",
+    "distruction-constant": "constant std",
+    "distruction-fisher": "Fisher std",
 }
 
 Mark = Callable[[str], str]
@@ -78,6 +80,12 @@ def paper_shape(scenario: str, table: Table, bold: Mark) -> list[list[str]]:
         paper = [published_entry(published_value(scenario, metric, m)) for m in mine]
         rows.append([f"published ({published.DATA[scenario]})", *paper])
     return rows
+
+
+def by_metric(table: Table, names: Sequence[str]) -> list[list[str]]:
+    """One row per metric, one column per method: narrow."""
+    rows = [[COLUMNS[m].heading, *_line(table, m, str)] for m in names]
+    return [["", *map(title, table)], *rows]
 
 
 def metrics(table: Table, group: str, bold: Mark) -> list[list[str]]:

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .. import methods, scenarios
-from ..data import loader
+from .. import methods, models, scenarios
+from ..data import Images, loader
 from ..forgetting import ForgetReport
 from ..methods import Counted, Task
+from ..methods.ablations import constant_std, fisher_std
 from ..metrics import predict
 from ..posterior import Posterior
 from ..preparation import prepare
@@ -22,7 +23,7 @@ from ..seeds import seed_of
 from ..training import RECIPES
 from . import measure
 from .jobs import Job
-from .materials import Context, fresh, make_split, training_data
+from .materials import Context, fresh, make_split, network_of, training_data
 from .memory import Peak
 from .store import Store
 
@@ -34,16 +35,24 @@ def execute(job: Job, context: Context) -> float:
     return time.perf_counter() - start
 
 
-def _recipe(facts: Mapping[str, Any], model: nn.Module, data: Dataset[Any]) -> None:
+def ensure(job: Job, context: Context) -> None:
+    """Do a job and what it needs, here and now, unless its entry is there."""
+    if Store(context.store).load(job.kind, job.facts) is None:
+        for need in job.needs():
+            ensure(need, context)
+        execute(job, context)
+
+
+def _recipe(facts: Mapping[str, Any], context: Context, model: nn.Module, data: Dataset[Any]) -> None:
     settings = dict(facts["train"])
-    RECIPES[settings.pop("recipe")](model, data, seed=facts["seed"], progress=False, **settings)
+    RECIPES[settings.pop("recipe")](model, data, seed=facts["seed"], progress=context.progress, **settings)
 
 
 def _train(facts: Mapping[str, Any], context: Context) -> None:
     train, _ = training_data(facts, context)
     model = fresh(facts, context)
     start = time.perf_counter()
-    _recipe(facts, model, train)
+    _recipe(facts, context, model, train)
     _save_model("model", facts, context, model, {"seconds": time.perf_counter() - start})
 
 
@@ -73,7 +82,7 @@ def _shadow(facts: Mapping[str, Any], context: Context) -> None:
     member[torch.randperm(len(train), generator=generator)[facts["half"] :: 2]] = True
     model = fresh(facts, context)
     start = time.perf_counter()
-    _recipe(facts, model, train.subset(member))
+    _recipe(facts, context, model, train.subset(member))
     seconds = time.perf_counter() - start
     logits = {
         name: predict(model, loader(part, batch_size=256))[0] for name, part in (("train", train), ("test", test))
@@ -91,38 +100,52 @@ def shadow_logits(facts: Mapping[str, Any], context: Context) -> list[dict[str, 
 def _prepare(facts: Mapping[str, Any], context: Context) -> None:
     model = _load_model("model", facts["model"], context)
     train, _ = training_data(facts["model"], context)
+    if "std" in facts:
+        _replace_std(facts, model, train, context)
+        return
     settings = dict(facts["prepare"])
     if settings.setdefault("method", "bgd") == "bgd":
         # As published, with each example's evidence in step with the steps.
         settings.setdefault("evidence", float(settings.setdefault("steps", 1000)))
-    batch_size = settings.pop("batch_size", 64)
+    batches = loader(train, batch_size=settings.pop("batch_size", 64), shuffle=settings.pop("shuffle", False))
     start = time.perf_counter()
     posterior = prepare(
         model,
-        loader(train, batch_size=batch_size),
+        batches,
         seed=facts["model"]["seed"],
         backend=context.backend,
-        progress=False,
+        progress=context.progress,
         **settings,
     )
     value = {"seconds": time.perf_counter() - start, **posterior.metadata}
     Store(context.store).save("posterior", facts, value, {"posterior.safetensors": posterior.save})
 
 
+def _replace_std(facts: Mapping[str, Any], model: nn.Module, train: Images, context: Context) -> None:
+    """The ablations' posterior."""
+    start = time.perf_counter()
+    learnt = _load_posterior(facts["posterior"], context)
+    posterior = constant_std(learnt) if facts["std"] == "constant" else fisher_std(model, train, learnt)
+    files = {"posterior.safetensors": posterior.save}
+    Store(context.store).save("posterior", facts, {"seconds": time.perf_counter() - start}, files)
+
+
+def _load_posterior(facts: Mapping[str, Any], context: Context) -> Posterior:
+    folder = Store(context.store).folder("posterior", facts)
+    return Posterior.load(folder / "posterior.safetensors", map_location=context.device)
+
+
 def _task(facts: Mapping[str, Any], split: scenarios.Split, context: Context) -> Task:
-    posterior = None
-    if "posterior" in facts:
-        folder = Store(context.store).folder("posterior", facts["posterior"])
-        posterior = Posterior.load(folder / "posterior.safetensors", map_location=context.device)
     return Task(
         model=_load_model("model", facts["model"], context),
         forget=Counted(split.forget),
         retain=Counted(split.retain),
         fresh=functools.partial(fresh, facts["model"], context),
-        train=functools.partial(_recipe, facts["model"]),
-        posterior=posterior,
+        train=functools.partial(_recipe, facts["model"], context),
+        posterior=_load_posterior(facts["posterior"], context) if "posterior" in facts else None,
         seed=facts["model"]["seed"],
         backend=context.backend,
+        progress=context.progress,
     )
 
 
@@ -167,7 +190,11 @@ def _unlearn(facts: Mapping[str, Any], context: Context) -> None:
     value: dict[str, Any] = {"cost": cost}
     references = measure.References(before, retrained, incompetent, shadow_logits(facts, context))
     value |= measure.measure(task.model, references, split, facts, report)
-    store.save("cell", facts, value)
+    files = {}
+    if context.keep_models:
+        described = {**network_of(facts["model"], split.test), "data": facts["model"]["data"]["name"]}
+        files = {"model.safetensors": functools.partial(models.save, task.model, config=described)}
+    store.save("cell", facts, value, files)
 
 
 _WORK = {"model": _train, "retrained": _retrain, "posterior": _prepare, "shadow": _shadow, "cell": _unlearn}

@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..modules import unwrapped
 from ..seeds import seed_all, seed_of
 from . import tokens
-from .loaders import Role, epoch_length, restarted, samplers, why_empty
+from .loaders import Role, epoch_length, generators, restarted, samplers, why_empty
 
 Inputs = Tensor | Mapping[str, Tensor]
 Batches = Iterable[Any]
@@ -37,39 +37,46 @@ _LABELS = "labels"
 def seeded_batches(loader: Batches, *, seed: int, start: int, stop: int, role: Role) -> Iterator[Any]:
     """Batches ``start .. stop`` of an endless repetition of ``loader``, the same ones however often a run resumed.
 
-    The global generators (PyTorch's, NumPy's, Python's) are seeded at each epoch, which fixes a shuffling loader's
-    order, before each further batch is fetched, which fixes what the data set draws, and before each batch is handed
-    out, which fixes what the model draws (random labels). A distributed sampler is told the epoch. What an earlier
-    run has seen is fetched again, but for whole epochs of loaders that are known to keep nothing between epochs.
+    The global generators (PyTorch's, NumPy's, Python's) and the loader's own are seeded at each epoch, which fixes a
+    shuffling loader's order; the global ones before each further batch is fetched, which fixes what the data set
+    draws, and before each batch is handed out, which fixes what the model draws (random labels). A distributed sampler
+    is told the epoch. What an earlier run has seen is fetched again, but for whole epochs of loaders that are known to
+    keep nothing between epochs. At the end the loader's own generators are as they were.
 
     Raises:
         UsageError: an epoch gave no batch.
     """
     loader = restarted(loader)
+    own = generators(loader)
     length = epoch_length(loader)
     epoch = start // length if length else 0
     step = epoch * (length or 0)
-    while step < stop:
-        before = step
-        seed_all(seed_of(seed, 0, epoch))
-        for sampler in samplers(loader):
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-        batches = iter(loader)
+    states = [generator.get_state() for generator in own]
+    try:
         while step < stop:
-            if step > before:
-                seed_all(seed_of(seed, 2, step))
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            if step >= start:
-                seed_all(seed_of(seed, 1, step))
-                yield batch
-            step += 1
-        if step == before:
-            raise UsageError(why_empty(loader, role, before))
-        epoch += 1
+            before = step
+            seed_all(seed_of(seed, 0, epoch), own)
+            for sampler in samplers(loader):
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(epoch)
+            batches = iter(loader)
+            while step < stop:
+                if step > before:
+                    seed_all(seed_of(seed, 2, step))
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    break
+                if step >= start:
+                    seed_all(seed_of(seed, 1, step))
+                    yield batch
+                step += 1
+            if step == before:
+                raise UsageError(why_empty(loader, role, before))
+            epoch += 1
+    finally:
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
 
 
 def apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
@@ -182,7 +189,9 @@ class Batching:
         return tensors, labels
 
     def _here(self, t: Tensor) -> Tensor:
-        return t.to(self._device, non_blocking=True)
+        here = t.to(self._device, non_blocking=True)
+        # Features that were computed in inference mode may go into a pass with gradients as a copy.
+        return here.clone() if here.is_inference() else here
 
     def _from_parts(self, inputs: Inputs, targets: Tensor) -> Batch:
         counts = torch.zeros(distributed.size(), dtype=torch.int64, device=self._device)

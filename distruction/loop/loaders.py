@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -16,6 +17,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     TensorDataset,
+    WeightedRandomSampler,
     default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
@@ -83,6 +85,11 @@ def check_loader(loader: Any, role: Role, steps: int) -> None:
                 f"the loader of {role.name} has drop_last=True, which leaves {unread} of the {count} records unread; "
                 "use drop_last=False, or a batch_size that divides their number"
             )
+    if (part := _part_drawn(loader)) is not None:
+        raise UsageError(
+            f"the loader of {role.name} draws {part}, so that some are not read: use shuffle=True, and for a part of "
+            "the records a torch.utils.data.Subset"
+        )
     if steps < length:
         warnings.warn(
             f"{steps} steps read {steps} of the {length} batches of {role.name}: the others' records are not "
@@ -145,11 +152,9 @@ def epoch_length(loader: Any) -> int | None:
     known = (
         type(loader) is DataLoader
         and not loader.persistent_workers
-        and loader.generator is None
         and loader.collate_fn is default_collate
         and type(loader.batch_sampler) is BatchSampler
         and type(loader.sampler) in (SequentialSampler, RandomSampler, DistributedSampler)
-        and getattr(loader.sampler, "generator", None) is None
         and _keeps_nothing(loader.dataset)
     )
     return len(loader) if known else None
@@ -161,6 +166,12 @@ def samplers(loader: Any) -> Iterator[Any]:
         if (inner := getattr(loader, name, None)) is not None:
             yield inner
             yield from samplers(inner)
+
+
+def generators(loader: Any) -> list[torch.Generator]:
+    """The generators that the loader and its samplers draw from, besides the global ones."""
+    found = [getattr(owner, "generator", None) for owner in (loader, *samplers(loader))]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _keeps_nothing(dataset: Any) -> bool:
@@ -201,6 +212,20 @@ def _in_batches(batches: Any) -> int | None:
             return None
         count += size
     return count
+
+
+def _part_drawn(loader: Any) -> str | None:
+    """What an epoch draws of the records, in words, where it leaves some of them to chance."""
+    sampler = _index_sampler(loader)
+    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
+        count = len(sampler.weights if isinstance(sampler, WeightedRandomSampler) else sampler.data_source)
+        if sampler.replacement:
+            return f"{sampler.num_samples} times from its {count} records, with replacement"
+        return f"{sampler.num_samples} of its {count} records" if sampler.num_samples < count else None
+    if isinstance(sampler, DistributedSampler):
+        count = len(sampler.dataset)  # type: ignore[arg-type]
+        return f"{sampler.total_size} of its {count} records (drop_last=True)" if sampler.total_size < count else None
+    return None
 
 
 def _dropping(loader: Any) -> tuple[int, int] | None:

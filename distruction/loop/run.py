@@ -28,10 +28,10 @@ from ..progress import bar
 from ..sharding import reshard
 from .batches import Batch, Batches, Batching, Inputs, call, seeded_batches
 from .checkpoint import Checkpoint
-from .labels import Labels, answers_at_once
+from .labels import Labels, answers_at_once, as_rows
 from .loaders import Role, check_loader
 from .ranks import Gradients
-from .step import Callback, Controller, Step, Terminated
+from .step import Callback, Controller, Step, Terminated, asks_to_stop
 from .tokens import Sequences, require_causal
 
 STEPS_BETWEEN_CHECKS = 10
@@ -54,6 +54,7 @@ def run(
     needs_inputs: bool = False,
     labels: bool | None = True,
     shown: Callable[[Tensor, Tensor], Tensor] | None = None,
+    accuracy: Callable[[Tensor, Tensor], Tensor] | None = None,
     controller: Controller | None = None,
     before_passes: Callable[[Inputs], object] | None = None,
     after_forward: Callable[[Batch], object] | None = None,
@@ -68,6 +69,8 @@ def run(
         needs_inputs: ``loss_fn`` uses the inputs.
         labels: the targets are class numbers, whose range is checked; ``None``: if they are a vector of integers.
         shown: ``(logits, targets) -> mean loss`` to report where it is not the one that is minimised.
+        accuracy: ``(logits, targets) -> (batch,)`` in [0, 1], to report; ``None``: of class numbers, whether they are
+            predicted.
         controller: steers the run; it is asked after ``schedule``.
         before_passes: called with each batch's inputs (of the whole batch where ``needs_inputs``) before the model's
             passes, whose activations a call of the same model in between could change.
@@ -111,7 +114,7 @@ def run(
                 if before_passes is not None:
                     before_passes(batch.whole_inputs)
                 sampled = Sampled(
-                    model, batch, loss_fn, gradients, role, len(history) + 1, labels, shown, after_forward
+                    model, batch, loss_fn, gradients, role, len(history) + 1, labels, shown, accuracy, after_forward
                 )
 
                 def closure(sampled: Sampled = sampled) -> Tensor:
@@ -130,7 +133,7 @@ def run(
                     history[-1] = replace(history[-1], probability=getattr(controller, "value", None))
                     reshard(model)
                 try:
-                    done = (callback is not None and callback(history[-1]) is True) or done
+                    done = (callback is not None and asks_to_stop(callback(history[-1]))) or done
                 except Terminated:
                     if checkpoint.path is not None and distributed.rank() == 0 and not gradients.sharded:
                         checkpoint.save(optimizer, history, controller=controller)
@@ -179,9 +182,11 @@ class Sampled:
         step: int,
         labels: bool | None,
         shown: Callable[[Tensor, Tensor], Tensor] | None,
+        accuracy: Callable[[Tensor, Tensor], Tensor] | None,
         after_forward: Callable[[Batch], object] | None,
     ) -> None:
         self._after_forward = after_forward
+        self._accuracy = accuracy or (None if labels is False else _predicted)
         self._model, self._batch, self._loss_fn, self._shown = model, batch, loss_fn, shown
         self._gradients = gradients
         self._role = role
@@ -204,7 +209,7 @@ class Sampled:
         # An autocast around the whole run keeps its copies of the weights: those of the last sample.
         torch.clear_autocast_cache()
         batch = self._batch
-        logits = batch.whole(logits_of(call(self._model, batch.inputs)))
+        logits = batch.whole(self._rows_of(logits_of(call(self._model, batch.inputs))))
         if self._after_forward is not None:
             self._after_forward(batch)
         targets = batch.targets if self._labels is None else self._labels.within(logits)
@@ -217,13 +222,20 @@ class Sampled:
         self._gradients.backward(loss)
         with torch.no_grad():
             reported = loss.detach() if self._shown is None else self._shown(logits.detach(), targets)
-            correct = (
-                reported.new_full((), math.nan, dtype=torch.float64)
-                if self._labels is None or logits.ndim != 2
-                else (logits.argmax(dim=-1) == targets).double().mean()
-            )
+            right = None if self._accuracy is None else self._accuracy(logits.detach(), targets)
+            correct = reported.new_full((), math.nan, dtype=torch.float64) if right is None else right.double().mean()
             self._figures.append(torch.stack([t.double().reshape(()) for t in (reported, correct, loss)]))
         return loss
+
+    def _rows_of(self, logits: Tensor) -> Tensor:
+        inputs = self._batch.inputs
+        rows = len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+        if logits.ndim == 0 or len(logits) != rows:
+            raise UsageError(
+                f"the model gives logits of shape {tuple(logits.shape)} for a batch of {rows}: their first dimension "
+                "must be the batch"
+            )
+        return logits
 
     def _backward_of_tokens(self, here: Sequences, logits: Tensor, targets: Tensor) -> Tensor:
         """The same for a language model's batch; the loss is this rank's share of the whole batch's."""
@@ -284,6 +296,14 @@ class Sampled:
 
     def _nonfinite(self, loss: float) -> "_LossNotFinite":
         return _LossNotFinite(f"the loss is {loss} at step {self._step}; {_ADVICE}")
+
+
+def _predicted(logits: Tensor, targets: Tensor) -> Tensor | None:
+    """Whether each class number is predicted; ``None`` where targets are none."""
+    if targets.is_floating_point() or logits.ndim != targets.ndim + 1:
+        return None
+    logits, targets = as_rows(logits, targets)
+    return logits.argmax(dim=-1) == targets
 
 
 class _LossNotFinite(NonFiniteError):

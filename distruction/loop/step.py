@@ -1,8 +1,13 @@
 """What a run tells after each step, and what may change it."""
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import UsageError
 from ..optim import BGD
@@ -45,14 +50,34 @@ class Terminated(BaseException):
     """Raised by a callback: the process is to end now, after a checkpoint."""
 
 
-def require_count(name: str, value: object) -> None:
-    """Raise unless the value is a whole number >= 1.
+def require_count(name: str, value: object, least: int = 1) -> int:
+    """The value as Python's integer, unless it is no whole number >= ``least``.
 
     Raises:
         UsageError: names it.
     """
-    if not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} must be an integer >= 1, not {value!r}")
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} must be an integer >= {least}, not {value!r}")
+    return int(value)
+
+
+def require_seed(seed: object) -> int:
+    """The seed as Python's integer.
+
+    Raises:
+        UsageError: it is none of 64 bits with a sign.
+    """
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
+        raise UsageError(f"seed must be an integer of 64 bits, signed, not {seed!r}")
+    return int(seed)
+
+
+def asks_to_stop(answer: Any) -> bool:
+    """Whether a callback's answer is ``True``, also as a comparison of NumPy's or PyTorch's numbers gives it."""
+    is_truth = isinstance(answer, np.bool_) or (
+        isinstance(answer, Tensor) and answer.dtype == torch.bool and answer.numel() == 1
+    )
+    return bool(answer) if is_truth else answer is True
 
 
 Callback = Callable[[Step], Any]

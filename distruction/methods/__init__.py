@@ -13,7 +13,7 @@ import torch
 from ..errors import UsageError
 from ..forgetting import ForgetReport
 from ..registry import Registry
-from . import amnesiac, baseline, delete, distruction, finetune, retrain, scrub, ssd, teacher, unsir
+from . import ablations, amnesiac, baseline, delete, distruction, finetune, retrain, scrub, ssd, teacher, unsir
 from .base import Counted, Method, Task, forget_with
 
 _OWN = {
@@ -33,6 +33,8 @@ _OWN = {
     "scrub+kl": scrub.WITH_KL,
     "distruction": distruction.METHOD,
     "distruction-auto": distruction.FOUND,
+    "distruction-constant": ablations.CONSTANT,
+    "distruction-fisher": ablations.FISHER,
 }
 REGISTRY = Registry[Method]("method", _OWN)
 """In the order of the tables."""

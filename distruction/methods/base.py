@@ -140,7 +140,9 @@ class Method:
         run: ``(task, **settings)``; returns a report when it keeps one.
         reads: how much of the retain data it reads.
         needs_posterior: whether the task must hold the posterior of preparation.
-        preparation: how that is prepared: as published, or as `distruction.prepare` does by default.
+        preparation: how that is prepared: as published, as `distruction.prepare` does by default, or the latter with
+            other stds (`ablations`).
+        ablation: whether it is run only where a grid names it.
         sweep: its main hyper-parameter, for trade-off curves; empty where there is none.
         scenarios: where it is defined.
     """
@@ -150,7 +152,8 @@ class Method:
     run: Callable[..., ForgetReport | None]
     reads: Literal["all", "part", "none"]
     needs_posterior: bool = False
-    preparation: Literal["bgd", "gauss-newton"] = "bgd"
+    preparation: Literal["bgd", "gauss-newton", "constant", "fisher"] = "bgd"
+    ablation: bool = False
     sweep: str = ""
     scenarios: tuple[str, ...] = field(default=("full-class", "sub-class", "random"))
 

@@ -111,7 +111,9 @@ def _flat(op: str, *parts: State | Draws | Rule | Amp, **others: Any) -> Any:
     """Call a registered op with the arguments that its schema names."""
     given = others
     for part in parts:
-        given.update(vars(part))
+        # One by one: torch.compile of PyTorch 2.8 traces no vars() of a frozen dataclass.
+        for name in _FIELDS[type(part)]:
+            given[name] = getattr(part, name)
     return getattr(torch.ops.distruction, op)(*[given[name] for name in _NAMES[op]])
 
 

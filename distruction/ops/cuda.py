@@ -16,6 +16,12 @@ _library.distruction_cuda_error.restype = ctypes.c_char_p
 _library.distruction_cuda_chunks.restype = ctypes.c_int64
 
 
+def toolkit() -> str:
+    """The version of the CUDA toolkit that built the library."""
+    number = _library.distruction_cuda_toolkit()
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
 def unavailable(device_type: str) -> str | None:
     """Why the CUDA kernels cannot serve ``device_type``, or ``None`` where they can."""
     if device_type != "cuda" or torch.version.hip is not None:

@@ -28,10 +28,10 @@ class BGD(Saved):
     In ``train()`` mode the parameters hold a sample: ``loss.backward(); opt.step()`` does one fused step and
     draws the next sample. ``eval()`` puts the means in. ``step(closure)`` works in either mode.
 
-    What somebody else writes to a parameter, such as ``model.load_state_dict``, becomes its mean, elementwise and
-    with the std that it had. Frozen parameters (``requires_grad=False``) are not written; one that is frozen while it
-    holds a sample keeps it until `eval` puts its mean in. One that is unfrozen takes part from the next update's
-    first sample on: a gradient that was taken at its mean is not used.
+    What somebody else writes to a parameter, such as ``model.load_state_dict``, becomes its mean, elementwise, with
+    the std that it had (what is written in place through ``p.data`` in `eval` mode alone). Frozen parameters are not
+    written; one that is frozen while it holds a sample keeps it until `eval` puts its mean in. One that is unfrozen
+    takes part from the next update's first sample on: a gradient that was taken at its mean is not used.
 
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
@@ -144,9 +144,11 @@ class BGD(Saved):
             "backend": backend,
         }
         common = {"std_init": std_init, "prior": prior, "release_gradients": release_gradients}
-        options.check_values({k: v for k, v in {**defaults, **common}.items() if v is not None})
+        may_lack = ("max_std", "prior", "kl_weight")
+        options.check_values({k: v for k, v in {**defaults, **common}.items() if v is not None or k not in may_lack})
+        defaults = options.plain(defaults)
         if max_std is None:
-            defaults["max_std"] = _largest(std_init)
+            defaults["max_std"] = options.largest_std(std_init)
         if kl_weight is None and prior is None:
             defaults["kl_weight"] = 0.0
         if release_gradients and distributed.size() > 1:
@@ -164,6 +166,7 @@ class BGD(Saved):
         self._initial = []
         self._counters = []
         self._held = []
+        self._watched = []
         self._released = []
         self._scalars = {}
         self._position = {}
@@ -190,8 +193,8 @@ class BGD(Saved):
         options.check_values({k: v for k, v in param_group.items() if v is not None or k != "max_std"})
         group = {k: v for k, v in param_group.items() if k not in ("std_init", "release_gradients", "sample_group")}
         if group.get("max_std") is None and "std_init" in param_group:
-            group["max_std"] = _largest(initial)
-        super().add_param_group(group)
+            group["max_std"] = options.largest_std(initial)
+        super().add_param_group(options.plain(group))
         group = self.param_groups[-1]
         try:
             group["kl_weight"] = options.check_weight(group["kl_weight"], self._prior)
@@ -218,6 +221,7 @@ class BGD(Saved):
     @torch.no_grad()
     def train(self) -> None:
         """Let the parameters hold the current sample."""
+        self._check_groups()
         self._take_over()
         for index in range(len(self.param_groups)):
             self._draw(index)
@@ -234,6 +238,8 @@ class BGD(Saved):
             NonFiniteError: an update since the last check was not finite (the means are in place all the same); or
                 NaN was written to a parameter (it is as it was).
         """
+        if check:
+            self._check_groups()
         self._take_over(strict=check)
         for group, held in zip(self.param_groups, self._held, strict=True):
             for p in group["params"]:
@@ -256,6 +262,7 @@ class BGD(Saved):
         distributed run use it equally often.
         """
         was_training = self._training
+        self._check_groups()
         self._take_over()
         looks = 0 if self._now["gradients_at_sample"] else self._now["looks"]
         seeds = [group["seed"] for group in self.param_groups]
@@ -386,12 +393,6 @@ class BGD(Saved):
             means[name], stds[name] = (state[k].clone() if copy else state[k] for k in ("mean", "std"))
         self._note_first()
         return Posterior(means, stds)
-
-
-def _largest(std_init: float | dict[str, float] | Posterior) -> float:
-    if isinstance(std_init, Posterior):
-        return std_init.largest_std()
-    return max(std_init.values()) if isinstance(std_init, dict) else float(std_init)
 
 
 def _another(seed: int, number: int) -> int:

@@ -23,15 +23,17 @@ class Groups(torch.optim.Optimizer):
     """An optimizer whose parameters are Gaussians: draws, statistics and updates of its groups.
 
     The lists go by group: ``_initial`` std or posterior, ``_counters`` of samples, what the parameters are ``_held`` to
-    hold, and what backward has ``_released``. ``_now`` is what a step changes besides tensors; a dict because
-    torch.compile (2.8) cannot set an optimizer's attribute: ``gradients_at_sample``; ``kl``, by group, the parts at its
-    last update and the positions that they are of; ``looks``, uses of samples for prediction since the last step.
+    hold, what backward has ``_released``, and the groups as they were checked last, ``_watched``. ``_now`` is what a
+    step changes besides tensors; a dict because torch.compile (2.8) cannot set an optimizer's attribute:
+    ``gradients_at_sample``; ``kl``, by group, the parts at its last update and the positions that they are of;
+    ``looks``, uses of samples for prediction since the last step.
     """
 
     _initial: list[float | dict[str, float] | Posterior]
     _counters: list[Counters]
     _held: list[Held]
     _released: list[Released]
+    _watched: list[options.Watched]
     _now: dict[str, Any]
     _prior: Posterior | None
     _sample_group: Any
@@ -42,8 +44,9 @@ class Groups(torch.optim.Optimizer):
 
     def _consume(self) -> None:
         """Take the gradients of the current sample: into the statistics or, with the last sample, into an update."""
+        self._check_groups()
         for group in self.param_groups:
-            self._check_gradients(group)
+            options.check_gradients(group)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if self._release_gradients and (grad_scale is not None or found_inf is not None):
@@ -175,7 +178,7 @@ class Groups(torch.optim.Optimizer):
         held, released, counters = self._held[index], self._released[index], self._counters[index]
         position = self._position[p]
         check_first(released, p)
-        self._check_gradients(self.param_groups[index])
+        options.check_gradients(self.param_groups[index])
         if held.drawn is None or position in held.drawn:
             if not any(r.pending for r in self._released):
                 self._take_over()
@@ -208,16 +211,22 @@ class Groups(torch.optim.Optimizer):
         held.drawn, held.sampled = drawn, True
         held.note(params)
 
+    def _check_groups(self) -> None:
+        """Refuse what was written to the groups; before the first draw it may be shards, as accelerate puts there."""
+        if not torch.compiler.is_compiling():
+            if not (self.state or self._release_gradients) and options.are_replaced(self.param_groups, self._watched):
+                self._reset()
+            options.check_groups(self.param_groups, self._watched, self._counters)
+
     @torch.no_grad()
     def _take_over(self, *, strict: bool = True) -> None:
         """Let the means be what was written to the parameters since the optimizer wrote them last."""
         for index, (group, held) in enumerate(zip(self.param_groups, self._held, strict=False)):
-            written = held.written(group["params"])
+            written = held.written(group["params"], self.state)
             for i in written:
                 p = group["params"][i]
-                if p not in self.state:
-                    continue
-                mean = local(self.state[p]["mean"])
+                if p not in self.state or (mean := local(self.state[p]["mean"])).device != p.device:
+                    continue  # `options.check_devices` tells of a model that was moved
                 if held.sampled and (held.drawn is None or i in held.drawn):
                     expected = self._members(index, [p]).expected(self._counters[index].on(p.device))[0]
                 else:
@@ -349,14 +358,6 @@ class Groups(torch.optim.Optimizer):
         for group in self.param_groups:
             group["training"] = training
 
-    @staticmethod
-    def _check_gradients(group: dict[str, Any]) -> None:
-        for i, p in enumerate(group["params"]):
-            if p.grad is not None and p.grad.is_sparse:
-                raise UsageError(
-                    f"the gradient of {labels_of(group)[i]} is sparse; BGD needs dense gradients (sparse=False)"
-                )
-
     def _mark_gradients(self, mark: object) -> list[int]:
         """Mark the gradients there are, so that `_gradients_since` tells whether backward has added to them."""
         for group in self.param_groups:
@@ -379,7 +380,7 @@ class Groups(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget what was derived from the groups and the state."""
-        self._counters, self._held, self._released = [], [], []
+        self._counters, self._held, self._released, self._watched = [], [], [], []
         self._scalars, self._position = {}, {}
         for group in self.param_groups:
             self._append(group)
@@ -390,6 +391,7 @@ class Groups(torch.optim.Optimizer):
         self._counters.append(Counters(group, lead=rank, samplers=size))
         self._held.append(Held())
         self._released.append(Released())
+        self._watched.append(options.Watched(group))
         self._position |= {p: i for i, p in enumerate(group["params"])}
 
 

@@ -1,9 +1,10 @@
 """What a `BGD` can be told: one row per option, the same for the constructor and for a parameter group."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch import distributed as dist
 
 from .. import ops
 from ..errors import UsageError
+from ..modules import unsuitable
 from ..posterior import Posterior
 from ..sharding import is_sharded
+
+if TYPE_CHECKING:
+    from .counters import Counters
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def _scalar(within: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_flag(value: Any) -> bool:
@@ -115,6 +120,11 @@ def check_names(given: Mapping[str, Any], known: Sequence[str] = ()) -> None:
     for name, value in given.items():
         if name not in known and not (name in REFUSED and not value):
             raise UsageError(f"BGD has no option {name!r}: {REFUSED.get(name, 'see help(BGD) for those it has')}")
+
+
+def plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with integers of other libraries, such as NumPy's, as Python's, which the ops and files take."""
+    return {name: int(v) if _is_integer(v) else v for name, v in given.items()}
 
 
 def check_values(given: Mapping[str, Any]) -> None:
@@ -199,6 +209,7 @@ def check_parameters(group: Mapping[str, Any], sources: Mapping[str, Any], sampl
     for label, p in zip(labels_of(group), params, strict=True):
         if p.is_complex():
             raise UsageError(f"parameter {label} is complex; BGD is defined for real weights")
+        _check_kept(label, p, group["backend"])
         if sample_group is not None and is_sharded(p):
             sampling = set(dist.get_process_group_ranks(sample_group))
             if len(shared := sampling.intersection(p.device_mesh.mesh.flatten().tolist())) > 1:
@@ -209,11 +220,107 @@ def check_parameters(group: Mapping[str, Any], sources: Mapping[str, Any], sampl
     check_devices(group, {})
 
 
+_USUAL = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_kept(label: str, p: Tensor, backend: str) -> None:
+    """Refuse a learnable parameter that no op of the backend can write; the reference takes any floating type."""
+    if not p.requires_grad or p.is_meta or (fault := unsuitable(p)) is None:
+        return
+    if p.dtype in _USUAL or ops.resolve(backend, p.device.type) is not ops.resolve("reference", p.device.type):
+        raise UsageError(f"{label} {fault}")
+
+
+def check_gradients(group: Mapping[str, Any]) -> None:
+    """Refuse gradients that are not dense."""
+    for i, p in enumerate(group["params"]):
+        if p.grad is not None and p.grad.is_sparse:
+            raise UsageError(
+                f"the gradient of {labels_of(group)[i]} is sparse; BGD needs dense gradients (sparse=False)"
+            )
+
+
+def largest_std(initial: float | dict[str, float] | Posterior) -> float:
+    """The largest of the initial stds."""
+    if isinstance(initial, Posterior):
+        return initial.largest_std()
+    return max(initial.values()) if isinstance(initial, dict) else float(initial)
+
+
+class Watched:
+    """What a group was when it was checked last: its parameters, and its options.
+
+    Args:
+        group: checked.
+    """
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._params = [id(p) for p in group["params"]]
+        self._options = {name: group[name] for name, option in OPTIONS.items() if option.of_group and name in group}
+
+    @property
+    def size(self) -> int:
+        """How many parameters there were."""
+        return len(self._params)
+
+    def has(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters."""
+        return [id(p) for p in params] == self._params
+
+    def check(self, group: Mapping[str, Any], phase: Callable[[], int]) -> None:
+        """Check what was written to the group since.
+
+        Args:
+            phase: tells how many samples of an update are taken; may wait for the device.
+
+        Raises:
+            UsageError: an option is out of range or cannot change now, or the parameters are others.
+        """
+        if not self.has(group["params"]):
+            raise UsageError(
+                "the list of a group's parameters was changed by hand: add parameters by add_param_group, take them "
+                "out by requires_grad_(False), or make another optimizer and give it this one's state_dict()"
+            )
+        changed = {name: group[name] for name, value in self._options.items() if group[name] is not value}
+        if not changed:
+            return
+        check_values(changed)
+        for name in ("mc_samples", "antithetic"):
+            if name in changed and changed[name] != self._options[name] and (taken := phase()):
+                raise UsageError(
+                    f"{name} cannot become {changed[name]} after {taken} of the {self._options['mc_samples']} samples "
+                    "of an update: change it after the step that completes the update"
+                )
+        self._options.update(changed)
+
+
+def are_replaced(groups: Sequence[Mapping[str, Any]], watched: Sequence[Watched]) -> bool:
+    """Whether other parameters, as many, stand in the places of those that were checked last."""
+    if [len(group["params"]) for group in groups] != [w.size for w in watched]:
+        return False
+    return not all(w.has(group["params"]) for group, w in zip(groups, watched, strict=True))
+
+
+def check_groups(
+    groups: Sequence[Mapping[str, Any]], watched: Sequence[Watched], counters: Sequence["Counters"]
+) -> None:
+    """Refuse what was written to the groups since they were checked last and cannot be."""
+    if len(groups) != len(watched):
+        raise UsageError(
+            f"param_groups has {len(groups)} groups and had {len(watched)}: add one by add_param_group; to leave one "
+            "out, freeze its parameters by requires_grad_(False)"
+        )
+    for group, known, counter in zip(groups, watched, counters, strict=True):
+        known.check(group, counter.phase)
+
+
 def check_devices(group: Mapping[str, Any], states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
     """Refuse a group that is spread over devices, or whose model was moved away from its means and stds."""
     first: dict[torch.device, str] = {}
     for label, p in zip(labels_of(group), group["params"], strict=True):
         first.setdefault(p.device, label)
+        if p.dtype not in _USUAL:
+            _check_kept(label, p, group["backend"])
         if p in states and (there := states[p]["mean"].device) != p.device:
             raise UsageError(
                 f"{label} is on {p.device} and its mean and std on {there}: move the model before the "

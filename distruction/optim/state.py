@@ -23,30 +23,63 @@ class Held:
     def __init__(self) -> None:
         self.drawn: list[int] | None = None
         self.sampled = False
-        self._versions: list[int] = []
+        self._marks: list[tuple[int, int]] = []
+        self._types: list[torch.dtype] = []
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Remember that the parameters hold what the optimizer wrote; a compiled step leaves that to a comparison."""
         if not torch.compiler.is_compiling():
-            self._versions = _versions(params)
+            self._marks = _marks(params)
+            self._types = [p.dtype for p in params]
 
     def note_one(self, position: int, p: Tensor) -> None:
         """Likewise of one parameter."""
-        if self._versions:
-            self._versions[position] = local(p)._version
+        if self._marks:
+            self._marks[position] = _marks([p])[0]
 
-    def written(self, params: Sequence[Tensor]) -> list[int]:
-        """Positions of parameters that may hold something else by now; where none do this reads no value."""
-        if torch.compiler.is_compiling() or not self._versions:
+    def written(self, params: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Tensor]]) -> list[int]:
+        """Positions of parameters that may hold something else by now.
+
+        PyTorch counts what is written to a parameter, but not what is written to ``p.data`` or to an array that shares
+        its memory. Means on the CPU are therefore compared, and float32 means elsewhere copied, which needs no answer;
+        samples would have to be drawn again for that. A parameter that was converted to another type holds nothing
+        else: it gets its mean in that type.
+        """
+        if torch.compiler.is_compiling() or not self._marks:
             return []
-        found = _versions(params)
-        if found == self._versions:
-            return []
-        return [i for i, (now, then) in enumerate(zip(found, self._versions, strict=True)) if now != then]
+        found = _marks(params)
+        changed = [i for i, (now, then) in enumerate(zip(found, self._marks, strict=True)) if now != then]
+        converted = {i for i in changed if params[i].dtype != self._types[i]}
+        if self.sampled:
+            return [i for i in changed if i not in converted]
+        for i in converted:
+            if params[i] in states:
+                local(params[i]).copy_(local(states[params[i]]["mean"]))
+        if converted:
+            self.note(params)
+        away = [p for i, p in enumerate(params) if i not in changed and p in states and _is_copied(p)]
+        if away:
+            torch._foreach_copy_([local(states[p]["mean"]) for p in away], [local(p) for p in away])
+        return [
+            i
+            for i, p in enumerate(params)
+            if i not in converted and (found[i] != self._marks[i] or (p in states and _differs(p, states[p]["mean"])))
+        ]
 
 
-def _versions(params: Sequence[Tensor]) -> list[int]:
-    return [p._version for p in (params if are_ordinary(params) else map(local, params))]
+def _is_copied(p: Tensor) -> bool:
+    return p.device.type != "cpu" and p.dtype == torch.float32
+
+
+def _differs(p: Tensor, mean: Tensor) -> bool:
+    held, expected = local(p), local(mean)
+    return held.device.type == expected.device.type == "cpu" and not torch.equal(held, expected.to(held.dtype))
+
+
+def _marks(params: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What changes with a parameter: the version of its values, and the memory that they are in."""
+    tensors = params if are_ordinary(params) else [local(p) for p in params]
+    return [(p._version, p.untyped_storage()._cdata) for p in tensors]
 
 
 def take_over(label: str, p: Tensor, expected: Tensor, mean: Tensor, *, strict: bool) -> None:
@@ -71,6 +104,19 @@ def saved_states(params: Sequence[Tensor], state_dict: Mapping[str, Any]) -> Ite
     indices = (i for group in state_dict["param_groups"] for i in group["params"])
     for p, index in zip(params, indices, strict=False):
         yield p, state_dict["state"].get(index, {})
+
+
+def _check_order(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the same names in another order, which torch would give to each other's parameters."""
+    if not all("param_names" in group for group in (*groups, *saved_groups)):
+        return
+    mine, theirs = ([name for g in some for name in g["param_names"]] for some in (groups, saved_groups))
+    if mine != theirs and sorted(mine) == sorted(theirs):
+        here, there = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
+        raise UsageError(
+            f"the state has the parameters in another order, {there} where the optimizer has {here}: make the "
+            "optimizer with its parameters in the state's order"
+        )
 
 
 def checked(
@@ -102,6 +148,7 @@ def checked(
             )
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
         return state_dict  # torch says so
+    _check_order(groups, saved_groups)
     labels = [label for group in groups for label in labels_of(group)]
     params = [p for group in groups for p in group["params"]]
     for label, (p, state) in zip(labels, saved_states(params, state_dict), strict=True):

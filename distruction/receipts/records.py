@@ -42,14 +42,19 @@ def record_digest(content: bytes, *, label: str, kind: str, shape: Sequence[int]
 
 def file_record(path: Path, label: str) -> bytes:
     """The digest of an image file."""
-    return record_digest(path.read_bytes(), label=label, kind="file")
+    return file_content(path.read_bytes(), label)
+
+
+def file_content(content: bytes, label: str) -> bytes:
+    """The digest of an image file's bytes, wherever they are kept."""
+    return record_digest(content, label=label, kind="file")
 
 
 def selected(selection: "Selection") -> list[bytes]:
     """The digests of a request's records, in their order."""
     names = [selection.classes[label] for label in selection.labels]
-    if selection.paths is not None:
-        return [file_record(path, name) for path, name in zip(selection.paths, names, strict=True)]
+    if selection.encoded is not None:
+        return [file_content(selection.encoded[i][1](), name) for i, name in enumerate(names)]
     assert selection.images is not None
     images = selection.images.images
     shape = tuple(images.shape[1:])

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import distributed
+from ..data import tables
 from ..data.inputs import Inputs
 from ..data.raw import named
-from ..data.requests import Selection, in_folder
+from ..data.requests import Selection, in_folder, in_table
 from ..errors import UsageError
 from ..files import write_atomically
 from ..sharding import gather
@@ -99,15 +100,16 @@ class Model:
         records: str | Path | None = None,
         part: str = "train",
     ) -> Selection:
-        """The images of a request in a folder: see `distruction.data.requests.in_folder`.
+        """The images of a request: see `in_folder` and `in_table` of `distruction.data.requests`.
 
         Raises:
             UsageError: see there; or the model's classes are not known.
         """
-        return in_folder(
-            Path(folder), self.known_classes(), wanted=classes, records=None if records is None else Path(records),
-            part=part,
-        )  # fmt: skip
+        place, known = Path(folder), self.known_classes()
+        listed = None if records is None else Path(records)
+        if tables.holds(place):
+            return in_table(tables.open_table(place, part), known, wanted=classes, records=listed)
+        return in_folder(place, known, wanted=classes, records=listed, part=part)
 
     def known_classes(self) -> tuple[str, ...]:
         """The classes.
