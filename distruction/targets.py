@@ -39,7 +39,7 @@ FEWEST = 10
 """Examples that a class needs for quantiles of its own; the others go by all classes together."""
 CORRECTED = 0.05
 """Mean probability of the given labels at which records count as corrected."""
-ADVANTAGE = 0.02
+ADVANTAGE = 0.06
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
 BEND = 0.5
 """Log-odds up to which a difference counts by its square."""

@@ -149,7 +149,7 @@ def test_memorised_records_end_where_unseen_ones_are(memorising):
     report = forget(model, posterior, [records], target="unseen", **QUIET)
     assert report.reached, report.advice
     assert report.request == "records"
-    assert report.advantage <= 0.02 < 2 * before / 100 - 1
+    assert report.advantage <= 0.06 < 2 * before / 100 - 1
     assert abs(auc() - 50) < abs(before - 50)
     assert report.posterior.metadata["target"] == "unseen"
 
@@ -168,7 +168,7 @@ def test_a_rehearsal_finds_how_far_unseen_examples_follow(memorising):
     fell = [np.median(odds_of(model, *data) - odds_of(mock, *data)) for data in (mine, (other_x, other_y))]
     assert report.history
     assert drift == pytest.approx(fell[1] / fell[0], rel=1e-3)
-    assert 0 < drift < 0.8
+    assert 0 < drift < 0.5
 
 
 def test_records_that_look_unseen_are_left_alone(memorising):
