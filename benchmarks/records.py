@@ -3,9 +3,9 @@
 ``unseen``: the demo's ViT is trained on 400 of scikit-learn's digits without noise until it knows them by heart; 40 of
 them are forgotten, and it is retrained without these. 300 of the images that it was not trained on are held out at
 preparation, all others measure: the attacker's AUCs compare the records with those, LiRA's by two more models trained
-without the records. ``general`` is the same with the demo's
-recipe on all training images, of which 144 are forgotten: there is little to do. ``corrected``: 60 labels of all
-training images are wrong, and the model is trained without noise until it knows them.
+without the records. ``general`` is the same with the demo's recipe on all training images, of which 144 are forgotten,
+and with half of the test images held out: there is little to do. ``corrected``: 60 labels of all training images are
+wrong, and the model is trained without noise until it knows them.
 
 ``python -m benchmarks.records OUT`` writes ``records.json`` and ``records.md``.
 """
