@@ -26,7 +26,7 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import ADVANTAGE, Advantage, Unseen, by_unseen, held_out_of, odds_of, of_target
+from .targets import ADVANTAGE, Advantage, by_unseen, held_out_of, odds_of, of_target
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
@@ -187,7 +187,7 @@ def forget(
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if target is not None:
-        request, level = of_target(target, request, level, objective)
+        request, level = of_target(target, request, level)
     if depth not in (None, "features"):
         raise UsageError(f"depth must be 'features' or None, not {depth!r}")
     if depth is None and not (cosine_level is None and classifier is None):
@@ -264,16 +264,12 @@ def forget(
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
     first = prior if previous is None else before
-    advantage_of = held_out = None
+    advantage_of = None
     if target == "unseen" or by_unseen(kind, data, posterior.metadata, target, level if automatic else 0.0):
-        held_out = held_out_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        unseen = held_out_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        advantage_of = Advantage(model, data, unseen, odds_of(AtMeans(model, first), data))
         level = ADVANTAGE
-        odds = odds_of(AtMeans(model, first), data)
-        advantage_of = Advantage(model, data, held_out, odds)
-    if target == "unseen" and held_out is not None:
-        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, held_out, odds, earlier)
-    else:
-        unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
+    unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
     teacher = getattr(unlearn, "teacher", None)
     prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
     if isinstance(objective, str):

@@ -2,15 +2,10 @@
 
 ``gone``: whole classes go; no image is taken for one of them. ``corrected``: records with wrong labels; the given label
 goes, and the model's next guess may come. ``unseen``: records whose classes live on are to look as if the model had
-never seen them. With the log-odds o = log p / (1 - p) of an example's own label,
-
-    t(o) = Q(F(o)),    F: distribution of o over the class's records before forgetting, Q: quantiles of unseen examples
-
-moves the distribution of the records onto that of unseen examples, rank by rank, with the least change of any record
-(the optimal transport of one dimension; Villani, "Topics in Optimal Transportation", 2003, section 2.2). Each record is
-taught its label with log-odds min(o, t(o)) and the other classes in the proportions that the model had; the run ends
-where an attacker who sees the log-odds could not tell the records from unseen ones, and does not begin where that is
-within chance. Unseen ones the model will be a little less sure of as well, by a share that a rehearsal finds
+never seen them. The objective is that of any request; the run ends as soon as an attacker who sees the log-odds
+o = log p / (1 - p) of each record's own label could not tell the records from examples that the model has not seen, and
+does not begin where that is within chance. What is kept of those are quantiles of their log-odds before. The model will
+be a little less sure of them as well once it is less sure of the records, by a share that a rehearsal finds
 (`distruction.rehearse`).
 """
 
@@ -28,7 +23,6 @@ from .errors import UsageError
 from .loop import Role
 from .loop.batches import Batches, Batching, Inputs, call
 from .modules import deterministic, logits_of, unwrapped
-from .objectives import DEFAULT, divergence, others
 from .sharding import reshard
 from .strength import ForgetSet, Probability, batches_of
 
@@ -41,8 +35,6 @@ CORRECTED = 0.05
 """Mean probability of the given labels at which records count as corrected."""
 ADVANTAGE = 0.06
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
-BEND = 0.5
-"""Log-odds up to which a difference counts by its square."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
 
 
@@ -56,9 +48,7 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[own] - logits.masked_fill(own, -math.inf).logsumexp(dim=-1)
 
 
-def of_target(
-    target: str, request: str, level: float | None, objective: object
-) -> tuple[Literal["class", "records"], float | None]:
+def of_target(target: str, request: str, level: float | None) -> tuple[Literal["class", "records"], float | None]:
     """The request and the level that a target stands for.
 
     Raises:
@@ -69,8 +59,8 @@ def of_target(
     kind: Literal["class", "records"] = "class" if target == "gone" else "records"
     if request not in ("auto", kind):
         raise UsageError(f"target={target!r} is a request for {kind}, not for {request}: leave out request")
-    if target == "unseen" and not (level is None and objective == DEFAULT):
-        raise UsageError("target='unseen' has an objective and a level of its own: leave out objective and level")
+    if target == "unseen" and level is not None:
+        raise UsageError("target='unseen' has a level of its own, an attacker's advantage: leave out level")
     return kind, {"gone": level, "unseen": ADVANTAGE, "corrected": CORRECTED if level is None else level}[target]
 
 
@@ -159,65 +149,6 @@ def odds_of(teacher: Callable[[Inputs], Tensor], data: ForgetSet) -> Tensor:
     return torch.cat([log_odds(teacher(x), y) for x, y in batches_of(data)])
 
 
-class Unseen:
-    """What each record's log-odds lack to those of an unseen example of its rank; the other classes' proportions stay.
-
-    The mean over the batch of
-
-        h(o - s) + KL(others before || others),   s = min(o before, t(o before) + d r / (1 - d))
-
-    h being Huber's function, divided by its bend: |o - s| beyond `BEND`. An attacker looks at log-odds, of which the KL
-    between predictions sees nothing where both are sure. d is the drift of unseen examples and r the median of
-    s - (o before) without it: where they fall by d per unit, records that fall by r / (1 - d) end where these do.
-
-    Args:
-        teacher: inputs -> logits of the model before.
-        data: of the forget set.
-        held_out: what is known of unseen examples.
-        odds: of the examples of ``data``, before: see `odds_of`.
-        forgotten: labels of earlier requests, which are left out of what is taught.
-    """
-
-    needs_inputs = True
-
-    def __init__(
-        self,
-        teacher: Callable[[Inputs], Tensor],
-        data: ForgetSet,
-        held_out: HeldOut,
-        odds: Tensor,
-        forgotten: "list[int] | tuple[int, ...]" = (),
-    ) -> None:
-        self.teacher, self._held_out, self._forgotten = teacher, held_out, tuple(forgotten)
-        self._known = {c: odds[data.targets == c].sort().values for c in held_out.by_label}
-        self._further = 0.0
-        moved = (self.taught(odds, data.targets) - odds).quantile(0.5).item()
-        self._further = held_out.drift / (1 - held_out.drift) * moved
-
-    def taught(self, odds: Tensor, targets: Tensor) -> Tensor:
-        """s of each record's log-odds before, float64."""
-        moved = odds.clone()
-        for c, known in self._known.items():
-            rows = targets == c
-            if not rows.any() or not len(known):
-                continue
-            own = odds[rows]
-            unseen = _interpolated(self._held_out.by_label[c], _ranks(known, own))
-            moved[rows] = torch.minimum(own, unseen + self._further)
-        return moved
-
-    def __call__(self, logits: Tensor, targets: Tensor, inputs: Inputs) -> Tensor:
-        """The loss of a batch."""
-        left = others(logits, targets, self._forgotten)
-        with torch.no_grad():
-            before = self.teacher(inputs).double()
-            wanted = self.taught(log_odds(before, targets), targets)
-            rest = F.log_softmax(before.masked_fill(~left, -torch.inf), dim=-1).to(logits.dtype)
-        own = F.one_hot(targets, logits.shape[-1]).bool()
-        missing = F.smooth_l1_loss(log_odds(logits, targets), wanted, beta=BEND).to(logits.dtype)
-        return missing + divergence(logits.masked_fill(own, torch.finfo(logits.dtype).min / 2), rest)
-
-
 class Advantage(Probability):
     """How much better than chance an attacker tells records from unseen examples by the log-odds.
 
@@ -260,21 +191,3 @@ def _share_below(known: Tensor, odds: Tensor) -> Tensor:
     """Of the known values, ties half."""
     below = torch.searchsorted(known, odds) + torch.searchsorted(known, odds, right=True)
     return below.to(odds) / (2 * len(known))
-
-
-def _ranks(known: Tensor, values: Tensor) -> Tensor:
-    """Shares (i + 1/2) / n of the known values, linear between them: what rounding moves a little keeps its rank."""
-    n = len(known)
-    high = torch.searchsorted(known, values).clamp(1, max(n - 1, 1))
-    low, high_value = known[high - 1], known[high.clamp(max=n - 1)]
-    part = ((values - low) / (high_value - low).clamp(min=1e-12)).clamp(0, 1)
-    return (high - 1 + part + 0.5) / n
-
-
-def _interpolated(quantiles: Tensor, shares: Tensor) -> Tensor:
-    """Values at these shares, linear between the quantiles' own shares (i + 1/2) / n and constant outside."""
-    n = len(quantiles)
-    at = (shares * n - 0.5).clamp(0, n - 1)
-    low = at.floor().long()
-    high = (low + 1).clamp(max=n - 1)
-    return quantiles[low].lerp(quantiles[high], at - low)

@@ -1,4 +1,4 @@
-"""Targets in a user's words: quantiles of unseen examples, the map of ranks, records that end where unseen ones are."""
+"""Targets in a user's words: quantiles of unseen examples, and records that end where these are."""
 
 import copy
 
@@ -13,7 +13,7 @@ from distruction import Posterior, UsageError, forget, prepare
 from distruction.metrics import attack_auc, log_odds
 from distruction.rehearsal import rehearse
 from distruction.strength import examined
-from distruction.targets import Advantage, HeldOut, Unseen, held_out_quantiles
+from distruction.targets import Advantage, HeldOut, held_out_quantiles
 
 
 @pytest.fixture(scope="module")
@@ -42,51 +42,6 @@ def test_preparation_keeps_quantiles_and_no_example(digits, held_out):
     np.testing.assert_allclose(found["held_out"]["log_odds"]["all"], np.quantile(odds, shares), rtol=1e-6, atol=1e-5)
     few = held_out_quantiles(digits.model, [(digits.x_test[:9], torch.zeros(9, dtype=torch.int64))])
     assert list(few["log_odds"]) == ["all"]
-
-
-def softmaxes(odds, rest):
-    """Log-probabilities of the class 0 by its odds, and of the others in the proportions of ``rest``."""
-    return torch.cat([F.logsigmoid(odds)[:, None], F.logsigmoid(-odds)[:, None] + rest], dim=1)
-
-
-UNSEEN = torch.tensor([0.0, 2.0, 2.5, 9.0], dtype=torch.float64)
-
-
-@pytest.mark.parametrize(("drift", "expected"), [(0.0, [2.5, 0.0, 4.0, 2.0]), (0.5, [2.25, -0.25, 4.0, 1.75])])
-def test_records_are_taught_the_log_odds_of_their_rank(drift, expected):
-    """Known at 1, 2, 3, 4 and unseen at 0, 2, 2.5, 9: the k-th goes to the k-th, and none is raised.
-
-    They fall by 1, 0, 0.5, 0, by 0.25 in the median; where the unseen ones follow half of it, by as much again.
-    """
-    odds = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
-    labels = torch.zeros(4, dtype=torch.int64)
-    before = softmaxes(odds, torch.tensor([0.2, 0.8]).log())
-    data = examined([(before, labels)], torch.device("cpu"), seed=0)
-    objective = Unseen(lambda x: x, data, HeldOut({0: UNSEEN}, UNSEEN, 4, drift), odds)
-    torch.testing.assert_close(objective.taught(odds, labels), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_the_loss_is_of_the_log_odds_and_of_the_others_proportions():
-    """Its gradient by the logits in closed form: d o / d z is 1 for the label and minus the softmax of the others."""
-    odds = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
-    expected = torch.tensor([2.5, 0.0, 4.0, 2.0], dtype=torch.float64)
-    rest = torch.tensor([0.2, 0.8], dtype=torch.float64).log()
-    labels = torch.zeros(4, dtype=torch.int64)
-    before = softmaxes(odds, rest)
-    data = examined([(before, labels)], torch.device("cpu"), seed=0)
-    objective = Unseen(lambda x: x, data, HeldOut({0: UNSEEN}, UNSEEN, 4), odds)
-    torch.manual_seed(0)
-    # Two records a little away from what they are taught, and two far away.
-    far = torch.tensor([[0.1], [0.1], [3.0], [3.0]], dtype=torch.float64)
-    logits = (softmaxes(expected, rest) + far * torch.randn(4, 3, dtype=torch.float64)).requires_grad_()
-    (g,) = torch.autograd.grad(objective(logits, labels, before), logits)
-    own = torch.logit(logits.softmax(1)[:, 0])
-    slope = ((own - expected) / 0.5).clamp(-1, 1)
-    theirs = logits[:, 1:].softmax(1)
-    wanted = torch.cat([slope[:, None], -slope[:, None] * theirs + theirs - rest.exp()], dim=1) / 4
-    assert (slope.abs() == 1).any()
-    assert (slope.abs() < 1).any()
-    torch.testing.assert_close(g, wanted, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.4])
@@ -207,7 +162,7 @@ def test_gone_is_a_request_for_classes(digits):
     [
         ({"target": "hidden"}, "target must be gone, unseen, corrected or None, not 'hidden'"),
         ({"target": "gone", "request": "records"}, "is a request for class, not for records"),
-        ({"target": "unseen", "level": 0.5}, "leave out objective and level"),
+        ({"target": "unseen", "level": 0.5}, "has a level of its own, an attacker's advantage: leave out level"),
         ({"target": "unseen"}, r"prepare\(..., held_out=loader\)"),
     ],
 )
