@@ -26,7 +26,7 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import ADVANTAGE, Advantage, Unseen, by_unseen, of_target, quantiles_of
+from .targets import ADVANTAGE, Advantage, by_unseen, held_out_of, odds_of, of_target
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
@@ -53,7 +53,8 @@ class ForgetReport:
         forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
             and for records.
         advantage: with ``target="unseen"``, and of records where p knows unseen data, an attacker's by the log-odds
-            (`distruction.targets.Advantage`), which ``level`` then bounds in place of the probability.
+            (`distruction.targets.Advantage`), which ``level`` then bounds in place of the probability; nothing is done
+            where it is within chance.
         cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
@@ -186,7 +187,7 @@ def forget(
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if target is not None:
-        request, level = of_target(target, request, level, objective)
+        request, level = of_target(target, request, level)
     if depth not in (None, "features"):
         raise UsageError(f"depth must be 'features' or None, not {depth!r}")
     if depth is None and not (cosine_level is None and classifier is None):
@@ -263,21 +264,19 @@ def forget(
     prior = origin if offload_prior else origin.like(model)
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
     first = prior if previous is None else before
-    quantiles = {}
+    advantage_of = None
     if target == "unseen" or by_unseen(kind, data, posterior.metadata, target, level if automatic else 0.0):
-        quantiles = quantiles_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        unseen = held_out_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        advantage_of = Advantage(model, data, unseen, odds_of(AtMeans(model, first), data))
         level = ADVANTAGE
-    if target == "unseen":
-        unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, quantiles, earlier)
-    else:
-        unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
+    unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))
     teacher = getattr(unlearn, "teacher", None)
     prepared = teacher if isinstance(teacher, SameModel) else getattr(unlearn, "before_passes", None)
     if isinstance(objective, str):
         unlearn = for_targets(unlearn, data.targets, data.text)
     features = None if depth is None else Features(model, classifier)
     probability = Probability(model, data, removed or None, features) if known is None else Known(model, data, known)
-    looked_at = Advantage(model, data, quantiles) if quantiles else probability
+    looked_at = advantage_of or probability
     level = level_of(level, kind, posterior) if automatic else None
 
     def make_optimizer(resumed: Posterior | None) -> BGD:
@@ -327,6 +326,9 @@ def forget(
     deepening = None
     if dispersed is not None:
         deepening = DepthAscent(dispersed, probability, level=cosine_level, strength=control, cycle=cycle)
+    if control is not None and advantage_of is not None and control.value <= advantage_of.chance:
+        # What chance alone explains is no reason to change the model.
+        level = control.level = max(control.level, advantage_of.chance)
     idle = control is not None and kind == "records" and control.value <= control.level
     history: list[Step] = []
     if idle:
@@ -359,7 +361,7 @@ def forget(
     if data.counts or data.text or known is not None:
         with deterministic(model), features or nullcontext():
             value = probability()
-            advantage = looked_at() if quantiles else None
+            advantage = None if advantage_of is None else advantage_of()
     expected = None
     if kind == "class" and damage.KEY in posterior.metadata:
         labels = sorted({*earlier, *removed})

@@ -17,9 +17,14 @@ from .posterior import Posterior
 from .progress import bar
 from .seeds import private_generators, seed_all, seed_of
 from .strength import examined
+from .targets import log_odds
 
 OBJECTIVES = ("masked-teacher", "uniform-others")
 """What is rehearsed: of the two, the second disturbs more, so that the line has a slope."""
+RECORDS, SHARE = 64, 0.1
+"""Records that are forgotten as unseen ones, and of which part of the training set at most."""
+LARGEST_DRIFT = 0.5
+"""Where others follow by more, going further would move these more than the records."""
 
 
 def rehearse(
@@ -39,7 +44,9 @@ def rehearse(
     """Forget some classes from a fresh posterior, one at a time, and keep what it cost in the posterior's metadata.
 
     `distruction.forget` then has a `Forecast` in its report. The model ends as it was. It costs one request for each
-    class and objective, and a reading of the held-out data after each.
+    class and objective, and a reading of the held-out data after each. Of a posterior of
+    ``prepare(..., held_out=)`` some records are forgotten as ``target="unseen"`` too: how much less sure the model then
+    is of what it has not seen is what a later such request goes by (``drift`` in the metadata's ``held_out``).
 
     Args:
         model: the model that the posterior was prepared for, holding its means.
@@ -103,10 +110,52 @@ def rehearse(
                         )
                     )
                 show(done, "rehearse")
+        if "held_out" in posterior.metadata:
+            posterior.mean_(model)
+            drift = _drift(
+                model, posterior, loader, held_out, records=min(records, RECORDS), seed=seed, backend=backend
+            )
+            posterior.metadata["held_out"]["drift"] = drift
     finally:
         posterior.mean_(model)
     posterior.metadata[KEY] = [asdict(r) for r in found]
     return found
+
+
+def _drift(
+    model: nn.Module, posterior: Posterior, loader: Batches, held_out: Batches, *, records: int, seed: int, backend: str
+) -> float:
+    """Median fall of the held-out examples' log-odds over that of records which were forgotten as unseen ones."""
+    total = int(posterior.metadata.get("examples", records / SHARE))
+    wanted = max(1, min(records, int(SHARE * total)))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for inputs, targets in _read(model, loader, seed):
+        missing = wanted - sum(len(y) for _, y in parts)
+        parts.append((inputs[:missing].cpu(), targets[:missing].cpu()))
+        if missing <= len(targets):
+            break
+    batches = _batched(parts)
+    before = _log_odds(model, batches), _log_odds(model, held_out)
+    forget(model, posterior, batches, target="unseen", seed=seed, backend=backend, progress=False)
+    records_fell, others_fell = (
+        (old - _log_odds(model, data)).quantile(0.5).item()
+        for old, data in zip(before, (batches, held_out), strict=True)
+    )
+    # A model that knows its records no better than others has nothing to forget.
+    return 0.0 if records_fell <= 0 else min(max(others_fell / records_fell, 0.0), LARGEST_DRIFT)
+
+
+@torch.no_grad()
+def _log_odds(model: nn.Module, loader: Batches) -> Tensor:
+    """Of each example's own label."""
+    batching = Batching(loader, next(model.parameters()).device, needs_inputs=True, role=TRAINING)
+    found = []
+    with deterministic(model), private_generators():
+        seed_all(0)
+        for loaded in restarted(loader):
+            batch = batching(loaded)
+            found.append(log_odds(logits_of(call(model, batch.whole_inputs)), batch.targets).cpu())
+    return torch.cat(found)
 
 
 def _spread(labels: list[int], most: int) -> list[int]:

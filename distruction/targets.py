@@ -2,18 +2,16 @@
 
 ``gone``: whole classes go; no image is taken for one of them. ``corrected``: records with wrong labels; the given label
 goes, and the model's next guess may come. ``unseen``: records whose classes live on are to look as if the model had
-never seen them. With the log-odds o = log p / (1 - p) of an example's own label,
-
-    t(o) = Q(F(o)),    F: distribution of o over the class's records before forgetting, Q: quantiles of unseen examples
-
-moves the distribution of the records onto that of unseen examples, rank by rank, with the least change of any record
-(the optimal transport of one dimension; Villani, "Topics in Optimal Transportation", 2003, section 2.2). Each record is
-taught its label with log-odds min(o, t(o)) and the other classes in the proportions that the model had; the run ends
-where an attacker who sees the log-odds could not tell the records from unseen ones.
+never seen them. The objective is that of any request; the run ends as soon as an attacker who sees the log-odds
+o = log p / (1 - p) of each record's own label could not tell the records from examples that the model has not seen, and
+does not begin where that is within chance. What is kept of those are quantiles of their log-odds before. The model will
+be a little less sure of them as well once it is less sure of the records, by a share that a rehearsal finds
+(`distruction.rehearse`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,7 +23,6 @@ from .errors import UsageError
 from .loop import Role
 from .loop.batches import Batches, Batching, Inputs, call
 from .modules import deterministic, logits_of, unwrapped
-from .objectives import DEFAULT, divergence, others
 from .sharding import reshard
 from .strength import ForgetSet, Probability, batches_of
 
@@ -51,9 +48,7 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[own] - logits.masked_fill(own, -math.inf).logsumexp(dim=-1)
 
 
-def of_target(
-    target: str, request: str, level: float | None, objective: object
-) -> tuple[Literal["class", "records"], float | None]:
+def of_target(target: str, request: str, level: float | None) -> tuple[Literal["class", "records"], float | None]:
     """The request and the level that a target stands for.
 
     Raises:
@@ -64,8 +59,8 @@ def of_target(
     kind: Literal["class", "records"] = "class" if target == "gone" else "records"
     if request not in ("auto", kind):
         raise UsageError(f"target={target!r} is a request for {kind}, not for {request}: leave out request")
-    if target == "unseen" and not (level is None and objective == DEFAULT):
-        raise UsageError("target='unseen' has an objective and a level of its own: leave out objective and level")
+    if target == "unseen" and level is not None:
+        raise UsageError("target='unseen' has a level of its own, an attacker's advantage: leave out level")
     return kind, {"gone": level, "unseen": ADVANTAGE, "corrected": CORRECTED if level is None else level}[target]
 
 
@@ -100,8 +95,26 @@ def held_out_quantiles(model: nn.Module, loader: Batches) -> dict[str, Any]:
     return {"examples": len(odds), "log_odds": kept}
 
 
-def quantiles_of(metadata: Mapping[str, Any], labels: Mapping[int, int], device: torch.device) -> dict[int, Tensor]:
-    """The quantiles for each of these labels.
+@dataclass(frozen=True)
+class HeldOut:
+    """What a posterior keeps of examples that the model was not trained on.
+
+    Attributes:
+        by_label: quantiles of their log-odds, ascending, for each label of a request.
+        everyone: those of all labels together.
+        examples: how many they were.
+        drift: how far their log-odds fall where those of a request's records fall by 1: a model that is made less sure
+            of some records is a little less sure of all that it has not seen. 0 where it was not rehearsed.
+    """
+
+    by_label: dict[int, Tensor]
+    everyone: Tensor
+    examples: int
+    drift: float = 0.0
+
+
+def held_out_of(metadata: Mapping[str, Any], labels: Iterable[int], device: torch.device) -> HeldOut:
+    """What the posterior with this metadata keeps, for these labels.
 
     Raises:
         UsageError: the posterior was prepared without held-out examples.
@@ -112,9 +125,16 @@ def quantiles_of(metadata: Mapping[str, Any], labels: Mapping[int, int], device:
             "without: prepare(..., held_out=loader) keeps a few numbers of theirs"
         )
     kept = metadata["held_out"]["log_odds"]
-    return {
-        c: torch.tensor(kept.get(str(c), kept["all"]), dtype=torch.float64, device=device).sort().values for c in labels
-    }
+
+    def ascending(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device).sort().values
+
+    return HeldOut(
+        {c: ascending(kept.get(str(c), kept["all"])) for c in labels},
+        ascending(kept["all"]),
+        metadata["held_out"]["examples"],
+        metadata["held_out"].get("drift", 0.0),
+    )
 
 
 def by_unseen(kind: str, data: ForgetSet, metadata: Mapping[str, Any], target: str | None, level: float | None) -> bool:
@@ -123,87 +143,51 @@ def by_unseen(kind: str, data: ForgetSet, metadata: Mapping[str, Any], target: s
     return kind == "records" and of_labels and target is None and level is None and "held_out" in metadata
 
 
-class Unseen:
-    """KL from the model's own prediction, with each record's log-odds moved to those of an unseen example of its rank.
-
-    Args:
-        teacher: inputs -> logits of the model before.
-        data: of the forget set.
-        quantiles: of unseen examples' log-odds by label, ascending.
-        forgotten: labels of earlier requests, which are left out of what is taught.
-    """
-
-    needs_inputs = True
-
-    def __init__(
-        self,
-        teacher: Callable[[Inputs], Tensor],
-        data: ForgetSet,
-        quantiles: Mapping[int, Tensor],
-        forgotten: "list[int] | tuple[int, ...]" = (),
-    ) -> None:
-        self.teacher, self._quantiles, self._forgotten = teacher, quantiles, tuple(forgotten)
-        with torch.no_grad():
-            odds = torch.cat([log_odds(teacher(x), y) for x, y in batches_of(data)])
-        self._known = {c: odds[data.targets == c].sort().values for c in quantiles}
-
-    def taught(self, odds: Tensor, targets: Tensor) -> Tensor:
-        """min(o, t(o)) of each record's log-odds before, float64."""
-        moved = odds.clone()
-        for c, known in self._known.items():
-            rows = targets == c
-            if not rows.any() or not len(known):
-                continue
-            own = odds[rows]
-            moved[rows] = torch.minimum(own, _interpolated(self._quantiles[c], _ranks(known, own)))
-        return moved
-
-    def __call__(self, logits: Tensor, targets: Tensor, inputs: Inputs) -> Tensor:
-        """The loss of a batch."""
-        left = others(logits, targets, self._forgotten)
-        with torch.no_grad():
-            before = self.teacher(inputs).double()
-            odds = self.taught(log_odds(before, targets), targets)
-            # log p of the label, and of the others in their old proportions.
-            rest = F.log_softmax(before.masked_fill(~left, -torch.inf), dim=-1) + F.logsigmoid(-odds)[:, None]
-            taught = rest.scatter(-1, targets[:, None], F.logsigmoid(odds)[:, None]).to(logits.dtype)
-        return divergence(logits, taught)
+@torch.no_grad()
+def odds_of(teacher: Callable[[Inputs], Tensor], data: ForgetSet) -> Tensor:
+    """The log-odds that a teacher gives to the labels of the forget set's examples, float64."""
+    return torch.cat([log_odds(teacher(x), y) for x, y in batches_of(data)])
 
 
 class Advantage(Probability):
-    """How much better than chance an attacker tells records from unseen examples of their class by the log-odds.
+    """How much better than chance an attacker tells records from unseen examples by the log-odds.
 
-    2 AUC - 1, AUC being the share of pairs in which the record has the larger log-odds, ties half; the mean over the
-    records. It is the largest advantage of a threshold where the two curves differ by a shift.
+    2 AUC - 1, AUC being the share of pairs in which the record has the larger log-odds, ties half: among examples of
+    its class, the mean over the records, or among all, whichever is larger. It is the largest advantage of a threshold
+    where the two curves differ by a shift. The unseen examples' log-odds are the kept ones, moved by their drift.
+
+    Args:
+        model, data: see `Probability`.
+        held_out: what is known of unseen examples.
+        before: log-odds of the examples of ``data``, before: see `odds_of`.
     """
 
-    def __init__(self, model: nn.Module, data: ForgetSet, quantiles: Mapping[int, Tensor]) -> None:
+    def __init__(self, model: nn.Module, data: ForgetSet, held_out: HeldOut, before: Tensor) -> None:
         super().__init__(model, data, None)
-        self._quantiles = quantiles
+        self._held_out, self._before = held_out, before
+
+    @property
+    def chance(self) -> float:
+        """The standard error of the advantage where records are no other than unseen examples.
+
+        2 sqrt((n + m + 1) / (12 n m)) for n records and m examples, as of the statistic of Mann and Whitney (1947).
+        """
+        n, m = len(self._data.targets), self._held_out.examples
+        return float(2 * math.sqrt((n + m + 1) / (12 * n * m)))
 
     def _value(self, logits: Tensor) -> float:
         odds = log_odds(logits, self._data.targets)
+        # As if the others had drifted back.
+        odds = odds - self._held_out.drift * (odds - self._before).quantile(0.5).clamp(max=0)
         shares = torch.zeros_like(odds)
-        for c, known in self._quantiles.items():
+        for c, known in self._held_out.by_label.items():
             rows = self._data.targets == c
-            below = torch.searchsorted(known, odds[rows]), torch.searchsorted(known, odds[rows], right=True)
-            shares[rows] = (below[0] + below[1]).to(odds) / (2 * len(known))
-        return max(2 * shares.mean().item() - 1, 1e-6)
+            shares[rows] = _share_below(known, odds[rows])
+        auc = max(shares.mean().item(), _share_below(self._held_out.everyone, odds).mean().item())
+        return max(2 * auc - 1, 1e-6)
 
 
-def _ranks(known: Tensor, values: Tensor) -> Tensor:
-    """Shares (i + 1/2) / n of the known values, linear between them: what rounding moves a little keeps its rank."""
-    n = len(known)
-    high = torch.searchsorted(known, values).clamp(1, max(n - 1, 1))
-    low, high_value = known[high - 1], known[high.clamp(max=n - 1)]
-    part = ((values - low) / (high_value - low).clamp(min=1e-12)).clamp(0, 1)
-    return (high - 1 + part + 0.5) / n
-
-
-def _interpolated(quantiles: Tensor, shares: Tensor) -> Tensor:
-    """Values at these shares, linear between the quantiles' own shares (i + 1/2) / n and constant outside."""
-    n = len(quantiles)
-    at = (shares * n - 0.5).clamp(0, n - 1)
-    low = at.floor().long()
-    high = (low + 1).clamp(max=n - 1)
-    return quantiles[low].lerp(quantiles[high], at - low)
+def _share_below(known: Tensor, odds: Tensor) -> Tensor:
+    """Of the known values, ties half."""
+    below = torch.searchsorted(known, odds) + torch.searchsorted(known, odds, right=True)
+    return below.to(odds) / (2 * len(known))

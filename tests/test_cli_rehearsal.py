@@ -40,7 +40,7 @@ def made(few, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rehearsal")
     torch.manual_seed(0)
     model = models.create(**CONFIG)
-    train(model, few[0], epochs=12, noise=0.0, seed=0, progress=False)
+    train(model, few[0], epochs=20, noise=0.0, seed=0, progress=False)
     models.save(model, folder / "m", {**CONFIG, "data": "digits"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sets, "load", lambda *args, **kwargs: few)

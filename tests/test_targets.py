@@ -1,4 +1,4 @@
-"""Targets in a user's words: quantiles of unseen examples, the map of ranks, records that end where unseen ones are."""
+"""Targets in a user's words: quantiles of unseen examples, and records that end where these are."""
 
 import copy
 
@@ -11,8 +11,9 @@ from test_strength import QUIET, Digits
 
 from distruction import Posterior, UsageError, forget, prepare
 from distruction.metrics import attack_auc, log_odds
+from distruction.rehearsal import rehearse
 from distruction.strength import examined
-from distruction.targets import Advantage, Unseen, held_out_quantiles
+from distruction.targets import Advantage, HeldOut, held_out_quantiles
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +44,24 @@ def test_preparation_keeps_quantiles_and_no_example(digits, held_out):
     assert list(few["log_odds"]) == ["all"]
 
 
-def test_records_are_taught_the_log_odds_of_their_rank_and_the_rest_in_proportion(digits):
-    """Known at 1, 2, 3, 4 and unseen at 0, 2, 2.5, 9: the k-th goes to the k-th, and none is raised."""
-    odds = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
-    rest = torch.tensor([0.2, 0.8]).log()
-    # p of the class 0 by its odds, and 20 % and 80 % of what is left.
-    before = torch.cat([F.logsigmoid(odds)[:, None], F.logsigmoid(-odds)[:, None] + rest], dim=1)
-    labels = torch.zeros(4, dtype=torch.int64)
-    data = examined([(before, labels)], torch.device("cpu"), seed=0)
-    quantiles = {0: torch.tensor([0.0, 2.0, 2.5, 9.0], dtype=torch.float64)}
-    objective = Unseen(lambda x: x, data, quantiles)
-    expected = torch.tensor([2.5, 0.0, 4.0, 2.0], dtype=torch.float64)
-    torch.testing.assert_close(objective.taught(odds, labels), expected)
-    wanted = torch.cat([F.logsigmoid(expected)[:, None], F.logsigmoid(-expected)[:, None] + rest], dim=1)
-    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    (g,) = torch.autograd.grad(objective(logits, labels, before), logits)
-    torch.testing.assert_close(g, (logits.softmax(1) - wanted.exp()) / 4, atol=1e-6, rtol=1e-5)
-
-
-def test_the_advantage_is_the_area_under_the_curve(digits, held_out):
+@pytest.mark.parametrize("drift", [0.0, 0.4])
+def test_the_advantage_is_the_area_under_the_curve(digits, drift):
+    """Against examples of the class, and against all: the larger one. What has drifted is moved first."""
     data = examined(digits.of_class(8), torch.device("cpu"), seed=0)
     odds = log_odds(digits.model(digits.x_test).detach(), digits.test_labels)
-    quantiles = {8: odds[digits.test_labels == 8].sort().values}
-    found = Advantage(digits.model, data, quantiles)()
     x, y = digits.data[(digits.labels == 8).nonzero().squeeze(1)]
     ours = odds_of(digits.model, x, y)
-    statistic = mannwhitneyu(ours, quantiles[8]).statistic / len(ours) / len(quantiles[8])
-    assert found == pytest.approx(2 * statistic - 1, abs=1e-4)
+    for everyone in (odds, odds - 20):
+        held_out = HeldOut({8: odds[digits.test_labels == 8].sort().values}, everyone.sort().values, len(odds), drift)
+        # As if each record had been surer by 2.
+        before = log_odds(digits.model(data.inputs).detach(), data.targets) + 2
+        found = Advantage(digits.model, data, held_out, before)()
+        areas = [
+            mannwhitneyu(ours, known - 2 * drift).statistic / len(ours) / len(known)
+            for known in (held_out.by_label[8], everyone)
+        ]
+        assert found == pytest.approx(2 * max(areas) - 1, abs=2e-4)
+    assert areas[0] < areas[1] == 1
 
 
 class Memorising(Digits):
@@ -117,11 +109,32 @@ def test_memorised_records_end_where_unseen_ones_are(memorising):
     assert report.posterior.metadata["target"] == "unseen"
 
 
+def test_a_rehearsal_finds_how_far_unseen_examples_follow(memorising):
+    """The same mock request by hand: its records' and the held-out examples' medians."""
+    model, posterior, (x, y), (other_x, other_y) = memorising
+    posterior = Posterior(posterior.means, posterior.stds, copy.deepcopy(posterior.metadata))
+    training = [(x[i : i + 50], y[i : i + 50]) for i in (50, 100, 0)]
+    mine = x[50:65], y[50:65]
+    rehearse(model, posterior, training, [(other_x, other_y)], classes=[4], objectives=["masked-teacher"], **QUIET)
+    drift = posterior.metadata["held_out"]["drift"]
+    del posterior.metadata["held_out"]["drift"]
+    mock = copy.deepcopy(model)
+    report = forget(mock, posterior, [mine], target="unseen", **QUIET)
+    fell = [np.median(odds_of(model, *data) - odds_of(mock, *data)) for data in (mine, (other_x, other_y))]
+    assert report.history
+    assert drift == pytest.approx(fell[1] / fell[0], rel=1e-3)
+    assert 0 < drift < 0.5
+
+
 def test_records_that_look_unseen_are_left_alone(memorising):
     model, posterior, _, others = memorising
     forgotten = copy.deepcopy(model)
     report = forget(forgotten, posterior, [others], target="unseen", **QUIET)
     assert report.history == []
+    assert report.reached
+    n, m = len(others[1]), posterior.metadata["held_out"]["examples"]
+    # The variance of the Mann-Whitney statistic U, of which the area is U / (n m).
+    assert report.advantage <= report.level == pytest.approx(2 * (n * m * (n + m + 1) / 12) ** 0.5 / (n * m))
     for a, b in zip(model.parameters(), forgotten.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -149,7 +162,7 @@ def test_gone_is_a_request_for_classes(digits):
     [
         ({"target": "hidden"}, "target must be gone, unseen, corrected or None, not 'hidden'"),
         ({"target": "gone", "request": "records"}, "is a request for class, not for records"),
-        ({"target": "unseen", "level": 0.5}, "leave out objective and level"),
+        ({"target": "unseen", "level": 0.5}, "has a level of its own, an attacker's advantage: leave out level"),
         ({"target": "unseen"}, r"prepare\(..., held_out=loader\)"),
     ],
 )
