@@ -367,7 +367,7 @@ def forget(
     point.remove()
     told = value if advantage is None else advantage
     reached = None if level is None or told is None else told <= level
-    advice = _advice(control, len(history), steps) if control is not None and not reached else ""
+    advice = control.advice(len(history), steps) if control is not None and not reached else ""
     features_cosine = None
     if deepening is not None and value is not None:
         features_cosine = result.metadata["cosine"] = probability.cosine
@@ -398,14 +398,3 @@ def _removed(objective: Any) -> Iterator[None]:
     finally:
         if hasattr(objective, "remove"):
             objective.remove()
-
-
-def _advice(control: DualAscent, done: int, steps: int) -> str:
-    if control.at_bound:
-        return (
-            "the objective weighs as much against the posterior as it may and the level is not reached: the posterior "
-            "may be too narrow (prepare it with less evidence), or choose another objective or a higher level"
-        )
-    if done < steps:
-        return "the callback ended the run before the level was reached: let it go on"
-    return f"the {steps} steps ended before the level was reached: allow more steps, or choose a higher level"
