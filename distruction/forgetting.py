@@ -26,12 +26,12 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import Advantage, Unseen, of_target, quantiles_of
+from .targets import ADVANTAGE, Advantage, Unseen, by_unseen, of_target, quantiles_of
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
-STEPS, MOST_STEPS, STEPS_FOR_RECORDS = 150, 400, 50
-"""Updates with a given lambda, and at most where lambda is found: for a class, and for records."""
+STEPS, MOST_STEPS = 150, 400
+"""Updates with a given lambda, and at most where lambda is found."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ForgetReport:
         advice: what to do where it is not reached.
         forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
             and for records.
-        advantage: with ``target="unseen"``, an attacker's by the log-odds (`distruction.targets.Advantage`), which
-            ``level`` then bounds in place of the probability.
+        advantage: with ``target="unseen"``, and of records where p knows unseen data, an attacker's by the log-odds
+            (`distruction.targets.Advantage`), which ``level`` then bounds in place of the probability.
         cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
     """
 
@@ -69,6 +69,18 @@ class ForgetReport:
     forecast: damage.Forecast | None = None
     cosine: float | None = None
     advantage: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """In a sentence, what became of the request."""
+        if self.reached is None:
+            return "lambda was given, and no level was to be reached"
+        if not self.reached:
+            return f"the level {self.level:g} is not reached: {self.advice}"
+        if not self.history:
+            than = "ones that it has not seen" if self.advantage is not None else f"the level {self.level:g} allows"
+            return f"nothing had to be done: the model knows these records no better than {than}, and stays as it was"
+        return f"the level {self.level:g} is reached"
 
 
 def forget(
@@ -116,7 +128,8 @@ def forget(
         previous: the report of the request before this one, or its posterior.
         request: ``class``: the labels of the forget set go, and no image is to be taken for one of them. ``records``:
             these records alone go and their labels live on; the model is changed as little as possible, not at all
-            where it knows them no better than it should. ``auto``: ``class`` where the forget set holds as many
+            where it knows them no better than it should: than unseen data, as far as p knows of any (of
+            ``prepare(..., held_out=)``), else than ``level``. ``auto``: ``class`` where the forget set holds as many
             records of each of its labels as p says that there were, and not those of all labels, or, where p does not
             say, where it has at most half of the labels that the model knows. A language model's are ``texts``: their
             tokens are to be at most as likely as ``level``, in up to 400 steps; as ``records`` the model is changed as
@@ -130,8 +143,7 @@ def forget(
             values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets may be
             anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
         adapter: says what a batch is (`distruction.adapters`).
-        steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400
-            for a class and 50 for records.
+        steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
         level: mean probability in (0, 1) at the means that the forgotten classes (of records: their own labels) should
             end at, for ``kl_weight="auto"``. ``None``: 0.01; for texts 0.1, of the tokens that their labels ask for,
@@ -224,8 +236,7 @@ def forget(
             "request='class' if classes are to go"
         )
     if steps is None:
-        gentle = kind == "records" and target is None
-        steps = (STEPS_FOR_RECORDS if gentle else MOST_STEPS) if automatic else STEPS
+        steps = MOST_STEPS if automatic else STEPS
     cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
     speed = lr if depth is None else SPEED * lr
     settings = {
@@ -253,8 +264,10 @@ def forget(
     before = posterior if previous is None else posterior if offload_prior else posterior.like(model)
     first = prior if previous is None else before
     quantiles = {}
-    if target == "unseen":
+    if target == "unseen" or by_unseen(kind, data, posterior.metadata, target, level if automatic else 0.0):
         quantiles = quantiles_of(posterior.metadata, data.counts, next(model.parameters()).device)
+        level = ADVANTAGE
+    if target == "unseen":
         unlearn: objectives.Objective = Unseen(AtMeans(model, first), data, quantiles, earlier)
     else:
         unlearn = objectives.resolve(objective, model, first, sorted({*earlier, *removed}))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .errors import PosteriorError, UsageError
 from .seeds import private_generators
@@ -198,8 +199,8 @@ def deterministic(model: nn.Module) -> Iterator[None]:
     backward in eval mode.
 
     Raises:
-        UsageError: such a layer has a ``forward`` of its own, so that nobody knows what train mode does to it; or the
-            model has no eval mode.
+        UsageError: such a layer has a ``forward`` of its own, so that nobody knows what train mode does to it; the
+            model has no eval mode; or ``torch.nn.utils.parametrize.cached()`` keeps weights of the first sample.
     """
     modes = {module: module.training for module in model.modules()}
     recurrent = [m for m in modes if isinstance(m, nn.RNNBase)] if torch.is_grad_enabled() else []
@@ -216,6 +217,13 @@ def deterministic(model: nn.Module) -> Iterator[None]:
             model.eval()
         except NotImplementedError as error:  # of what torch.export gives
             raise UsageError(f"the model has no eval mode ({error}): pass the module that it was made from") from error
+        # In eval mode, in which asking for a weight changes no buffer of spectral_norm.
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module) and _is_cached(module):
+                raise UsageError(
+                    f"torch.nn.utils.parametrize.cached() is on, so that {name or 'the model'} keeps the weights of "
+                    "the first sample for all of them: call this outside of it"
+                )
         for m in recurrent:
             m.training, m.dropout = True, 0.0
         with private_generators():
@@ -225,6 +233,14 @@ def deterministic(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for m, dropout in dropouts.items():
             m.dropout = dropout
+
+
+def _is_cached(module: nn.Module) -> bool:
+    """Whether a parametrized module gives the tensor that it has made before."""
+    name, chain = next(iter(module.parametrizations.items()))  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        made = getattr(module, name)
+        return made is getattr(module, name) and made is not getattr(chain, "original", None)
 
 
 def _served_by_cudnn(module: nn.Module) -> bool:

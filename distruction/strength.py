@@ -45,8 +45,11 @@ CYCLE = 50
 """Steps in which the step size decays to zero."""
 MARGIN = 0.7
 """What the ascent aims at, as a share of the odds of the level: v ends within about a third of it."""
-FALLING = 0.8
-"""v falls by itself where it is below this share of what it was at the look before."""
+FALLING, FALLING_GENTLY = 0.8, 0.98
+"""v falls by itself where it is below this share of what it was at the look before; gently, any visible fall will do:
+a larger R would carry the means far past the level between two looks."""
+HALF = 0.5
+"""Levels above it, of records whose labels live on, are approached by the log-odds."""
 RATE_UP, RATE_DOWN, CLIP = 0.2, 0.4, 2.0
 FOLLOWED = 0.5
 """Share of the largest step size down to which the means follow R."""
@@ -303,6 +306,7 @@ class DualAscent:
         self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently
         odds = (1.0 if gently else MARGIN) * level / (1 - level)
         self._aim = odds / (1 + odds)
+        self._falling = FALLING_GENTLY if gently else FALLING
         self._data_per_step = data_per_step
         self._least = math.log(data_per_step * (1 - LARGEST_WEIGHT) / LARGEST_WEIGHT)
         self._most = math.log(most)
@@ -348,12 +352,12 @@ class DualAscent:
         looks = ends or len(history) % STEPS_BETWEEN_LOOKS == 0
         if looks:
             self._before, self.value = self.value, self._probability()
-        excess = min(max(math.log(max(self.value, 1e-30) / self._aim), -CLIP), CLIP)
+        excess = min(max(self._size(self.value) - self._size(self._aim), -CLIP), CLIP)
         step_size = cosine((len(history) - 1) % self._cycle, self._cycle)
         pace = max(self._least_pace, step_size)
         if excess < 0:
             self.log_ratio += pace * RATE_DOWN * excess
-        elif self.value >= FALLING * self._before:
+        elif self._size(self.value) >= self._size(self._before) + math.log(self._falling):
             self.log_ratio += pace * RATE_UP * excess
         self.log_ratio = min(max(self.log_ratio, self._least), self._most)
         self.settled = (looks if self._gently else ends) and self.value <= self.level
@@ -362,6 +366,11 @@ class DualAscent:
         elif ends and not self.settled:
             self.log_ratio = min(self.log_ratio, self._followed)
         return self.settled
+
+    def _size(self, value: float) -> float:
+        """log v; near 1, where all that changes is 1 - v, the log-odds, which for small v are the same."""
+        value = min(max(value, 1e-30), 1 - 1e-12)
+        return math.log(value / (1 - value)) if self.level > HALF else math.log(value)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -117,6 +117,12 @@ def quantiles_of(metadata: Mapping[str, Any], labels: Mapping[int, int], device:
     }
 
 
+def by_unseen(kind: str, data: ForgetSet, metadata: Mapping[str, Any], target: str | None, level: float | None) -> bool:
+    """Whether a request without a target ends where the records look unseen: where p knows how unseen ones look."""
+    of_labels = data.targets.ndim == 1 and bool(data.counts)
+    return kind == "records" and of_labels and target is None and level is None and "held_out" in metadata
+
+
 class Unseen:
     """KL from the model's own prediction, with each record's log-odds moved to those of an unseen example of its rank.
 

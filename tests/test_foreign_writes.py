@@ -212,6 +212,25 @@ def test_groups_that_were_changed_by_hand(change, message):
             use()
 
 
+def test_parameters_may_be_replaced_before_the_first_draw():
+    """As accelerate does where it shards a model that an optimizer was made for."""
+    model, _ = made()
+    prior = Posterior.around(model, 0.1)
+    options = {"prior": prior, "kl_weight": 0.5, "std_init": prior, "mc_samples": 2}
+    opt, expected = (BGD(model.named_parameters(), **options) for _ in range(2))
+    expected.train()
+    steps(model, expected, 2)
+    expected.eval()
+    other, _ = made()
+    opt.param_groups[0]["params"] = list(other.parameters())
+    opt.train()
+    steps(other, opt, 2)
+    opt.eval()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(opt.kl, expected.kl)
+
+
 @pytest.mark.parametrize("option", ["lr", "std_init", "mc_samples", "seed", "backend", "data_per_step"])
 def test_none_is_no_value(option):
     with pytest.raises(UsageError, match=f"{option} must be .*, not None"):

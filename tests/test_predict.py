@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from distruction import BGD, Posterior, UsageError
 
@@ -161,3 +162,25 @@ def test_refusals():
     found = Posterior.around(one, 0.1).predict(one, x, samples=2)
     with pytest.raises(UsageError, match=r"shape \(7, 1\), and a softmax needs two classes"):
         _ = found.probabilities
+
+
+def test_weights_cached_by_parametrize_are_told():
+    """They would be those of the first sample, and the spread of the others' predictions half of what it is."""
+
+    class Symmetric(nn.Module):
+        def forward(self, weight):
+            return (weight + weight.T) / 2
+
+    class Same(nn.Module):
+        def forward(self, weight):
+            return weight
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    parametrize.register_parametrization(model[0], "weight", Same())
+    parametrize.register_parametrization(model[1], "weight", Symmetric())
+    posterior = Posterior.around(model, 0.3)
+    x = torch.randn(4, 3)
+    expected = posterior.predict(model, x, samples=3)
+    with parametrize.cached(), pytest.raises(UsageError, match=r"cached\(\) is on, so that 1 keeps the weights"):
+        posterior.predict(model, x, samples=3)
+    assert torch.equal(posterior.predict(model, x, samples=3).logits, expected.logits)

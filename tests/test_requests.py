@@ -187,8 +187,13 @@ def test_records_by_csv(distruction, made, here):
     for path in here.glob("photos/train/*/*.png"):
         if f"{path.relative_to(here)},{path.parent.name}" not in rows:
             path.unlink()
-    status, _, err = distruction(*words, "--posterior-out", here / "q")
+    status, out_of_it, err = distruction(*words, "--posterior-out", here / "q", "--report", here / "report")
     assert (status, err) == (0, "")
+    assert "is reached." in out_of_it or "Nothing had to be done" in out_of_it
+    told = json.loads((here / "report/report.json").read_text())
+    assert told["reached"] is True
+    before, after = (accuracies(made, m, ["owl"]) for m in (made / "model", here / "out"))
+    assert min(a - b for a, b in zip(after, before, strict=True)) >= -100 / 16
     (request,) = Posterior.load(here / "q").metadata["forgotten"]
     assert (request["request"], request["records"]) == ("records", 20)
     assert request["labels"] == {"2": 7, "4": 13}
@@ -200,6 +205,35 @@ def test_records_by_csv(distruction, made, here):
         listed.write_text(content)
         more = ("--records", listed, "--data", here / "photos", "--dry-run")
         assert distruction(*forgets(made, here / "p", *more))[1] == out
+
+
+def test_records_that_the_model_has_not_seen_leave_it_as_it_is(distruction, made, here):
+    """The held-out images themselves: no attacker could tell them from unseen ones, and nothing is done."""
+    assert Posterior.load(made / "posterior").metadata["held_out"]["examples"] == 80
+    names = [f"test/{c}/{i}.png" for c in CLASSES for i in range(32, 48)]
+    for name in names:
+        (here / "photos" / name).with_name(f"{int(name[-6:-4]) - 32}.png").rename(here / "photos" / name)
+    (here / "list.txt").write_text("\n".join(names))
+    words = ("--records", here / "list.txt", "--data", here / "photos", "--report", here / "r.html")
+    status, out, err = distruction(*forgets(made, here / "out", *words))
+    assert (status, err) == (0, "")
+    assert "Nothing had to be done: the model knows these records no better than ones that it has not seen" in out
+    first, second = load_file(made / "model"), load_file(here / "out")
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert "Nothing had to be done" in (here / "r.html").read_text()
+
+
+def test_prepare_says_whether_it_knows_unseen_data(distruction, made, here):
+    """By default the test part; without one, and without parts, none."""
+    words = ("prepare", "--model", made / "model", "--steps", 1, *QUICK)
+    status, out, _ = distruction(*words, "--data", here / "photos", "--out", here / "p")
+    assert (status, "unseen data: 80 records of 5 classes" in out) == (0, True)
+    for number, data in enumerate((here / "photos/train", here / "photos")):
+        if number:
+            shutil.rmtree(here / "photos/test")
+        status, out, _ = distruction(*words, "--data", data, "--out", here / f"p{number}")
+        assert (status, "unseen data: none: " in out) == (0, True)
+        assert "held_out" not in Posterior.load(here / f"p{number}").metadata
 
 
 def test_rows_of_a_published_data_set(distruction, tmp_path):

@@ -321,3 +321,32 @@ def test_bad_arguments(digits, change, message):
         forget(model, digits.posterior, loader, **change, **QUIET)
     for a, b in zip(model.parameters(), digits.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# --- records --------------------------------------------------------------------------------------------
+
+
+def ascent(values, level=0.99):
+    """log R after each step at which v is looked at, of records."""
+    seen = iter(values)
+    control = DualAscent(lambda: next(seen), level=level, data_per_step=100.0, most=1e9, gently=True)
+    history, found = [], []
+    for _ in values:
+        for _ in range(3):
+            history.append(None)
+            control.after_step(None, history)
+        found.append(control.log_ratio)
+    return found
+
+
+def test_a_probability_near_one_is_told_from_the_level_by_its_odds():
+    """0.9999 and 0.99 differ by 1 % and by a factor of a hundred in the odds: R rises as fast as it may."""
+    first, *_, last = ascent([0.9999] * 5)
+    assert last - first == pytest.approx(4 * 3 * 0.2 * 2, rel=1e-6)
+
+
+def test_of_records_r_rests_while_they_are_forgotten_at_all():
+    """5 % fewer odds at each look are a fall; for a class, whose level is far away, they are none."""
+    odds = [9999 * 0.95**i for i in range(6)]
+    _, second, *_, last = ascent([o / (1 + o) for o in odds])
+    assert last == pytest.approx(second)

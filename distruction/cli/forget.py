@@ -1,5 +1,6 @@
 """``distruction forget``: a request."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import distributed, forgetting, objectives
+from .. import damage, distributed, forgetting, objectives
 from ..data.inputs import batches
 from ..errors import UsageError
 from ..posterior import Posterior
@@ -48,7 +49,20 @@ def forget(
             "Default: class with --class, records with --records, else auto."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be forgotten, and stop.")] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --request: gone, these classes; unseen, these records, as if the model had not been "
+            "trained on them; corrected, the labels of these records, which are wrong."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what would be forgotten and, of a posterior with rehearsals, what it would cost; write nothing.",
+        ),
+    ] = False,
     weights: Weights = None,
     classes: ClassesFile = None,
     data: DataRoot = None,
@@ -108,6 +122,8 @@ def forget(
     """
     if request not in (None, "auto", "class", "records"):
         raise UsageError(f"--request must be class, records or auto, not {request!r}")
+    if dry_run:
+        running = replace(running, checkpoint=None, log_json=None, tensorboard=None, wandb=None)
     watch = running.watch()
     source = open_source(model, weights, classes, running.device)
     output(out, running.overwrite, folder=source.folder)
@@ -132,7 +148,7 @@ def forget(
     console = Console()
     if distributed.rank() == 0:
         console.print(f"to forget: {found}", markup=False, highlight=False, soft_wrap=True)
-    if dry_run:
+    if dry_run and damage.KEY not in prior.metadata:
         return
     forget_data = found.read(source.inputs, skip_unreadable=running.skip_unreadable)
     begun = papers.before(source, found, forget_data)
@@ -143,7 +159,8 @@ def forget(
             batches(forget_data, batch_size=batch_size, shuffle=True, workers=running.workers),
             previous=earlier,
             # The options know their words; older versions of typer know no Literal.
-            request=request or ("records" if records else "class" if forget_class else "auto"),  # type: ignore[arg-type]
+            request=request or _kind(target, records, forget_class),  # type: ignore[arg-type]
+            target=target,  # type: ignore[arg-type]
             objective=objective,
             steps=steps,
             kl_weight=kl_weight,
@@ -158,6 +175,9 @@ def forget(
             **running.arguments(),
         )
     if distributed.rank() > 0:
+        return
+    if dry_run:
+        _tell(console, "nothing was written", result)
         return
     if posterior_out is not None:
         result.posterior.metadata[SERVING] = source.facts()
@@ -180,13 +200,27 @@ def forget(
         settings={"batch_size": batch_size, "backend": running.backend, "offload_prior": offload_prior},
     )
     done(running.checkpoint)
+    _tell(console, str(out), result)
+
+
+def _kind(target: str | None, records: Path | None, classes: list[str]) -> str:
+    """What is asked for where --request does not say it."""
+    if target is not None:
+        return "auto"
+    return "records" if records else "class" if classes else "auto"
+
+
+def _tell(console: Console, what: str, result: forgetting.ForgetReport) -> None:
+    """Print what the run reached."""
     steps_done = len(result.history)
-    console.print(f"{out}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
+    console.print(f"{what}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")
     if result.probability is not None:
         console.print(f"mean probability of the forgotten labels: {result.probability:.2g}")
+    if result.advantage is not None:
+        console.print(f"advantage of an attacker who sees their log-odds: {result.advantage:.2f}", highlight=False)
     if result.cosine is not None:
         console.print(f"mean cosine of their features: {result.cosine:.2f}")
     if result.forecast is not None:
         console.print(f"forecast: the retained classes lose {result.forecast} of accuracy", highlight=False)
-    if result.advice:
-        console.print(f"The level {result.level} is not reached: {result.advice}.", soft_wrap=True)
+    if result.reached is not None:
+        console.print(f"{result.outcome[0].upper()}{result.outcome[1:]}.", soft_wrap=True)

@@ -114,7 +114,8 @@ class Papers:
             assert parties["unlearned"] is not None
             weights, digests = begun
             facts = result.posterior.metadata
-            asked = ("objective", "steps", "kl_weight", "level", "data_per_step", "lr", "mc_samples", "seed")
+            asked = ("objective", "steps", "kl_weight", "level", "data_per_step", "lr", "mc_samples", "seed",
+                     "target", "depth", "cosine_level", "classifier")  # fmt: skip
             secret = receipts.new_secret()
             receipt = receipts.make(
                 result,
@@ -126,7 +127,7 @@ class Papers:
                 digests,
                 secret,
                 classes=classes,
-                settings={**{k: facts[k] for k in asked}, **settings},
+                settings={**{k: facts[k] for k in asked if k in facts}, **settings},
                 machine=receipts.machine(device, backend),
                 kl=request_report.kl_by_parameter(result.posterior, prior),
                 key=None if self.key is None else signing.read_private(self.key),

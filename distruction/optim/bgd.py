@@ -221,7 +221,7 @@ class BGD(Saved):
     @torch.no_grad()
     def train(self) -> None:
         """Let the parameters hold the current sample."""
-        options.check_groups(self.param_groups, self._watched, self._counters)
+        self._check_groups()
         self._take_over()
         for index in range(len(self.param_groups)):
             self._draw(index)
@@ -239,7 +239,7 @@ class BGD(Saved):
                 NaN was written to a parameter (it is as it was).
         """
         if check:
-            options.check_groups(self.param_groups, self._watched, self._counters)
+            self._check_groups()
         self._take_over(strict=check)
         for group, held in zip(self.param_groups, self._held, strict=True):
             for p in group["params"]:
@@ -262,7 +262,7 @@ class BGD(Saved):
         distributed run use it equally often.
         """
         was_training = self._training
-        options.check_groups(self.param_groups, self._watched, self._counters)
+        self._check_groups()
         self._take_over()
         looks = 0 if self._now["gradients_at_sample"] else self._now["looks"]
         seeds = [group["seed"] for group in self.param_groups]

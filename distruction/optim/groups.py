@@ -44,7 +44,7 @@ class Groups(torch.optim.Optimizer):
 
     def _consume(self) -> None:
         """Take the gradients of the current sample: into the statistics or, with the last sample, into an update."""
-        options.check_groups(self.param_groups, self._watched, self._counters)
+        self._check_groups()
         for group in self.param_groups:
             options.check_gradients(group)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -210,6 +210,13 @@ class Groups(torch.optim.Optimizer):
             self._members(index, [params[i] for i in drawn]).sample(counters.on(params[0].device))
         held.drawn, held.sampled = drawn, True
         held.note(params)
+
+    def _check_groups(self) -> None:
+        """Refuse what was written to the groups; before the first draw it may be shards, as accelerate puts there."""
+        if not torch.compiler.is_compiling():
+            if not (self.state or self._release_gradients) and options.are_replaced(self.param_groups, self._watched):
+                self._reset()
+            options.check_groups(self.param_groups, self._watched, self._counters)
 
     @torch.no_grad()
     def _take_over(self, *, strict: bool = True) -> None:

@@ -258,6 +258,15 @@ class Watched:
         self._params = [id(p) for p in group["params"]]
         self._options = {name: group[name] for name, option in OPTIONS.items() if option.of_group and name in group}
 
+    @property
+    def size(self) -> int:
+        """How many parameters there were."""
+        return len(self._params)
+
+    def has(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters."""
+        return [id(p) for p in params] == self._params
+
     def check(self, group: Mapping[str, Any], phase: Callable[[], int]) -> None:
         """Check what was written to the group since.
 
@@ -267,7 +276,7 @@ class Watched:
         Raises:
             UsageError: an option is out of range or cannot change now, or the parameters are others.
         """
-        if [id(p) for p in group["params"]] != self._params:
+        if not self.has(group["params"]):
             raise UsageError(
                 "the list of a group's parameters was changed by hand: add parameters by add_param_group, take them "
                 "out by requires_grad_(False), or make another optimizer and give it this one's state_dict()"
@@ -285,12 +294,17 @@ class Watched:
         self._options.update(changed)
 
 
+def are_replaced(groups: Sequence[Mapping[str, Any]], watched: Sequence[Watched]) -> bool:
+    """Whether other parameters, as many, stand in the places of those that were checked last."""
+    if [len(group["params"]) for group in groups] != [w.size for w in watched]:
+        return False
+    return not all(w.has(group["params"]) for group, w in zip(groups, watched, strict=True))
+
+
 def check_groups(
     groups: Sequence[Mapping[str, Any]], watched: Sequence[Watched], counters: Sequence["Counters"]
 ) -> None:
     """Refuse what was written to the groups since they were checked last and cannot be."""
-    if torch.compiler.is_compiling():
-        return
     if len(groups) != len(watched):
         raise UsageError(
             f"param_groups has {len(groups)} groups and had {len(watched)}: add one by add_param_group; to leave one "

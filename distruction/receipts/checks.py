@@ -100,11 +100,17 @@ def arguments(receipt: Mapping[str, Any]) -> dict[str, Any]:
     """What a replay passes to `distruction.forget`."""
     method = receipt["method"]
     numbers = {n: float(method[n]) for n in ("data_per_step", "lr")}
+    more = {n: method[n] for n in ("target", "depth", "classifier") if n in method}
+    if "cosine_level" in method:
+        more["cosine_level"] = float(method["cosine_level"])
+    # It has a level of its own, which forget takes from nobody.
+    level = None if method.get("target") == "unseen" else method["level"]
     return {
+        **more,
         **{n: method[n] for n in ("objective", "steps", "mc_samples", "seed")},
         **numbers,
         "kl_weight": method["kl_weight"] if method["kl_weight"] == "auto" else float(method["kl_weight"]),
-        "level": None if method["level"] is None else float(method["level"]),
+        "level": None if level is None else float(level),
         "request": receipt["request"]["kind"],
     }
 

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +167,9 @@ def make(
             "result": {
                 "level": result.level,
                 "probability": result.probability,
+                "advantage": result.advantage,
+                "cosine": result.cosine,
+                "forecast": None if result.forecast is None else asdict(result.forecast),
                 "reached": result.reached,
                 "advice": result.advice,
                 "steps": len(result.history),
