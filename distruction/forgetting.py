@@ -12,10 +12,10 @@ from torch import nn
 
 from . import damage, distributed, objectives
 from .adapters import Adapter, adapted
-from .asked import check_previous, kind_of, labels_forgotten, largest_ratio, level_of
-from .depth import COSINE, SPEED, DepthAscent, Dispersed
+from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of
 from .depth import CYCLE as DEEP_CYCLE
 from .depth import PACE as DEEP_PACE
+from .depth import SPEED, DepthAscent, Dispersed, cosine_asked
 from .describe import described
 from .errors import UsageError
 from .features import Features
@@ -177,24 +177,12 @@ def forget(
     distributed.start()
     automatic = kl_weight == "auto"
     given = 0.5 if isinstance(kl_weight, str) else kl_weight
-    if not automatic and (isinstance(kl_weight, str) or not 0 <= kl_weight <= 1):
-        raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}, or 'auto'")
-    if level is not None and not (isinstance(level, int | float) and 0 < level < 1):
-        raise UsageError(f"level must be a probability in (0, 1), not {level}")
-    if level is not None and not automatic:
-        raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
+    check_strength(kl_weight, level)
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if target is not None:
         request, level = of_target(target, request, level, objective)
-    if depth not in (None, "features"):
-        raise UsageError(f"depth must be 'features' or None, not {depth!r}")
-    if depth is None and not (cosine_level is None and classifier is None):
-        raise UsageError("cosine_level and classifier are for depth='features': pass that too, or leave them out")
-    if cosine_level is None:
-        cosine_level = COSINE
-    elif not -1 < cosine_level < 1:
-        raise UsageError(f"cosine_level must be a cosine in (-1, 1), not {cosine_level}")
+    cosine_level = cosine_asked(depth, cosine_level, classifier)
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:
@@ -202,8 +190,7 @@ def forget(
     if steps is not None:
         steps = require_count("steps", steps)
     if isinstance(objective, type):
-        name = objective.__name__
-        raise UsageError(f"the objective is the class {name}: pass one made of it, {name}(...)")
+        raise UsageError(f"the objective is the class {(name := objective.__name__)}: pass one made of it, {name}(...)")
     mc_samples, seed = require_count("mc_samples", mc_samples, 0), require_seed(seed)
     if isinstance(previous, ForgetReport):
         previous = previous.posterior

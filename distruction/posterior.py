@@ -219,11 +219,10 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
     def gathered(self) -> "Posterior":
         """This posterior with whole tensors on every rank, on the CPU if it was sharded."""
         whole = copy.copy(self)
-
-        def gathered(t: Stored) -> Stored:
-            return t.gathered() if isinstance(t, LogCodes) else gather(t).cpu() if is_sharded(t) else t
-
-        whole._means, whole._stds = ({n: gathered(t) for n, t in ts.items()} for ts in (self._means, self._stds))
+        whole._means, whole._stds = (
+            {n: t.gathered() if isinstance(t, LogCodes) else gather(t).cpu() if is_sharded(t) else t for n, t in ts}
+            for ts in (self._means.items(), self._stds.items())
+        )
         return whole
 
     def kl(self, prior: "Posterior", *, backend: str = "auto") -> Tensor:
