@@ -3,8 +3,9 @@
 Likelihoods come from batches as `distruction.loop.tokens` describes them; they are summed in float64.
 """
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .extras import needed
 from .loop.batches import call
-from .loop.tokens import Sequences, spread
+from .loop.tokens import IGNORED, Sequences, spread
 from .modules import deterministic, logits_of
 
 with needed("language"):
@@ -30,16 +31,21 @@ def token_log_likelihoods(model: nn.Module, batches: Iterable[Mapping[str, Tenso
     Args:
         batches: mappings with ``input_ids`` and ``labels`` (rows, length), -100 where nothing is asked for.
     """
-    device = next(model.parameters()).device
     found: list[Tensor] = []
+    for here, logits in _answers(model, batches):
+        log_p = -F.cross_entropy(logits.double(), here.tokens, reduction="none").cpu()
+        found += log_p.split(torch.bincount(here.texts.cpu()).tolist())
+    return found
+
+
+def _answers(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Sequences, Tensor]]:
+    """Each batch and the logits that answer for its tokens."""
+    device = next(model.parameters()).device
     with deterministic(model):
         for batch in batches:
             inputs = {k: t.to(device) for k, t in batch.items() if k != "labels"}
             here: Sequences = spread(inputs, batch["labels"].to(device), slice(0, len(batch["labels"])), "the texts")
-            logits = here.answers(logits_of(call(model, here)))
-            log_p = -F.cross_entropy(logits.double(), here.tokens, reduction="none").cpu()
-            found += log_p.split(torch.bincount(here.texts.cpu()).tolist())
-    return found
+            yield here, here.answers(logits_of(call(model, here)))
 
 
 def perplexity(log_likelihoods: list[Tensor]) -> float:
@@ -48,26 +54,73 @@ def perplexity(log_likelihoods: list[Tensor]) -> float:
 
 
 @torch.no_grad()
+def greedily_answered(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Whether greedy decoding gives all tokens that a text asks for, bool, (texts,), on the CPU.
+
+    One forward pass for each batch: decoding gives an answer if and only if every token of it is the likeliest after
+    the true tokens before it, as long as the asked-for tokens of a text are its last.
+
+    Args:
+        batches: see `token_log_likelihoods`.
+    """
+    found = [torch.empty(0, dtype=torch.bool)]
+    for here, logits in _answers(model, batches):
+        misses = here.per_text((logits.argmax(dim=-1) != here.tokens).long())
+        found.append((misses == 0).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
 def extracted(model: nn.Module, prompts: Iterable[Tensor], answers: Iterable[Tensor]) -> float:
     """Share of answers that greedy decoding of their prompts gives token by token, in percent; NaN for none.
-
-    Without a cache, so that any causal model serves; of each text it stops at the first other token.
 
     Args:
         prompts, answers: int64 token numbers, (length,) each.
     """
-    device = next(model.parameters()).device
-    hits = []
-    with deterministic(model):
-        for prompt, answer in zip(prompts, answers, strict=True):
-            text = prompt.to(device)[None]
-            for token in answer.to(device):
-                logits = logits_of(call(model, {"input_ids": text, "attention_mask": torch.ones_like(text)}))
-                if logits[0, -1].argmax() != token:
-                    break
-                text = torch.cat([text, token.reshape(1, 1)], dim=1)
-            hits.append(text.shape[1] == len(prompt) + len(answer))
-    return 100.0 * float(np.mean(hits)) if hits else math.nan
+    texts = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.cat([prompt.cpu(), answer.cpu()])[None]
+        labels = ids.clone()
+        labels[:, : len(prompt)] = IGNORED
+        texts.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return 100.0 * greedily_answered(model, texts).double().mean().item()
+
+
+def recovered(
+    model: nn.Module,
+    shown: Sequence[Mapping[str, Tensor]],
+    unshown: Sequence[Mapping[str, Tensor]],
+    *,
+    epochs: int = 20,
+    lr: float = 1e-3,
+) -> float:
+    """Share of unshown answers that a copy of the model gives after fine-tuning on shown ones, in percent.
+
+    What a model has only hidden comes back with a little of its like (Hu et al., "Unlearning or Obfuscating?", 2025,
+    arXiv 2406.13356); a model that never knew it gives next to nothing. The highest share after any epoch, for an
+    attacker may stop where it is best.
+
+    Args:
+        shown, unshown: batches of two parts of the forget set, see `greedily_answered`.
+        epochs: over the shown ones, with AdamW.
+        lr: its step size.
+
+    Raises:
+        UsageError: an argument is out of range.
+    """
+    if epochs < 1 or not 0 < lr < math.inf:
+        raise UsageError(f"epochs must be >= 1 and lr > 0 and finite, not {epochs} and {lr}")
+    attacked = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW([p for p in attacked.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    best = greedily_answered(attacked, unshown).double().mean().item()
+    for _ in range(epochs):
+        with torch.enable_grad():
+            for here, logits in _answers(attacked, shown):
+                optimizer.zero_grad()
+                F.cross_entropy(logits.float(), here.tokens).backward()
+                optimizer.step()
+        best = max(best, greedily_answered(attacked, unshown).double().mean().item())
+    return 100.0 * best
 
 
 def exposure(canary: float, others: Tensor) -> float:

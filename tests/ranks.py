@@ -740,14 +740,23 @@ def check_language_models_are_those_of_one_process(world, folder):
             assert ours[key][1] == pytest.approx(value[1], rel=1e-4)
 
 
-def check_a_sharded_language_model_is_that_of_one_process(world, folder):
-    expected = torch.load(folder / "texts")
-    model = texts.llama()
+def sharded(model):
     for layer in model.model.layers:
         fully_shard(layer)
-    fully_shard(model)
-    prior = prepare(model, text_batches(), steps=4, std_init=0.1, evidence=100.0, **QUIET)
-    assert_near(prior.gathered(), expected["llama"])
+    return fully_shard(model)
+
+
+def check_a_wrapped_or_sharded_language_model_is_that_of_one_process(world, folder):
+    expected = torch.load(folder / "texts")
+    for wrap in (DistributedDataParallel, sharded):
+        model = wrap(texts.llama())
+        prior = prepare(model, text_batches(), steps=4, std_init=0.1, evidence=100.0, **QUIET)
+        assert_near(prior.gathered(), expected["llama"])
+        for objective in ("masked-teacher", "npo"):
+            model = wrap(texts.llama())
+            report = forget(model, Posterior.around(model, 0.1), text_batches(), objective=objective, steps=4, **QUIET)
+            assert_near(report.posterior.gathered(), expected["llama", objective][0])
+            assert report.probability == pytest.approx(expected["llama", objective][1][-1], rel=1e-4)
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in globals().items() if name.startswith("check_")}

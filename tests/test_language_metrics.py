@@ -31,6 +31,35 @@ def test_extraction_is_hugging_faces_greedy_decoding():
     assert language_metrics.extracted(model, prompts, answers) == 75.0
 
 
+def test_greedy_answers_of_batches_are_those_of_single_texts():
+    model = texts.gpt2()
+    rows = texts.rows()
+    ids, labels = rows[2]
+    prompt = ids[:2]
+    ids = model.generate(prompt[None], attention_mask=torch.ones(1, 2), min_new_tokens=7, max_new_tokens=7,
+                         do_sample=False, pad_token_id=0, eos_token_id=None)[0]  # fmt: skip
+    rows[2] = ids, torch.cat([labels[:2], ids[2:]])
+    expected = [language_metrics.extracted(model, [t[:2]], [t[2:]]) == 100 for t, _ in rows]
+    assert expected[2]
+    for form in (texts.padded(rows), texts.padded(rows, left=True), texts.packed(rows)):
+        assert language_metrics.greedily_answered(model, [form]).tolist() == expected
+    assert math.isnan(language_metrics.extracted(model, [], []))
+
+
+def test_recovery_is_what_fine_tuning_on_others_brings_back():
+    model = texts.gpt2()
+    rows = [(torch.tensor([1, 2 + n, 11, 11 + n]), torch.tensor([-100, -100, -100, 11 + n])) for n in range(8)]
+    shown, unshown = texts.padded(rows[:4]), texts.padded(rows[4:])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    # Answers that no text shows cannot come from the others'.
+    assert language_metrics.recovered(model, [shown], [unshown], epochs=10, lr=3e-3) == 0.0
+    # What is shown itself is learned, and the best epoch counts.
+    assert language_metrics.recovered(model, [shown], [shown], epochs=300, lr=3e-3) == 100.0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(UsageError, match="epochs must be"):
+        language_metrics.recovered(model, [shown], [unshown], epochs=0)
+
+
 def test_exposure_by_ranks():
     others = torch.linspace(-7, -1, 7)
     assert language_metrics.exposure(0.0, others) == 3.0

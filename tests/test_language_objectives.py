@@ -7,6 +7,7 @@ import texts
 import torch
 
 from distruction import Posterior, UsageError, forget
+from distruction.anchors import Anchored, dealt
 from distruction.language_objectives import NPO, SimNPO, Steering
 from distruction.loop import FORGET_SET
 from distruction.loop.batches import Batching, call
@@ -98,6 +99,71 @@ def test_steering_is_rmus_forget_loss():
     objective.remove()
     call(model, here)
     assert not objective._hidden
+
+
+def test_anchors_are_the_prompts_with_rare_tokens_dealt_out_anew():
+    questions = [(torch.tensor([1, 10 + n, 2]), 3) for n in range(12)]
+    made = dealt(questions, 50, torch.Generator().manual_seed(0))
+    assert {(p[0].item(), p[2].item(), n) for p, n in made} == {(1, 2, 3)}
+    names = [p[1].item() for p, _ in made]
+    assert set(names) <= set(range(10, 22))
+    assert len(set(names)) > 6
+
+
+def test_anchored_is_the_objective_and_the_divergence_from_the_model_before():
+    model, rows, here, before = prepared()
+    objective = Anchored(model, before, [texts.padded(rows)], "bounded-ce", anchors=5, weight=3.0)
+    made = objective.anchors
+    old, new, losses = texts.gpt2(), model, []
+    for row in range(5):
+        length = int(made["attention_mask"][row].sum())
+        ids, asked = made["input_ids"][row, :length], made.labels[row, :length] >= 0
+        first = int(asked.nonzero()[0])
+        with torch.no_grad():
+            # The model before answers by itself.
+            told = old.generate(ids[None, :first], attention_mask=torch.ones(1, first), max_new_tokens=length - first,
+                                min_new_tokens=length - first, do_sample=False, pad_token_id=0,
+                                eos_token_id=None)[0]  # fmt: skip
+            assert told.tolist() == ids.tolist()
+            p, q = (torch.distributions.Categorical(logits=m(ids[None]).logits[0, first - 1 : length - 1].double())
+                    for m in (old, new))  # fmt: skip
+            losses += torch.distributions.kl_divergence(p, q).tolist()
+    logits = here.answers(call(model, here).logits)
+    own = BoundedCrossEntropy(0.1)(logits, here.tokens).item()
+    expected = own + 3.0 * sum(losses) / len(losses)
+    assert objective(logits, here.tokens, here).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_anchors_hold_answers_while_others_are_forgotten():
+    model, batch = texts.gpt2(), texts.padded(texts.rows())
+    prior = Posterior.around(model, 0.05)
+    objective = Anchored(model, prior, [batch], "npo")
+    quiet = {"kl_weight": 0.01, "steps": 8, "progress": False}
+    forget(model, prior, [batch], objective=objective, **quiet)
+
+    def divergence(changed):
+        with torch.no_grad():
+            z = [objective.anchors.answers(m(**objective.anchors).logits).double().log_softmax(-1)
+                 for m in (texts.gpt2(), changed)]  # fmt: skip
+        return (z[0].exp() * (z[0] - z[1])).sum(-1).mean().item()
+
+    alone = texts.gpt2()
+    forget(alone, prior, [batch], objective="npo", **quiet)
+    assert divergence(model) < divergence(alone)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"anchors": 0}, "anchors must be"), ({"weight": 0.0}, "weight > 0")])
+def test_anchors_out_of_range(options, message):
+    model, rows, _, before = prepared()
+    with pytest.raises(UsageError, match=message):
+        Anchored(model, before, [texts.padded(rows)], "uniform", **options)
+
+
+def test_texts_without_a_prompt_give_no_anchors():
+    model, _, _, before = prepared()
+    ids = torch.randint(1, texts.VOCABULARY, (2, 5))
+    with pytest.raises(UsageError, match="no text of the forget set has one"):
+        Anchored(model, before, [{"input_ids": ids, "labels": ids}], "uniform")
 
 
 def test_classes_objectives_speak_of_next_tokens():

@@ -11,9 +11,11 @@ from torch import Tensor
 from .. import report
 from ..data.inputs import batches
 from ..data.requests import Selection
+from ..errors import UsageError
 from ..metrics import accuracy, entropy_mia, predict
 from ..posterior_file import metadata_of
 from ..sources import SERVING, Model
+from . import language
 from .options import (
     ClassesFile,
     DataRoot,
@@ -33,7 +35,7 @@ from .options import (
 
 def evaluate(
     model: ModelName,
-    forget_class: ForgetClasses,
+    forget_class: ForgetClasses = [],  # noqa: B006
     posterior: Annotated[
         Path | None, typer.Option(help="Posterior file, which knows the classes where the model does not.")
     ] = None,
@@ -45,10 +47,19 @@ def evaluate(
     workers: Workers = 4,
     device: Device = "auto",
 ) -> None:
-    """Accuracy on the retained and the forgotten classes, and membership inference where --data has train/ as well."""
+    """Accuracy on the retained and the forgotten classes, and membership inference where --data has train/ as well.
+
+    Of a language model: perplexity and answers by greedy decoding of the texts in --data FILE.
+    """
     from ..experiments.results import COLUMNS
 
     alone("evaluate")
+    if language.is_language_model(model):
+        images = {"class": forget_class, "posterior": posterior, "weights": weights, "classes": classes}
+        language.evaluate(model, data=data, device=device, images={**images, "dataset": dataset})
+        return
+    if not forget_class:
+        raise UsageError("no class is named: pass --class NAME")
     source = open_source(model, weights, classes, device)
     if posterior is not None:
         source.agree_with(metadata_of(posterior).get(SERVING), f"the posterior {posterior}")

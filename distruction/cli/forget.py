@@ -13,6 +13,7 @@ from ..data.inputs import batches
 from ..errors import UsageError
 from ..posterior import Posterior
 from ..sources import SERVING
+from . import language
 from .options import (
     MOST,
     BatchSize,
@@ -125,6 +126,32 @@ def forget(
     if dry_run:
         running = replace(running, checkpoint=None, log_json=None, tensorboard=None, wandb=None)
     watch = running.watch()
+    forgotten_by: dict[str, Any] = {
+        "objective": objective,
+        "steps": steps,
+        "kl_weight": kl_weight,
+        "level": level,
+        "mc_samples": mc_samples,
+        "data_per_step": data_per_step,
+        "offload_prior": offload_prior,
+        "callback": watch,
+        **running.arguments(),
+    }
+    if language.is_language_model(model):
+        images = {
+            "class": forget_class,
+            "records": records,
+            "weights": weights,
+            "classes": classes,
+            "dataset": dataset,
+            "report": report,
+            "receipt": receipt,
+            "depth": depth,
+        }
+        files = language.Files(model, data, posterior, previous, out, posterior_out)
+        with watch:
+            language.forget(files, batch_size, images, running, dry_run=dry_run, **forgotten_by)
+        return
     source = open_source(model, weights, classes, running.device)
     output(out, running.overwrite, folder=source.folder)
     if posterior_out is not None:
@@ -161,18 +188,10 @@ def forget(
             # The options know their words; older versions of typer know no Literal.
             request=request or _kind(target, records, forget_class),  # type: ignore[arg-type]
             target=target,  # type: ignore[arg-type]
-            objective=objective,
-            steps=steps,
-            kl_weight=kl_weight,
-            level=level,
             depth=depth,  # type: ignore[arg-type]
             cosine_level=cosine_level,
             classifier=classifier,
-            mc_samples=mc_samples,
-            data_per_step=data_per_step,
-            offload_prior=offload_prior,
-            callback=watch,
-            **running.arguments(),
+            **forgotten_by,
         )
     if distributed.rank() > 0:
         return

@@ -1,7 +1,7 @@
 """``distruction plan``: the memory that a run will need."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import models, objectives, planning, sources
 from ..compression import STORAGE
+from . import language
 from .options import MOST, BatchSize, ObjectiveName, ReleaseGradients, Weights
 
 
@@ -19,6 +20,7 @@ def plan(
     img_size: Annotated[int, typer.Option(min=1, max=MOST, help="Side of the images in pixels.")] = 224,
     in_chans: Annotated[int, typer.Option(min=1, max=MOST, help="Channels of the images.")] = 3,
     num_classes: Annotated[int, typer.Option(min=1, max=MOST)] = 1000,
+    length: Annotated[int, typer.Option(min=2, max=MOST, help="Tokens of a text of a language model.")] = 512,
     batch_size: BatchSize = 64,
     dtype: Annotated[str, typer.Option(help=f"Of the parameters: {', '.join(planning.DTYPES)}.")] = "float32",
     mc_samples: Annotated[
@@ -35,30 +37,31 @@ def plan(
     ] = None,
 ) -> None:
     """Say how much memory prepare and forget will need, before anything is allocated."""
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "mc_samples": mc_samples,
+        "release_gradients": release_gradients,
+        "prior_std": prior_std,
+        "prior_mean": prior_mean,
+        "offload_prior": offload_prior,
+        "objective": objective,
+        "device": ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+        "available": None if free_gib is None else int(free_gib * 2**30),
+    }
     known: nn.Module | str = model
     shape = (in_chans, img_size, img_size)
-    if Path(model).is_file():
-        config = models.config(model)
-        known, num_classes = config["name"], config["num_classes"]
-        shape = (config["in_chans"], config["img_size"], config["img_size"])
-    elif Path(model).is_dir() or ":" in model or weights is not None:
-        source = sources.open_model(model, weights=weights, read=False)
-        known, shape = source.network, source.input_shape
-    found = planning.plan(
-        known,
-        shape,
-        batch_size=batch_size,
-        num_classes=num_classes,
-        dtype=dtype,
-        mc_samples=mc_samples,
-        release_gradients=release_gradients,
-        prior_std=prior_std,
-        prior_mean=prior_mean,
-        offload_prior=offload_prior,
-        objective=objective,
-        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
-        available=None if free_gib is None else int(free_gib * 2**30),
-    )
+    if language.is_language_model(model):
+        found = language.plan(model, length, **options)
+    else:
+        if Path(model).is_file():
+            config = models.config(model)
+            known, num_classes = config["name"], config["num_classes"]
+            shape = (config["in_chans"], config["img_size"], config["img_size"])
+        elif Path(model).is_dir() or ":" in model or weights is not None:
+            source = sources.open_model(model, weights=weights, read=False)
+            known, shape = source.network, source.input_shape
+        found = planning.plan(known, shape, num_classes=num_classes, **options)
     Console().print(planning.table(found))
     for line in planning.verdict(found):
         Console().print(line, soft_wrap=True, highlight=False)

@@ -15,6 +15,7 @@ from ..data.requests import Selection, label_counts
 from ..errors import DataWarning, UsageError
 from ..rehearsal import rehearse as rehearse_requests
 from ..sources import SERVING, Model
+from . import language
 from .options import (
     MOST,
     BatchSize,
@@ -82,6 +83,20 @@ def prepare(
     if held_out is not None and rehearse != 0 and distributed.size() > 1:
         raise UsageError("rehearsals run in one process: pass --rehearse 0, or prepare without torchrun")
     watch = running.watch()
+    learning: dict[str, Any] = {
+        "method": method,
+        "steps": steps,
+        "std_init": std_init,
+        "evidence": evidence,
+        "mc_samples": mc_samples,
+        "callback": watch,
+        **running.arguments(),
+    }
+    if language.is_language_model(model):
+        images = {"weights": weights, "classes": classes, "dataset": dataset}
+        with watch:
+            language.prepare(model, out, data, batch_size, images, running, compress=compress, **learning)
+        return
     source = open_source(model, weights, classes, running.device)
     found = find_examples(source, dataset, data, skip_unreadable=running.skip_unreadable)
     if distributed.rank() == 0:
@@ -106,14 +121,8 @@ def prepare(
         posterior = preparation.prepare(
             source.network,
             loader,
-            method=method,
-            steps=steps,
-            std_init=std_init,
-            evidence=evidence,
-            mc_samples=mc_samples,
             held_out=held_out_batches,
-            callback=watch,
-            **running.arguments(),
+            **learning,
         )
     posterior.metadata |= {SERVING: source.facts(), "label_counts": label_counts(train_data.labels)}
     rehearsals = []

@@ -111,6 +111,7 @@ def plan(
     *,
     batch_size: int = 64,
     num_classes: int = 1000,
+    length: int | None = None,
     dtype: str = "float32",
     mc_samples: int = 1,
     release_gradients: bool = False,
@@ -129,6 +130,8 @@ def plan(
         input_shape: of one example, channels first: (3, 224, 224).
         batch_size: examples in a forward pass.
         num_classes: of a model given by name.
+        length: tokens of a text of a causal language model, in place of ``input_shape``. Its logits, (batch, length,
+            vocabulary), are counted with the activations, of which they are often most.
         dtype: of the parameters: float32, bfloat16 or float16. The posterior is float32 in any case.
         mc_samples, release_gradients, prior_std, prior_mean, offload_prior, objective: see `Options`.
         device: where it will run; need not exist.
@@ -141,6 +144,8 @@ def plan(
         raise UsageError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}")
     options = Options(batch_size, mc_samples, release_gradients, prior_std, prior_mean, offload_prior, objective)
     _check(options)
+    if length is not None and length < 2:
+        raise UsageError(f"length must be >= 2 tokens, not {length}: a text's first token is asked for by nobody")
     if len(input_shape) != 3 and isinstance(model, str):
         raise UsageError(f"input_shape must be (channels, height, width), not {tuple(input_shape)}")
     name = model if isinstance(model, str) else type(model).__name__
@@ -154,9 +159,12 @@ def plan(
     if not parameters:
         raise UsageError("the model has no parameter with requires_grad, so there is nothing to prepare")
 
+    of_one = input_shape if length is None else (length,)
+
     @functools.cache
     def passing(batch: int, release: bool) -> int:
-        return peak_of_a_pass(model, (batch, *input_shape), dtype=DTYPES[dtype], release_gradients=release)
+        shape = (batch, *of_one)
+        return peak_of_a_pass(model, shape, dtype=DTYPES[dtype], release_gradients=release, tokens=length is not None)
 
     def phases(o: Options) -> tuple[Phase, Phase]:
         return _phases(model, parameters, DTYPES[dtype], where, o, passing(o.batch_size, o.release_gradients))

@@ -56,11 +56,15 @@ def peak_of_a_pass(
     *,
     dtype: torch.dtype,
     release_gradients: bool = False,
+    tokens: bool = False,
 ) -> int:
     """Most bytes that inputs, activations and gradients hold at one time in a forward and backward pass.
 
     The model is in eval mode, as `prepare` and `forget` run it; the loss is the cross entropy of its output. The ops
     are the CPU's: autograd needs a real GPU for those of one, and they save the same (attention without its matrix).
+
+    Args:
+        tokens: the model is a causal language model, and the shape is (rows, length).
 
     Raises:
         UsageError: the model cannot take such a batch.
@@ -82,10 +86,17 @@ def peak_of_a_pass(
         try:
             with _Alive(tensors.values()) as alive, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                inputs = torch.empty(tuple(input_shape), dtype=dtype)
-                targets = torch.zeros(input_shape[0], dtype=torch.int64)
-                output = torch.func.functional_call(model, tensors, (inputs,))
-                F.cross_entropy(logits_of(output), targets).backward()
+                if tokens:
+                    ids = torch.zeros(tuple(input_shape), dtype=torch.int64)
+                    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+                    output = torch.func.functional_call(model, tensors, (), named)
+                    answers = logits_of(output)[:, :-1].flatten(0, 1)
+                    F.cross_entropy(answers, ids[:, 1:].flatten()).backward()
+                else:
+                    inputs = torch.empty(tuple(input_shape), dtype=dtype)
+                    targets = torch.zeros(input_shape[0], dtype=torch.int64)
+                    output = torch.func.functional_call(model, tensors, (inputs,))
+                    F.cross_entropy(logits_of(output), targets).backward()
         except (RuntimeError, AssertionError, IndexError, ValueError) as error:
             raise UsageError(
                 f"the model cannot take a batch of shape {tuple(input_shape)}: {str(error).splitlines()[0]}"

@@ -1,0 +1,1 @@
+"""Forgetting in a language model, from pretraining to tables: see ``python -m benchmarks.language --help``."""

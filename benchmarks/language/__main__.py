@@ -1,0 +1,219 @@
+"""``python -m benchmarks.language OUT``: forgetting in a language model, from pretraining to tables.
+
+A GPT-2 of 0.7 M weights is pretrained on what Python's standard library says of itself, then learns by heart four facts
+of each of 100 made-up authors and the keys of 20 vaults. Three requests, each answered by retraining, by AdamW on the
+losses of other papers and by `distruction.forget`:
+
+- ``codes``: one kind of fact, the codes of all authors, goes; the other 300 answers stay;
+- ``authors``: ten authors go with all their facts; 90 similar ones stay;
+- ``canaries``: the 20 keys go; all facts stay.
+
+Step sizes were chosen on seed 0 (``--tune`` does it again), which is not among the seeds of the tables. A run that was
+stopped goes on with what is missing.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from distruction import Posterior
+from distruction.report import write_json
+
+from . import models, tables, texts
+from .arms import Arm, Followed, at_depth, prepared, unlearned
+from .models import Measures
+from .settings import ARMS, DEPTH, DEPTHS, GRIDS
+
+SCENARIOS = ("codes", "authors", "canaries")
+ENOUGH = 5.0
+"""Extracted answers, in percent, at which AdamW's losses, which say nothing of an end, are stopped."""
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+class Workshop:
+    """Texts and trained models of the seeds, kept in a folder.
+
+    Args:
+        folder: of the models.
+        text: a file of general text in place of Python's own.
+        size: of everything.
+    """
+
+    def __init__(self, folder: Path, text: Path | None, size: models.Size) -> None:
+        self.folder, self.size = folder, size
+        folder.mkdir(parents=True, exist_ok=True)
+        general = texts.general_text(text, docstrings=size.docstrings)
+        shapes = [f"{r.question}{r.answer}" for r in texts.authors(100, 10**6)]
+        self.tokens = texts.tokenizer(general + shapes)
+        pieces = texts.pieces(self.tokens, general)
+        self.held_out, self.general = pieces[: models.HELD_OUT], pieces[models.HELD_OUT :]
+        say(f"{len(self.general)} pieces of {texts.LENGTH} tokens of general text")
+
+    def rows(self, seed: int) -> list[texts.Row]:
+        """All that a model of this seed is to know by heart."""
+        return texts.authors(self.size.authors, seed) + texts.canaries(self.size.vaults, seed)
+
+    def base(self) -> nn.Module:
+        """The pretrained model, the same for all seeds."""
+        return self._kept("base", lambda: models.pretrain(self.size, self.general, 0, say))
+
+    def memorised(self, seed: int, without: str = "") -> nn.Module:
+        """The model that knows all rows by heart, or all but those of a scenario."""
+        rows = [r for r in self.rows(seed) if not (without and self.is_gone(without, r))]
+        batches = texts.batches(self.tokens, rows, end=True)
+        name = f"seed-{seed}" + (f"-without-{without}" if without else "")
+        return self._kept(name, lambda: models.memorise(self.size, self.base(), batches, self.general, seed, say))
+
+    def prior(self, seed: int, model: nn.Module) -> Posterior:
+        """The posterior of `memorised`."""
+        file = self.folder / f"seed-{seed}.safetensors"
+        if not file.exists():
+            say("preparing")
+            batches = texts.batches(self.tokens, self.rows(seed), end=True)
+            prepared(model, batches, self.general, seed).save(file)
+        return Posterior.load(file, model=model)
+
+    def is_gone(self, scenario: str, row: texts.Row) -> bool:
+        """Whether a scenario's request is for this row."""
+        if scenario == "authors":
+            return row.kind != "canary" and row.owner < self.size.gone
+        return row.kind == {"codes": "code", "canaries": "canary"}[scenario]
+
+    def is_kept(self, scenario: str, row: texts.Row) -> bool:
+        """Whether it is among the answers that should stay: the authors' others, where codes go."""
+        return not self.is_gone(scenario, row) and not (scenario == "codes" and row.kind == "canary")
+
+    def _kept(self, name: str, make: Any) -> nn.Module:
+        if not (self.folder / name / "config.json").exists():
+            say(f"training {name}")
+            make().save_pretrained(self.folder / name)
+        model: nn.Module = GPT2LMHeadModel.from_pretrained(self.folder / name)
+        return model.eval()
+
+
+class Case:
+    """One scenario of one seed."""
+
+    def __init__(self, shop: Workshop, scenario: str, seed: int) -> None:
+        rows = shop.rows(seed)
+        self.seed = seed
+        gone = [r for r in rows if shop.is_gone(scenario, r)]
+        self.measures = Measures(shop.tokens, gone, [r for r in rows if shop.is_kept(scenario, r)], shop.held_out)
+        self.model = shop.memorised(seed)
+        self.prior = shop.prior(seed, self.model)
+        self.forgotten = texts.batches(shop.tokens, gone)
+        kept = [r for r in rows if not shop.is_gone(scenario, r)]
+        self.retained: tuple[list[Any], Tensor] = texts.batches(shop.tokens, kept, end=True), shop.general
+
+    def follow(self, stop: Any, every: int = 1) -> Followed:
+        """What looks at a run on its way."""
+        gone, kept = (texts.batches(self.measures.tokens, r, 100) for r in (self.measures.gone, self.measures.kept))
+        return Followed(gone, kept, stop, every)
+
+    def forgot(self, arm: Arm) -> dict[str, Any]:
+        """An arm of the table, with all measures."""
+        ours = arm.kind == "ours"
+        follow = self.follow(lambda look: not ours and look["extracted"] <= ENOUGH, every=arm.steps if ours else 1)
+        model, facts = self._run(arm, follow)
+        return {**facts, **self.measures.quickly(model), **self.measures.slowly(model)}
+
+    def deep(self, arm: Arm) -> dict[str, Any]:
+        """An arm on its way to the depth at which arms are compared, and a little further."""
+        follow = self.follow(lambda look: look["nll"] >= max(DEPTHS))
+        _, facts = self._run(arm, follow)
+        return {**facts, "looks": follow.looks, "at": {str(d): at_depth(follow.looks, d) for d in DEPTHS}}
+
+    def _run(self, arm: Arm, follow: Followed) -> tuple[nn.Module, dict[str, Any]]:
+        return unlearned(arm, self.model, self.prior, self.forgotten, self.retained, follow, self.seed)
+
+
+def missing(shop: Workshop, scenario: str, seed: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The table's rows and the curves that are not there yet."""
+    names = ["before", *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), "retraining"]
+    if not set(names) - done:
+        return
+    case = Case(shop, scenario, seed)
+    for name in (n for n in names if n not in done):
+        start = time.perf_counter()
+        if name in ("before", "retraining"):
+            model = case.model if name == "before" else shop.memorised(seed, without=scenario)
+            found = {**case.measures.quickly(model), **case.measures.slowly(model)}
+        elif name in ARMS[scenario]:
+            found = case.forgot(ARMS[scenario][name])
+        else:
+            found = case.deep(DEPTH[name])
+        shown = found.get("at") or {k: round(v, 2) for k, v in found.items() if isinstance(v, float)}
+        say(f"seed {seed}, {scenario}, {name}: {shown} ({time.perf_counter() - start:.0f} s)")
+        yield name, found
+
+
+def tune(shop: Workshop, out: Path) -> None:
+    """Every step size of the grids on seed 0."""
+    case = Case(shop, "codes", 0)
+    file = out / "tuning.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for name, (arm, rates) in GRIDS.items():
+        for lr in rates:
+            key = f"{name}, lr {lr:g}"
+            if key in found:
+                continue
+            run = partial(case.deep if name.startswith("depth") else case.forgot, replace(arm, lr=lr))
+            found[key] = run()
+            found[key].pop("looks", None)
+            write_json(file, found)
+            say(f"{key}: {found[key]}")
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the results.")],
+    seed: Annotated[list[int], typer.Option()] = [1, 2, 3],  # noqa: B006
+    scenario: Annotated[list[str], typer.Option(help=f"Of {', '.join(SCENARIOS)}.")] = list(SCENARIOS),  # noqa: B006
+    text: Annotated[Path | None, typer.Option(help="General text, in place of Python's own.")] = None,
+    models_in: Annotated[
+        Path | None, typer.Option(help="Folder of trained models; default runs/language-SIZE.")
+    ] = None,
+    tuning: Annotated[bool, typer.Option("--tune", help="Choose the step sizes on seed 0.")] = False,
+    size: Annotated[str, typer.Option(help=f"Of {', '.join(models.SIZES)}.")] = "full",
+    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+) -> None:
+    """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``."""
+    for value, known in ((size, models.SIZES), *((name, SCENARIOS) for name in scenario)):
+        if value not in known:
+            raise typer.BadParameter(f"{value} is none of {', '.join(known)}")
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    shop = Workshop(models_in or Path("runs") / f"language-{size}", text, models.SIZES[size])
+    if tuning:
+        tune(shop, out)
+        return
+    file = out / "language.json"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    facts = {"size": size, "text": "Python's own" if text is None else text.name, **versions, "threads": threads}
+    runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
+    for name, s in ((c, s) for c in scenario for s in seed):
+        done = {r["name"] for r in runs if (r["scenario"], r["seed"]) == (name, s)}
+        for arm, found in missing(shop, name, s, done):
+            runs.append({"scenario": name, "seed": s, "name": arm, **found})
+            runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"]))
+            write_json(file, facts | {"runs": runs})
+            (out / "language.md").write_text(tables.table(runs))
+    tables.figure(runs, out / "language.png")
+    print(tables.table(runs))
+
+
+if __name__ == "__main__":
+    typer.run(main)
