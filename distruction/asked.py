@@ -34,6 +34,17 @@ def check_previous(previous: Posterior | None, identity: str) -> None:
         )
 
 
+def check_strength(kl_weight: float | str, level: float | None) -> None:
+    """Refuse a lambda outside of [0, 1], a level that is no probability, and both together."""
+    automatic = kl_weight == "auto"
+    if not automatic and (isinstance(kl_weight, str) or not 0 <= kl_weight <= 1):
+        raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}, or 'auto'")
+    if level is not None and not (isinstance(level, int | float) and 0 < level < 1):
+        raise UsageError(f"level must be a probability in (0, 1), not {level}")
+    if level is not None and not automatic:
+        raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
+
+
 def labels_forgotten(posterior: Posterior) -> list[int]:
     """Labels of the earlier requests for whole classes."""
     requests = posterior.metadata.get("forgotten", [])

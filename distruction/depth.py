@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .errors import UsageError
 from .features import Features, mean_cosine
 from .loop import Step, cosine
 from .optim import BGD
@@ -35,6 +36,21 @@ MARGIN, SCALE, FALLING, CLIP = 0.05, 0.1, 0.02, 2.0
 RATE = 0.03
 START, LEAST, MOST = 1000.0, 1.0, 1e5
 """S at the start, and its bounds, in data points."""
+
+
+def cosine_asked(depth: str | None, level: float | None, classifier: str | None) -> float:
+    """The mean cosine to end at, of arguments that fit each other.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if depth not in (None, "features"):
+        raise UsageError(f"depth must be 'features' or None, not {depth!r}")
+    if depth is None and not (level is None and classifier is None):
+        raise UsageError("cosine_level and classifier are for depth='features': pass that too, or leave them out")
+    if level is not None and not -1 < level < 1:
+        raise UsageError(f"cosine_level must be a cosine in (-1, 1), not {level}")
+    return COSINE if level is None else level
 
 
 class Dispersed:

@@ -12,10 +12,10 @@ from torch import nn
 
 from . import damage, distributed, objectives
 from .adapters import Adapter, adapted
-from .asked import check_previous, kind_of, labels_forgotten, largest_ratio, level_of
-from .depth import COSINE, SPEED, DepthAscent, Dispersed
+from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of
 from .depth import CYCLE as DEEP_CYCLE
 from .depth import PACE as DEEP_PACE
+from .depth import SPEED, DepthAscent, Dispersed, cosine_asked
 from .describe import described
 from .errors import UsageError
 from .features import Features
@@ -178,24 +178,12 @@ def forget(
     distributed.start()
     automatic = kl_weight == "auto"
     given = 0.5 if isinstance(kl_weight, str) else kl_weight
-    if not automatic and (isinstance(kl_weight, str) or not 0 <= kl_weight <= 1):
-        raise UsageError(f"kl_weight (lambda) must be in [0, 1], not {kl_weight}, or 'auto'")
-    if level is not None and not (isinstance(level, int | float) and 0 < level < 1):
-        raise UsageError(f"level must be a probability in (0, 1), not {level}")
-    if level is not None and not automatic:
-        raise UsageError("a level is what kl_weight='auto' goes by: leave out level or kl_weight")
+    check_strength(kl_weight, level)
     if not 0 < data_per_step < math.inf:
         raise UsageError(f"data_per_step must be > 0 and finite, not {data_per_step}")
     if target is not None:
         request, level = of_target(target, request, level)
-    if depth not in (None, "features"):
-        raise UsageError(f"depth must be 'features' or None, not {depth!r}")
-    if depth is None and not (cosine_level is None and classifier is None):
-        raise UsageError("cosine_level and classifier are for depth='features': pass that too, or leave them out")
-    if cosine_level is None:
-        cosine_level = COSINE
-    elif not -1 < cosine_level < 1:
-        raise UsageError(f"cosine_level must be a cosine in (-1, 1), not {cosine_level}")
+    cosine_level = cosine_asked(depth, cosine_level, classifier)
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:
@@ -203,8 +191,7 @@ def forget(
     if steps is not None:
         steps = require_count("steps", steps)
     if isinstance(objective, type):
-        name = objective.__name__
-        raise UsageError(f"the objective is the class {name}: pass one made of it, {name}(...)")
+        raise UsageError(f"the objective is the class {(name := objective.__name__)}: pass one made of it, {name}(...)")
     mc_samples, seed = require_count("mc_samples", mc_samples, 0), require_seed(seed)
     if isinstance(previous, ForgetReport):
         previous = previous.posterior
@@ -382,7 +369,7 @@ def forget(
     point.remove()
     told = value if advantage is None else advantage
     reached = None if level is None or told is None else told <= level
-    advice = _advice(control, len(history), steps) if control is not None and not reached else ""
+    advice = control.advice(len(history), steps) if control is not None and not reached else ""
     features_cosine = None
     if deepening is not None and value is not None:
         features_cosine = result.metadata["cosine"] = probability.cosine
@@ -413,14 +400,3 @@ def _removed(objective: Any) -> Iterator[None]:
     finally:
         if hasattr(objective, "remove"):
             objective.remove()
-
-
-def _advice(control: DualAscent, done: int, steps: int) -> str:
-    if control.at_bound:
-        return (
-            "the objective weighs as much against the posterior as it may and the level is not reached: the posterior "
-            "may be too narrow (prepare it with less evidence), or choose another objective or a higher level"
-        )
-    if done < steps:
-        return "the callback ended the run before the level was reached: let it go on"
-    return f"the {steps} steps ended before the level was reached: allow more steps, or choose a higher level"

@@ -207,11 +207,11 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
 
     def _beside(self, params: Mapping[str, Tensor]) -> "Posterior":
         """This posterior where the parameters are, which are its own."""
-        placed = copy.copy(self)
 
         def beside(t: Stored, param: Tensor) -> Stored:
             return t.beside(param) if isinstance(t, LogCodes) else shard_like(t, param)
 
+        placed = copy.copy(self)
         placed._means = {n: beside(t, params[n]) for n, t in self._means.items()}
         placed._stds = {n: beside(t, params[n]) for n, t in self._stds.items()}
         return placed
@@ -220,11 +220,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
         """This posterior with whole tensors on every rank, on the CPU if it was sharded."""
         whole = copy.copy(self)
         whole._means, whole._stds = (
-            {
-                n: t.gathered() if isinstance(t, LogCodes) else gather(t).cpu() if is_sharded(t) else t
-                for n, t in tensors.items()
-            }
-            for tensors in (self._means, self._stds)
+            {n: t.gathered() if isinstance(t, LogCodes) else gather(t).cpu() if is_sharded(t) else t for n, t in ts}
+            for ts in (self._means.items(), self._stds.items())
         )
         return whole
 

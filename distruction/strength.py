@@ -320,6 +320,18 @@ class DualAscent:
         """Whether R is at its upper bound."""
         return self.log_ratio >= self._most
 
+    def advice(self, done: int, steps: int) -> str:
+        """What to do where the level is not reached."""
+        if self.at_bound:
+            return (
+                "the objective weighs as much against the posterior as it may and the level is not reached: the "
+                "posterior may be too narrow (prepare it with less evidence), or choose another objective or a higher "
+                "level"
+            )
+        if done < steps:
+            return "the callback ended the run before the level was reached: let it go on"
+        return f"the {steps} steps ended before the level was reached: allow more steps, or choose a higher level"
+
     def weights(self) -> tuple[float, float]:
         """lambda and the data points of the objective that make R."""
         ratio = math.exp(self.log_ratio)
