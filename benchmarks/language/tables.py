@@ -62,7 +62,7 @@ def figure(runs: list[dict[str, Any]], path: Path) -> None:
     deep = [r for r in runs if "looks" in r]
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in deep))}
     for i, r in enumerate(deep):
-        label = None if r["name"] in {x["name"] for x in deep[:i]} else r["name"].removeprefix("depth: ")
+        label = None if r["name"] in {x["name"] for x in deep[:i]} else r["name"].removeprefix("depth, ")
         ax.plot(
             [x["nll"] for x in r["looks"]], [x["kept"] for x in r["looks"]], ".-", c=colours[r["name"]], label=label
         )
