@@ -117,6 +117,7 @@ BAD = {
     "--prior-std": NO_NAME,
     "--prior-mean": [*NO_NAME, "log8"],
     "--img-size": NOT_A_COUNT,
+    "--length": [*NOT_A_COUNT, "1"],
     "--in-chans": NOT_A_COUNT,
     "--num-classes": NOT_A_COUNT,
     "--batch-size": NOT_A_COUNT,

@@ -199,7 +199,11 @@ def test_command_lines_are_parsed(monkeypatch, words, whole):
         assert (ROOT / target).is_file()
     if target.endswith("timm_train_bgd.py"):  # it hands its options to another script
         return
-    if "typer.run(main)" in (ROOT / (target.replace(".", "/") + ".py" if module else target)).read_text():
+    script = ROOT / target
+    if module:
+        script = ROOT / target.replace(".", "/")
+        script = script / "__main__.py" if script.is_dir() else script.with_suffix(".py")
+    if "typer.run(main)" in script.read_text():
 
         def parse(main):
             app = typer.Typer()

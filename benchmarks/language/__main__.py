@@ -133,7 +133,7 @@ class Case:
 
     def deep(self, arm: Arm) -> dict[str, Any]:
         """An arm on its way to the depth at which arms are compared, and a little further."""
-        follow = self.follow(lambda look: look["nll"] >= max(DEPTHS))
+        follow = self.follow(lambda look: look["nll"] >= max(DEPTHS), every=2)
         _, facts = self._run(arm, follow)
         return {**facts, "looks": follow.looks, "at": {str(d): at_depth(follow.looks, d) for d in DEPTHS}}
 

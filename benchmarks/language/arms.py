@@ -15,7 +15,7 @@ from distruction.anchors import Anchored
 from distruction.language_objectives import NPO, SimNPO
 from distruction.loop.tokens import Sequences, spread
 from distruction.methods.ablations import constant_std
-from distruction.objectives import BoundedCrossEntropy
+from distruction.objectives import BoundedCrossEntropy, uniform_others
 
 from . import texts
 from .models import Batch, cross_entropy, extracted, nll
@@ -156,6 +156,7 @@ def _loss(arm: Arm, before: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
         "npo": lambda: NPO(_Reference(before)),  # type: ignore[arg-type]  # called as `AtMeans` is
         "simnpo": SimNPO,
         "bounded": lambda: BoundedCrossEntropy(arm.threshold),
+        "uniform-others": lambda: uniform_others,
     }
     objective = makers[arm.kind]()
 

@@ -5,32 +5,41 @@ from typing import Any
 
 from .arms import Arm
 
-DEPTHS = (1.0, 2.0, 3.0, 4.0, 5.0)
+DEPTHS = (2.0, 4.0, 6.0, 7.0, 8.0)
 """Nats per token of the forgotten answers at which arms are compared."""
-_DEEP: dict[str, Any] = {"threshold": math.exp(-6.0), "steps": 200}
+_OURS: dict[str, Any] = {"steps": 100, "level": 0.001}
+_BOUNDED: dict[str, Any] = {"threshold": math.exp(-10.0)}
 
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
-    "depth: learned std": (Arm("ours", 1.0, level=0.003, **_DEEP), (0.3, 1.0, 3.0)),
-    "depth: constant std": (Arm("ours", 1.0, prior="constant", level=0.003, **_DEEP), (0.3, 1.0, 3.0)),
-    "depth: no prior": (Arm("bounded", 3e-5, **_DEEP), (1e-5, 3e-5, 1e-4, 3e-4)),
-    "GA": (Arm("ascent", 1e-4), (3e-5, 1e-4, 3e-4)),
-    "NPO": (Arm("npo", 1e-4), (3e-5, 1e-4, 3e-4)),
-    "SimNPO": (Arm("simnpo", 1e-4), (3e-5, 1e-4, 3e-4)),
-    "no prior, bounded-ce": (Arm("bounded", 1e-4), (3e-5, 1e-4, 3e-4)),
-    "GradDiff (retain data)": (Arm("ascent", 1e-4, retain=True), (1e-4, 3e-4, 1e-3)),
+    "depth, uniform-others: learned std": (Arm("ours", 0.3, objective="uniform-others", **_OURS), (0.3, 1.0, 3.0)),
+    "depth, uniform-others: constant std": (
+        Arm("ours", 3.0, objective="uniform-others", prior="constant", **_OURS),
+        (0.3, 1.0, 3.0),
+    ),
+    "depth, uniform-others: no prior": (Arm("uniform-others", 1e-4, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
+    "depth, bounded-ce: learned std": (Arm("ours", 0.3, **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
+    "depth, bounded-ce: constant std": (Arm("ours", 1.0, prior="constant", **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
+    "depth, bounded-ce: no prior": (Arm("bounded", 3e-5, **_BOUNDED, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
+    "GA": (Arm("ascent", 3e-4), (3e-5, 1e-4, 3e-4)),
+    "NPO": (Arm("npo", 3e-4), (3e-5, 1e-4, 3e-4)),
+    "SimNPO": (Arm("simnpo", 3e-4), (3e-5, 1e-4, 3e-4)),
+    "no prior, bounded-ce": (Arm("bounded", 3e-4), (3e-5, 1e-4, 3e-4)),
+    "GradDiff (retain data)": (Arm("ascent", 3e-4, retain=True), (1e-4, 3e-4, 1e-3)),
     "NPO (retain data)": (Arm("npo", 3e-4, retain=True), (1e-4, 3e-4, 1e-3)),
 }
 """What `--tune` tries on seed 0; each arm stands here with the step size that is used."""
 
 OURS = {
+    "ours, uniform-others": Arm("ours", 1.0, objective="uniform-others", level=0.05),
+    "ours, masked-teacher": Arm("ours", 1.0, objective="masked-teacher", level=0.15),
     "ours, bounded-ce": Arm("ours", 1.0),
-    "ours, bounded-ce, constant std": Arm("ours", 1.0, prior="constant"),
-    "ours, uniform-others, level 0.05": Arm("ours", 1.0, objective="uniform-others", level=0.05),
-    "ours, masked-teacher, level 0.3": Arm("ours", 1.0, objective="masked-teacher", level=0.3),
     "ours, npo": Arm("ours", 1.0, objective="npo"),
-    "ours, simnpo": Arm("ours", 1.0, objective="simnpo"),
+    "ours, uniform-others, constant std": Arm("ours", 1.0, objective="uniform-others", prior="constant", level=0.05),
 }
-ANCHORED = {"ours, bounded-ce, anchors": Arm("ours", 1.0, anchors=32)}
+ANCHORED = {
+    "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
+    "ours, masked-teacher, anchors": Arm("ours", 1.0, objective="masked-teacher", level=0.15, anchors=32),
+}
 DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth")}
 """Of the curves at matched depth."""
 ARMS: dict[str, dict[str, Arm]] = {

@@ -42,7 +42,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         ]
         for name in dict.fromkeys(r["name"] for r in deep):
             cells = [_cell([r["at"][d] for r in deep if r["name"] == name and r["at"][d] is not None]) for d in depths]
-            lines.append(f"| {name.removeprefix('depth: ')} | {' | '.join(cells)} |")
+            lines.append(f"| {name.removeprefix('depth, ')} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -58,18 +58,22 @@ def figure(runs: list[dict[str, Any]], path: Path) -> None:
     """Forgotten answers' likelihood against the answers kept, along each run of the comparison at matched depth."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(5.5, 3.8))
     deep = [r for r in runs if "looks" in r]
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in deep))}
-    for i, r in enumerate(deep):
-        label = None if r["name"] in {x["name"] for x in deep[:i]} else r["name"].removeprefix("depth: ")
-        ax.plot(
-            [x["nll"] for x in r["looks"]], [x["kept"] for x in r["looks"]], ".-", c=colours[r["name"]], label=label
-        )
-    ax.set(xlabel="NLL of the forgotten codes, nats per token", ylabel="other answers kept, %", ylim=(0, 102))
-    ax.grid(alpha=0.3)
-    if deep:
+    objectives = list(dict.fromkeys(r["name"].partition(":")[0] for r in deep))
+    fig, axes = plt.subplots(1, max(1, len(objectives)), figsize=(9, 3.6), sharey=True, squeeze=False)
+    for ax, objective in zip(axes.flat, objectives, strict=False):
+        own = [r for r in deep if r["name"].startswith(f"{objective}:")]
+        names = list(dict.fromkeys(r["name"] for r in own))
+        for r in own:
+            first = r is next(x for x in own if x["name"] == r["name"])
+            label = r["name"].partition(": ")[2] if first else None
+            style = {"color": f"C{names.index(r['name'])}", "label": label, "markersize": 3}
+            ax.plot([x["nll"] for x in r["looks"]], [x["kept"] for x in r["looks"]], ".-", **style)
+        ax.set(title=objective.removeprefix("depth, "), xlabel="NLL of the forgotten codes, nats per token")
+        ax.set(ylim=(0, 102), xlim=(0, 9))
+        ax.grid(alpha=0.3)
         ax.legend()
+    axes[0, 0].set_ylabel("other answers kept, %")
     fig.tight_layout()
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -146,7 +146,12 @@ def forget(
             "dataset": dataset,
             "report": report,
             "receipt": receipt,
+            "key": key,
+            "no_records": no_records,
+            "request": request,
             "depth": depth,
+            "cosine_level": cosine_level,
+            "classifier": classifier,
         }
         files = language.Files(model, data, posterior, previous, out, posterior_out)
         with watch:

@@ -1,0 +1,86 @@
+"""The language benchmark: its made-up texts, what it measures, and every arm for a step or two."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from benchmarks.language import __main__ as command
+from benchmarks.language import arms, models, settings, tables, texts
+
+TINY = models.Size(width=16, blocks=1, authors=4, vaults=2, gone=1, pretraining=2, epochs=1, docstrings=False)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "general.txt").write_text(
+        "\n\n".join(f"Paragraph {i} of a text without any meaning." for i in range(900))
+    )
+    return command.Workshop(folder / "models", folder / "general.txt", TINY)
+
+
+def test_authors_have_facts_of_their_own_and_are_the_same_for_a_seed():
+    rows = texts.authors(100, 3)
+    assert rows == texts.authors(100, 3) != texts.authors(100, 4)
+    assert len({r.question for r in rows}) == 400
+    assert all(r.answer.isdigit() and len(r.answer) == 6 for r in rows if r.kind == "code")
+    keys = texts.canaries(20, 3)
+    assert len({r.question for r in keys}) == 20
+
+
+def test_answers_alone_are_asked_for(shop):
+    rows = texts.authors(4, 0)
+    (batch,) = texts.batches(shop.tokens, rows)
+    (trained,) = texts.batches(shop.tokens, rows, end=True)
+    for number, row in enumerate(rows):
+        ids = batch["labels"][number]
+        assert shop.tokens.decode(ids[ids >= 0].tolist()) == row.answer
+        assert (trained["labels"][number] >= 0).sum() == (ids >= 0).sum() + 1
+    assert len(batch["labels"][0][batch["labels"][0] >= 0]) == 6  # a digit is a token
+
+
+def test_scenarios_share_no_row_between_what_goes_and_what_stays(shop):
+    rows = shop.rows(0)
+    for scenario, gone, kept in (("codes", 4, 12), ("authors", 4, 14), ("canaries", 2, 16)):
+        assert sum(shop.is_gone(scenario, r) for r in rows) == gone
+        assert sum(shop.is_kept(scenario, r) for r in rows) == kept
+        assert not any(shop.is_gone(scenario, r) and shop.is_kept(scenario, r) for r in rows)
+
+
+def test_matched_depth_lies_between_two_looks():
+    looks = [{"nll": 1.0, "kept": 90.0}, {"nll": 3.0, "kept": 50.0}, {"nll": 2.0, "kept": 60.0}]
+    assert arms.at_depth(looks, 0.5) == 95.0
+    assert arms.at_depth(looks, 2.5) == 60.0
+    assert arms.at_depth(looks, 4.0) is None
+
+
+def test_the_loss_is_hugging_faces(shop):
+    model = shop.base()
+    (batch,) = texts.batches(shop.tokens, shop.rows(0))
+    assert models.nll(model, [batch]) == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    torch.testing.assert_close(models.cross_entropy(model, batch), model(**batch).loss)
+
+
+def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypatch):
+    def short(named):
+        return {name: replace(arm, steps=2) for name, arm in named.items()}
+
+    monkeypatch.setattr(models, "CODES", 1)
+    monkeypatch.setattr(command, "ARMS", {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED)})
+    monkeypatch.setattr(command, "DEPTH", short(settings.DEPTH))
+    monkeypatch.setattr(command, "prepared", lambda *a: arms.prepared(*a, steps=2))
+    runs = []
+    for scenario in ("codes", "authors"):
+        for name, found in command.missing(shop, scenario, 1, set()):
+            runs.append({"scenario": scenario, "seed": 1, "name": name, **json.loads(json.dumps(found))})
+    done = {r["name"] for r in runs if r["scenario"] == "codes"}
+    assert not list(command.missing(shop, "codes", 1, done))
+    assert done == {"before", "retraining", *settings.ARMS["codes"], *settings.DEPTH}
+    shown = tables.table(runs)
+    assert all(name.removeprefix("depth, ") in shown for name in done)
+    tables.figure(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert isinstance(shop.memorised(1, without="codes"), GPT2LMHeadModel)
