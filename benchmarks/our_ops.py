@@ -39,8 +39,8 @@ class Workload:
 
 
 def parameters_of(w: Workload) -> list[nn.Parameter]:
-    """The workload's parameters with their gradients, as an optimizer takes them."""
-    params = [nn.Parameter(p) for p in w.param]
+    """Parameters of an optimizer's own, since what another wrote would become its means, with the workload's gradients."""
+    params = [nn.Parameter(p.clone()) for p in w.param]
     for p, g in zip(params, w.grad, strict=True):
         p.grad = g
     return params

@@ -125,9 +125,9 @@ DISTRUCTION_FN void store_param(
 }
 
 DISTRUCTION_FN void block_words(const Draw& draw, uint32_t stream, int64_t block, uint32_t (&words)[4]) {
-  const uint32_t low[1] = {static_cast<uint32_t>(block)};
-  uint32_t c[1][4];
-  philox<1>(low, static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32), draw.number, stream, draw.seed, c);
+  uint32_t c[1][4] = {
+      {static_cast<uint32_t>(block), static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32), draw.number, stream}};
+  philox<0>(c, draw.seed);
   for (int j = 0; j < 4; ++j) words[j] = c[0][j];
 }
 

@@ -7,49 +7,30 @@
 namespace distruction {
 
 static constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+static constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
-// Ten rounds on the counters (low[g], high, number, stream) of `groups` blocks at once; more than one hides the
+// The rounds from `first` on of the ten, on the counters of `groups` blocks at once, in place; more than one hides the
 // multiplications' latency. Word is uint32_t, or a vector of 64-bit lanes whose low halves are the words and whose high
-// halves are ignored. What the blocks share, three of four words, is multiplied once, as far as the third round.
-template <int groups, class Word>
-DISTRUCTION_FN void philox(
-    const Word (&low)[groups], uint32_t high, uint32_t number, uint32_t stream, uint64_t seed, Word (&counter)[groups][4]) {
-  uint32_t key0[10], key1[10];
+// halves are ignored.
+template <int first, int groups, class Word>
+DISTRUCTION_FN void philox(Word (&counter)[groups][4], uint64_t seed) {
+  uint32_t key0 = static_cast<uint32_t>(seed) + first * kWeyl0;
+  uint32_t key1 = static_cast<uint32_t>(seed >> 32) + first * kWeyl1;
 DISTRUCTION_UNROLL(10)
-  for (uint32_t round = 0; round < 10; ++round) {
-    key0[round] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
-    key1[round] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
-  }
-  uint32_t high1, low1, high0, low0;
-  multiply_wide(number, kMultiplier1, high1, low1);
-  multiply_wide(high1 ^ high ^ key0[0], kMultiplier0, high0, low0);
-DISTRUCTION_UNROLL(8)
-  for (int g = 0; g < groups; ++g) {
-    Word(&c)[4] = counter[g];
-    Word h, l;
-    multiply_wide(low[g], kMultiplier0, h, l);
-    c[2] = l ^ (high0 ^ key1[1]);
-    multiply_wide(h ^ (stream ^ key1[0]), kMultiplier1, h, c[1]);
-    multiply_wide(h ^ (low1 ^ key0[1]), kMultiplier0, h, c[3]);
-    Word next;
-    multiply_wide(c[2], kMultiplier1, next, l);
-    c[0] = next ^ c[1] ^ key0[2];
-    c[1] = l;
-    c[2] = h ^ (low0 ^ key1[2]);
-  }
-DISTRUCTION_UNROLL(7)
-  for (int round = 3; round < 10; ++round) {
+  for (int round = first; round < 10; ++round) {
 DISTRUCTION_UNROLL(8)
     for (int g = 0; g < groups; ++g) {
       Word(&c)[4] = counter[g];
-      Word h0, l0, h1, l1;
-      multiply_wide(c[0], kMultiplier0, h0, l0);
-      multiply_wide(c[2], kMultiplier1, h1, l1);
-      c[0] = h1 ^ c[1] ^ key0[round];
-      c[1] = l1;
-      c[2] = h0 ^ c[3] ^ key1[round];
-      c[3] = l0;
+      Word high0, low0, high1, low1;
+      multiply_wide(c[0], kMultiplier0, high0, low0);
+      multiply_wide(c[2], kMultiplier1, high1, low1);
+      c[0] = high1 ^ c[1] ^ key0;
+      c[1] = low1;
+      c[2] = high0 ^ c[3] ^ key1;
+      c[3] = low0;
     }
+    key0 += kWeyl0;
+    key1 += kWeyl1;
   }
 }
 

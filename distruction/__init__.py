@@ -35,6 +35,7 @@ __all__ = [
 _SUBMODULES = (
     "experiments",
     "adapters",
+    "anchors",
     "data",
     "distributed",
     "errors",

@@ -191,6 +191,20 @@ def test_every_contestant_runs(op, workload):
 # --- the GPU's, as far as a CPU goes ------------------------------------------------------------------
 
 
+def test_no_optimizer_takes_anothers_sample_for_weights_that_somebody_wrote(monkeypatch):
+    # Else it would make them its means, in a pass of its own, at each of its steps.
+    w = our_ops.Workload(SHAPES, torch.device("cpu"))
+    named = contestants.OPS["optimizer step"].makers(["cpp"])
+    runs = [run for name in ("distruction (cpp)", "eager", contestants.ADAMW) for run in named[name](w).values()]
+    for run in runs:
+        run()
+    taken = []
+    monkeypatch.setattr("distruction.optim.groups.take_over", lambda *args, **kwargs: taken.append(args))
+    for run in runs:
+        run()
+    assert not taken
+
+
 def test_a_queued_call_is_waited_for_longer_until_the_host_is_ahead(monkeypatch):
     waits, enough = [], 8 * harness.QueuedTime.SHORTEST
 

@@ -43,6 +43,32 @@ DISTRUCTION_FN void store_transposed(uint32_t* out, const Word (&x)[4]) {
   store(out + 3 * kLanes, interleave_pairs<true>(c, d));
 }
 
+// The counters (low[g], high, number, stream) after three rounds of the generator; what they share, three of four words,
+// is multiplied once.
+DISTRUCTION_FN void three_rounds(
+    const Wide (&low)[4], uint32_t high, uint32_t number, uint32_t stream, uint64_t seed, Wide (&counter)[4][4]) {
+  uint32_t key0[3], key1[3];
+  for (uint32_t round = 0; round < 3; ++round) {
+    key0[round] = static_cast<uint32_t>(seed) + round * kWeyl0;
+    key1[round] = static_cast<uint32_t>(seed >> 32) + round * kWeyl1;
+  }
+  uint32_t high1, low1, high0, low0;
+  multiply_wide(number, kMultiplier1, high1, low1);
+  multiply_wide(high1 ^ high ^ key0[0], kMultiplier0, high0, low0);
+  for (int g = 0; g < 4; ++g) {
+    Wide(&c)[4] = counter[g];
+    Wide h, l, next;
+    multiply_wide(low[g], kMultiplier0, h, l);
+    c[2] = l ^ (high0 ^ key1[1]);
+    multiply_wide(h ^ (stream ^ key1[0]), kMultiplier1, h, c[1]);
+    multiply_wide(h ^ (low1 ^ key0[1]), kMultiplier0, h, c[3]);
+    multiply_wide(c[2], kMultiplier1, next, l);
+    c[0] = next ^ c[1] ^ key0[2];
+    c[1] = l;
+    c[2] = h ^ (low0 ^ key1[2]);
+  }
+}
+
 // The words, the normals or both of `count` elements from generator block `block` on, rounded up to whole units. The
 // blocks share the high word of their numbers.
 template <bool with_words, bool with_normals>
@@ -52,7 +78,8 @@ DISTRUCTION_NOINLINE void generate(
     Wide low[4], c[4][4];
     for (int g = 0; g < 4; ++g)
       low[g] = load<Wide>(kLaneBlocks.of[g % 2]) + (block + static_cast<uint64_t>(done / 4 + g / 2 * kLanes));
-    philox<4>(low, static_cast<uint32_t>(block >> 32), draw.number, stream, draw.seed, c);
+    three_rounds(low, static_cast<uint32_t>(block >> 32), draw.number, stream, draw.seed, c);
+    philox<3>(c, draw.seed);
     for (int p = 0; p < 2; ++p) {
       Word w[4];
       for (int j = 0; j < 4; ++j) w[j] = pack(c[2 * p][j], c[2 * p + 1][j]);
