@@ -26,7 +26,7 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import ADVANTAGE, Advantage, by_unseen, held_out_of, odds_of, of_target
+from .targets import ADVANTAGE, SUB_CLASS_SPEED, Advantage, by_unseen, held_out_of, odds_of, of_target
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
@@ -91,7 +91,7 @@ def forget(
     *,
     previous: "Posterior | ForgetReport | None" = None,
     request: Literal["auto", "class", "records"] = "auto",
-    target: Literal["gone", "unseen", "corrected"] | None = None,
+    target: Literal["gone", "sub-class", "unseen", "corrected"] | None = None,
     objective: str | objectives.Objective = objectives.DEFAULT,
     adapter: Adapter | None = None,
     steps: int | None = None,
@@ -135,9 +135,10 @@ def forget(
             say, where it has at most half of the labels that the model knows. A language model's are ``texts``: their
             tokens are to be at most as likely as ``level``, in up to 400 steps; as ``records`` the model is changed as
             little as possible.
-        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``unseen``, these records, as
-            if the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``,
-            the labels of these records, which are wrong (`distruction.targets`).
+        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``sub-class``, what these
+            records show, whose labels live on for others; ``unseen``, these records, as if the model had not been
+            trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``, the labels of these
+            records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier. The named ones are for classes, of examples or of pixels
             (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several labels and
@@ -157,7 +158,7 @@ def forget(
         classifier: name of the layer that gives the logits, for ``depth``; ``None`` looks for it.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
         lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps
-            (with ``depth`` it starts at half of it, in cycles of 100).
+            (with ``depth`` it starts at half of it, in cycles of 100; for a sub-class at 0.3 of it).
         mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
             E_q[U] by so many samples, each with a forward and a backward pass (even numbers use antithetic pairs), and
             the stds learned with the means.
@@ -226,7 +227,7 @@ def forget(
     if steps is None:
         steps = MOST_STEPS if automatic else STEPS
     cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
-    speed = lr if depth is None else SPEED * lr
+    speed = lr * (SUB_CLASS_SPEED if target == "sub-class" else 1.0 if depth is None else SPEED)
     settings = {
         "objective": objectives.name_of(objective),
         "steps": steps,

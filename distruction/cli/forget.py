@@ -53,8 +53,9 @@ def forget(
     target: Annotated[
         str | None,
         typer.Option(
-            help="In place of --request: gone, these classes; unseen, these records, as if the model had not been "
-            "trained on them; corrected, the labels of these records, which are wrong."
+            help="In place of --request: gone, these classes; sub-class, what these records show, whose labels live "
+            "on for others; unseen, these records, as if the model had not been trained on them; corrected, the labels "
+            "of these records, which are wrong."
         ),
     ] = None,
     dry_run: Annotated[
