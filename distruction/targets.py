@@ -37,7 +37,7 @@ CORRECTED = 0.05
 SUB_CLASS = 0.05
 """Mean probability of their labels at which the records of a sub-class count as gone."""
 SUB_CLASS_SPEED = 0.3
-"""Share of the step size that a sub-class is approached with: its siblings, which share the label, follow long steps."""
+"""Share of the step size that a sub-class is approached with: siblings, which share its label, follow long steps."""
 ADVANTAGE = 0.06
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
