@@ -24,11 +24,10 @@ def overview(folder: Path) -> str:
     for method in found[kinds[0]]:
         line = [tables.title(method), methods.get(method).reads]
         for kind in kinds:
-            summaries = found[kind].get(method, {})
-            # With s in the place of every seed's value, which would be too wide.
-            line += [
-                tables.entry(replace(summaries[m], values=()), 1) if m in summaries else "–" for m in ("retain", "forget")
-            ]
+            for metric in ("retain", "forget"):
+                summary = found[kind].get(method, {}).get(metric)
+                # With s in the place of every seed's value, which would be too wide.
+                line.append("–" if summary is None else tables.entry(replace(summary, values=()), 1))
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import damage, distributed, objectives
 from .adapters import Adapter, adapted
-from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of
+from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of, require_classes
 from .depth import CYCLE as DEEP_CYCLE
 from .depth import PACE as DEEP_PACE
 from .depth import SPEED, DepthAscent, Dispersed, cosine_asked
@@ -213,11 +213,8 @@ def forget(
     data = examined(loader, next(model.parameters()).device, seed=seed)
     if data.text:
         require_causal(model)
-    elif automatic and not data.counts and known is None and not isinstance(objective, str):
-        raise UsageError(
-            "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
-            "numbers: pass kl_weight (lambda), or an objective of distruction.task_objectives"
-        )
+    elif automatic and known is None and not isinstance(objective, str):
+        require_classes(data)
     kind = kind_of(request, data, posterior, model)
     if depth is not None and kind != "class":
         raise UsageError(
