@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -172,6 +173,13 @@ def test_a_streamed_image_is_the_one_in_memory(tmp_path, monkeypatch, size):
         assert torch.equal(y, w)
 
 
+def test_what_the_library_warns_of_is_a_line(distruction, made, here):
+    words = ("--data", here / "photos", "--class", "cat", "--batch-size", 8, "--steps", 1)
+    status, _, err = distruction(*forgets(made, here / "out", *words))
+    assert status == 0
+    assert re.fullmatch(r"note: 1 steps read 1 of the 4 batches of the forget set: .*\n", err)
+
+
 # --- requests -------------------------------------------------------------------------------------------
 
 
@@ -228,6 +236,7 @@ def test_prepare_says_whether_it_knows_unseen_data(distruction, made, here):
     words = ("prepare", "--model", made / "model", "--steps", 1, *QUICK)
     status, out, _ = distruction(*words, "--data", here / "photos", "--out", here / "p")
     assert (status, "unseen data: 80 records of 5 classes" in out) == (0, True)
+    assert re.search(r"; its samples get [\d.]+ % of the training images right, the model itself [\d.]+ %\n", out)
     for number, data in enumerate((here / "photos/train", here / "photos")):
         if number:
             shutil.rmtree(here / "photos/test")
