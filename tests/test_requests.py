@@ -485,6 +485,20 @@ def test_a_timm_name_with_its_weights(distruction, made, here):
     assert (status, "has 5 outputs, but 4 classes are named" in err) == (2, True)
 
 
+def test_weights_of_another_model_are_told_by_a_few_names(distruction, here):
+    """A large model's line would fill the screen many times."""
+    network = timm.create_model("test_vit", num_classes=5)
+    state = {n: t for n, t in network.state_dict().items() if not n.startswith("blocks.")}
+    state |= {"pos_embed": torch.zeros(1, 4, 64), "head.weight": state["head.weight"], "neck": torch.zeros(1)}
+    save_file(state, here / "w.safetensors")
+    lacking = [n for n in network.state_dict() if n not in state]
+    words = ("--model", "test_vit", "--weights", here / "w.safetensors", "--data", here / "photos", "--out", here / "p")
+    status, _, err = distruction("prepare", *words)
+    assert status == 2
+    assert f"it lacks {', '.join(lacking[:5])} and {len(lacking) - 5} more; it also has neck; pos_embed is " in err
+    assert f"pos_embed is [1, 4, 64] there and {list(network.pos_embed.shape)} here" in err
+
+
 FACTORY = """
 import numpy, torch
 CLASSES = ["ant", "bee", "cat", "dog", "owl"]
