@@ -64,10 +64,6 @@ def test_the_advantage_is_the_area_under_the_curve(digits, drift):
     assert areas[0] < areas[1] == 1
 
 
-class Memorising(Digits):
-    """Trained on few digits until it knows them."""
-
-
 @pytest.fixture(scope="module")
 def memorising(digits):
     torch.manual_seed(3)
