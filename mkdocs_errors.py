@@ -1,4 +1,4 @@
-"""The errors of the library, collected from the places that raise them, as the table of docs/troubleshooting.md."""
+"""The errors and warnings of the library, collected from where they are raised, as docs/troubleshooting.md's table."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ MARK = "<!-- errors -->"
 
 
 def classes() -> dict[str, str]:
-    """The library's errors and what each means, from the docstrings of distruction/errors.py."""
+    """The library's errors and warnings and what each means, from the docstrings of distruction/errors.py."""
     tree = ast.parse((ROOT / "distruction" / "errors.py").read_text())
     return {node.name: ast.get_docstring(node) or "" for node in tree.body if isinstance(node, ast.ClassDef)}
 
@@ -28,6 +28,11 @@ def text_of(node: ast.expr) -> str:
         return text_of(node.left) + text_of(node.right)
     if isinstance(node, ast.IfExp):
         return text_of(node.body) or text_of(node.orelse)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "join":
+        parts = node.args[0].elts if isinstance(node.args[0], ast.Tuple) else []
+        # What is spread into it, such as notes of what was not read, may be nothing.
+        if own := [text_of(part) for part in parts if not isinstance(part, ast.Starred)]:
+            return text_of(node.func.value).join(own)
     if isinstance(node, ast.BoolOp):
         return " or ".join(map(text_of, node.values))
     name = re.findall(r"[A-Za-z_]\w*", ast.unparse(node))
@@ -35,7 +40,7 @@ def text_of(node: ast.expr) -> str:
 
 
 def raised() -> Iterator[tuple[str, str, str]]:
-    """(file, error, message) of every place that makes one of the library's errors."""
+    """(file, error, message) of every place that makes one of the library's errors or warns."""
     known = classes()
     trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "distruction").rglob("*.py"))}
     functions = {
@@ -45,12 +50,34 @@ def raised() -> Iterator[tuple[str, str, str]]:
         if isinstance(node, ast.FunctionDef)
     }
     for path, tree in trees.items():
+        reasons = _reasons(tree, functions)
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in known and node.args:
+            if isinstance(node, ast.Call) and (name := _kind(node)) in known and node.args:
                 message = node.args[0]
                 made_by = getattr(message.func, "id", "") if isinstance(message, ast.Call) else ""
                 for each in functions.get(made_by, [message]):
-                    yield str(path.relative_to(ROOT)), node.func.id, text_of(each)
+                    text = text_of(each)
+                    placed = next((r for r in reasons if f"{{{r}}}" in text), "")
+                    for reason in reasons.get(placed, [f"{{{placed}}}"]):
+                        yield str(path.relative_to(ROOT)), name, text.replace(f"{{{placed}}}", reason)
+
+
+def _reasons(tree: ast.AST, functions: dict[str, list[ast.expr]]) -> dict[str, list[str]]:
+    """What variables may say that ``if (variable := function(...))`` fills by a function which returns sentences."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.NamedExpr) and isinstance(node.value, ast.Call):
+            returned = functions.get(getattr(node.value.func, "id", ""), [])
+            sentences = [r for r in returned if isinstance(r, ast.JoinedStr) or isinstance(getattr(r, "value", 0), str)]
+            if sentences and isinstance(node.target, ast.Name):
+                found[node.target.id] = [text_of(r) for r in sentences]
+    return found
+
+
+def _kind(call: ast.Call) -> str:
+    """The name of what is called, or of the category that ``warnings.warn`` is called with."""
+    warned = isinstance(call.func, ast.Attribute) and call.func.attr == "warn" and len(call.args) > 1
+    return getattr(call.args[1] if warned else call.func, "id", "")
 
 
 def table() -> str:

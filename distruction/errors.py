@@ -29,5 +29,13 @@ class MissingPackage(DistructionError, ModuleNotFoundError):
     """A package is not installed that an extra of this library brings."""
 
 
-class DataWarning(UserWarning):
+class DistructionWarning(UserWarning):
+    """Base of the library's own warnings; the command line prints them as notes of one line."""
+
+
+class PosteriorWarning(DistructionWarning):
+    """A posterior came out so wide that it is likely to serve badly."""
+
+
+class DataWarning(DistructionWarning):
     """A part of a data set was left out, or is missing and not needed."""

@@ -26,7 +26,7 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import ADVANTAGE, SUB_CLASS_SPEED, Advantage, by_unseen, held_out_of, odds_of, of_target
+from .targets import ADVANTAGE, SUB_CLASS_SPEED, Advantage, by_unseen, doubted, held_out_of, odds_of, of_target
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
@@ -49,7 +49,7 @@ class ForgetReport:
         level: what the probability should be at most; ``None`` where ``kl_weight`` was given.
         probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
         reached: whether that is at most the level; ``None`` without one.
-        advice: what to do where it is not reached.
+        advice: what to do where it is not reached, or where nothing was done to records whose labels may be wrong.
         forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
             and for records.
         advantage: with ``target="unseen"``, and of records where p knows unseen data, an attacker's by the log-odds
@@ -77,11 +77,12 @@ class ForgetReport:
         if self.reached is None:
             return "lambda was given, and no level was to be reached"
         if not self.reached:
-            return f"the level {self.level:g} is not reached: {self.advice}"
+            return f"the level {self.level:.3g} is not reached: {self.advice}"
         if not self.history:
-            than = "ones that it has not seen" if self.advantage is not None else f"the level {self.level:g} allows"
-            return f"nothing had to be done: the model knows these records no better than {than}, and stays as it was"
-        return f"the level {self.level:g} is reached"
+            than = "ones that it has not seen" if self.advantage is not None else f"the level {self.level:.3g} allows"
+            done = f"nothing had to be done: the model knows these records no better than {than}, and stays as it was"
+            return f"{done}; {self.advice}" if self.advice else done
+        return f"the level {self.level:.3g} is reached"
 
 
 def forget(
@@ -368,6 +369,16 @@ def forget(
     told = value if advantage is None else advantage
     reached = None if level is None or told is None else told <= level
     advice = control.advice(len(history), steps) if control is not None and not reached else ""
+    if (
+        idle
+        and control is not None
+        and target is None
+        and doubted(control.value, control.level, data.records, advantage_of)
+    ):
+        advice = (
+            "it doubts their labels more than it doubts those of unseen records, so that these labels may be wrong: "
+            "target='corrected' (--target corrected) takes them away"
+        )
     features_cosine = None
     if deepening is not None and value is not None:
         features_cosine = result.metadata["cosine"] = probability.cosine

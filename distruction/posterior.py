@@ -274,7 +274,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                 if not torch.equal(local(p.detach()).to(coarser), local(kept).to(coarser)):
                     fault = (
                         f"the posterior was prepared for other weights: {name} differs from its mean; load the "
-                        "model that it was prepared for, or call posterior.mean_(model) to put its means in"
+                        "model that it was prepared for, or call posterior.mean_(model) to put its means in; what an "
+                        "earlier request left also wants its posterior, previous= (--previous)"
                     )
                     break
             raise_together(fault, params.values())

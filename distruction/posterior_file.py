@@ -96,7 +96,7 @@ def _means_of(
     if fingerprint({n: params[n] for n in names}) != sha256:
         raise PosteriorError(
             f"{path} was prepared for other weights: their SHA-256 differs from that of the model's; load the "
-            "model's checkpoint that preparation was given"
+            "model's checkpoint that preparation was given, after an earlier request as well (beside --previous)"
         )
     whole = ((n, gather(params[n].detach())) for n in names)
     return {n: p.to(map_location, torch.float32, copy=True).contiguous() for n, p in whole}

@@ -3,6 +3,7 @@
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from . import distributed
 from .adapters import Adapter, adapted
 from .describe import described
-from .errors import UsageError
+from .errors import PosteriorWarning, UsageError
 from .initial import initial_std
 from .likelihood import Categorical, Given, Likelihood, check_classes, signed, signed_tokens
 from .loop import (
@@ -43,6 +44,8 @@ METHODS = {"gauss-newton": 150, "bgd": 1500}
 """Ways to learn the std, and the steps that each takes by default."""
 STD_INIT = 0.1
 """What BGD starts from by default: its cap is one number, so that the initial std is."""
+FAR_BELOW = 10.0
+"""Points of accuracy by which samples may stay behind the means without a warning."""
 TOLERANCE = 0.05
 """Nats per example that samples of a posterior with the default evidence may lose against the means."""
 
@@ -127,8 +130,10 @@ def prepare(
         progress: show a progress bar.
 
     Returns:
-        The posterior, on the model's device. Its metadata has the settings, ``examples``, ``steps_done`` and, where
-        `distruction.loop.counts` can tell them, ``label_counts``: the training examples of each label.
+        The posterior, on the model's device. Its metadata has the settings, ``examples``, ``steps_done``,
+        ``sampled_accuracy`` beside ``accuracy_at_means`` (percent, of the same batches: those of the last tenth of the
+        steps) and, where `distruction.loop.counts` can tell them, ``label_counts``: the training examples of each
+        label. Samples that get far less right than the means are a warning.
 
     Raises:
         UsageError: an argument is out of range, the loader cannot be repeated, is empty or not labelled.
@@ -232,6 +237,7 @@ def prepare(
     labelled = losses is None or isinstance(losses, Categorical)
     counts = label_counts(loader) if labelled else None
     point = Checkpoint(checkpoint, settings, checkpoint_seconds, checkpoint_steps, keep_checkpoint)
+    looks = max(1, steps // 10)
     optimizer, history = run(
         model,
         loader,
@@ -247,10 +253,21 @@ def prepare(
         labels=None if loss_fn is not None else labelled,
         shown=loss.shown if gauss_newton else None,
         accuracy=getattr(losses, "accuracy", None),
+        looks=looks,
     )
     posterior = optimizer.posterior(copy=False)
-    tail = history[-max(1, steps // 10) :]
+    tail = history[-looks:]
     accuracy = sum(s.accuracy for s in tail) / len(tail)
+    # A run that its callback ended early may have looked at the means in none of these.
+    found = [s.accuracy_at_means for s in tail if s.accuracy_at_means is not None]
+    at_means = sum(found) / len(tail) if len(found) == len(tail) else None
+    if at_means is not None and accuracy < at_means - FAR_BELOW:
+        warnings.warn(
+            f"samples of the posterior get {accuracy:.1f} % of the training {loss.unit} right, and its means "
+            f"{at_means:.1f} %: it is too wide to hold them fast. Give more steps or evidence, or a smaller std_init",
+            PosteriorWarning,
+            stacklevel=2,
+        )
     posterior.metadata = {
         **settings,
         "steps_done": len(history),
@@ -258,6 +275,7 @@ def prepare(
         "torch": torch.__version__.split("+")[0],
         "sampled_loss": sum(s.loss for s in tail) / len(tail),
         "sampled_accuracy": None if math.isnan(accuracy) else accuracy,
+        "accuracy_at_means": at_means,
     }
     # A caller who gives another number has more data than the loader shows.
     if counts is not None and num_examples in (None, sum(counts.values())):

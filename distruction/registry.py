@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar
 
-from .errors import UsageError
+from .errors import DistructionWarning, UsageError
 
 T = TypeVar("T")
 
@@ -76,5 +76,7 @@ class Registry(Mapping[str, T]):
                     package = point.dist.name if point.dist else point.value
                     why = f"{type(error).__name__}: {error}; repair or uninstall the package {package}"
                     self._broken[point.name] = why
-                    warnings.warn(f"the {self.kind} {point.name!r} is left out: {why}", stacklevel=3)
+                    warnings.warn(
+                        f"the {self.kind} {point.name!r} is left out: {why}", DistructionWarning, stacklevel=3
+                    )
         return self._entries

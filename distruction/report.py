@@ -56,15 +56,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> Table:
-    """One row per method, one column per metric.
+    """One row per model, one column per metric.
 
     Args:
         title: above the table.
-        rows: method to metric to value.
+        rows: model to metric to value.
         columns: metric to its heading, in the order to show.
     """
     texts = [[name, *(_number(row[key]) if key in row else "-" for key in columns)] for name, row in rows.items()]
-    return lines(title, [["method", *columns.values()], *texts])
+    return lines(title, [["model", *columns.values()], *texts])
 
 
 def lines(title: str, rows: Sequence[Sequence[str]]) -> Table:

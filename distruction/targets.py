@@ -167,11 +167,15 @@ class Advantage(Probability):
         model, data: see `Probability`.
         held_out: what is known of unseen examples.
         before: log-odds of the examples of ``data``, before: see `odds_of`.
+
+    Attributes:
+        signed: 2 AUC - 1 as it was found, below 0 where the records' labels are less likely than unseen examples'.
     """
 
     def __init__(self, model: nn.Module, data: ForgetSet, held_out: HeldOut, before: Tensor) -> None:
         super().__init__(model, data, None)
         self._held_out, self._before = held_out, before
+        self.signed = 1.0
 
     @property
     def chance(self) -> float:
@@ -191,7 +195,18 @@ class Advantage(Probability):
             rows = self._data.targets == c
             shares[rows] = _share_below(known, odds[rows])
         auc = max(shares.mean().item(), _share_below(self._held_out.everyone, odds).mean().item())
-        return max(2 * auc - 1, 1e-6)
+        self.signed = 2 * auc - 1
+        return max(self.signed, 1e-6)
+
+
+def doubted(value: float, level: float, records: int, advantage: Advantage | None) -> bool:
+    """Whether records that need nothing have labels less likely than unseen ones', by three standard errors.
+
+    Of the advantage, or of a share of ``level`` among the records.
+    """
+    if advantage is not None:
+        return advantage.signed < -3 * advantage.chance
+    return value < level - 3 * math.sqrt(level * (1 - level) / records)
 
 
 def _share_below(known: Tensor, odds: Tensor) -> Tensor:

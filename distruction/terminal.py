@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from .errors import DataWarning, DistructionError
+from .errors import DistructionError, DistructionWarning
 from .extras import needed
 from .loop.step import Terminated
 
@@ -72,7 +72,7 @@ def run(app: Callable[[], object]) -> None:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", DataWarning)
+            warnings.simplefilter("always", DistructionWarning)
             _show_as_lines()
             app()
     except KeyboardInterrupt:
@@ -94,13 +94,15 @@ def _fail(text: str, status: int, error: Exception) -> None:
 
 
 def _show_as_lines() -> None:
-    """Warnings about data as one line each, from one process of several; the others as Python shows them."""
+    """The library's own warnings as one line each, once, from one process of several; others as Python shows them."""
     show = warnings.showwarning
+    told: set[str] = set()
 
     def line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if not issubclass(category, DataWarning):
+        if not issubclass(category, DistructionWarning):
             show(message, category, *where, **more)
-        elif os.environ.get("RANK", "0") == "0":
+        elif os.environ.get("RANK", "0") == "0" and str(message) not in told:
+            told.add(str(message))
             _print(f"note: {message}", "yellow")
 
     warnings.showwarning = line

@@ -55,6 +55,9 @@ def test_padded_left_padded_and_packed_batches_prepare_and_forget_the_same(famil
     assert [s.loss for s in report.history] == pytest.approx([s.loss for s in report_2.history], rel=1e-4)
     assert report.request == "texts"
     assert prior.metadata["loss_per"] == "tokens"
+    logits, asked = MODELS[family]().eval()(**plain).logits[:, :-1], plain["labels"][:, 1:]
+    right = (logits.argmax(dim=-1) == asked)[asked != -100].double().mean().item()
+    assert prior.metadata["accuracy_at_means"] == prior_2.metadata["accuracy_at_means"] == pytest.approx(100 * right)
 
 
 def test_strength_goes_by_the_mean_probability_of_the_tokens():

@@ -189,11 +189,6 @@ class Stream(IterableDataset):
         return self.length
 
 
-def as_dict(batch, **names):
-    x, y = torch.utils.data.default_collate(batch)
-    return dict(zip(names.values(), (x, y), strict=True))
-
-
 def test_loaders_of_every_shape_give_the_same():
     batches = list(DataLoader(data(), batch_size=8))
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -172,6 +173,13 @@ def test_a_streamed_image_is_the_one_in_memory(tmp_path, monkeypatch, size):
         assert torch.equal(y, w)
 
 
+def test_what_the_library_warns_of_is_a_line(distruction, made, here):
+    words = ("--data", here / "photos", "--class", "cat", "--batch-size", 8, "--steps", 1)
+    status, _, err = distruction(*forgets(made, here / "out", *words))
+    assert status == 0
+    assert re.fullmatch(r"note: 1 steps read 1 of the 4 batches of the forget set: .*\n", err)
+
+
 # --- requests -------------------------------------------------------------------------------------------
 
 
@@ -228,6 +236,7 @@ def test_prepare_says_whether_it_knows_unseen_data(distruction, made, here):
     words = ("prepare", "--model", made / "model", "--steps", 1, *QUICK)
     status, out, _ = distruction(*words, "--data", here / "photos", "--out", here / "p")
     assert (status, "unseen data: 80 records of 5 classes" in out) == (0, True)
+    assert re.search(r"; its samples get [\d.]+ % of the training images right, the model itself [\d.]+ %\n", out)
     for number, data in enumerate((here / "photos/train", here / "photos")):
         if number:
             shutil.rmtree(here / "photos/test")
@@ -474,6 +483,20 @@ def test_a_timm_name_with_its_weights(distruction, made, here):
     (here / "names").write_text("\n".join(CLASSES[:4]))
     status, _, err = distruction("prepare", *words, "--out", here / "q", "--classes", here / "names")
     assert (status, "has 5 outputs, but 4 classes are named" in err) == (2, True)
+
+
+def test_weights_of_another_model_are_told_by_a_few_names(distruction, here):
+    """A large model's line would fill the screen many times."""
+    network = timm.create_model("test_vit", num_classes=5)
+    state = {n: t for n, t in network.state_dict().items() if not n.startswith("blocks.")}
+    state |= {"pos_embed": torch.zeros(1, 4, 64), "head.weight": state["head.weight"], "neck": torch.zeros(1)}
+    save_file(state, here / "w.safetensors")
+    lacking = [n for n in network.state_dict() if n not in state]
+    words = ("--model", "test_vit", "--weights", here / "w.safetensors", "--data", here / "photos", "--out", here / "p")
+    status, _, err = distruction("prepare", *words)
+    assert status == 2
+    assert f"it lacks {', '.join(lacking[:5])} and {len(lacking) - 5} more; it also has neck; pos_embed is " in err
+    assert f"pos_embed is [1, 4, 64] there and {list(network.pos_embed.shape)} here" in err
 
 
 FACTORY = """

@@ -65,10 +65,6 @@ def test_the_advantage_is_the_area_under_the_curve(digits, drift):
     assert areas[0] < areas[1] == 1
 
 
-class Memorising(Digits):
-    """Trained on few digits until it knows them."""
-
-
 @pytest.fixture(scope="module")
 def memorising(digits):
     torch.manual_seed(3)
@@ -147,6 +143,22 @@ def test_wrong_labels_go(memorising):
     assert report.reached, report.advice
     assert report.probability <= 0.05
     assert (model(x[:30]).argmax(1) == y[:30]).double().mean() <= 0.05
+
+
+@pytest.mark.parametrize("knows_unseen", [False, True])
+def test_records_whose_labels_are_doubted_are_told_of_corrected(digits, held_out, knows_unseen):
+    """Less likely than unseen examples' labels by more than chance: they may be wrong."""
+    posterior = Posterior(digits.posterior.means, digits.posterior.stds, copy.deepcopy(digits.posterior.metadata))
+    if knows_unseen:
+        posterior.metadata["held_out"] = held_out_quantiles(digits.model, held_out)
+    model = copy.deepcopy(digits.model)
+    x, y = digits.x_test, digits.test_labels
+    right = torch.arange(len(y)) % 3 > 0
+    for labels, told in ((y, False), (torch.where(right, y, (y + 1) % 10), True)):
+        report = forget(model, posterior, [(x, labels)], request="records", **QUIET)
+        assert report.history == []
+        assert report.reached
+        assert ("--target corrected" in report.outcome) == told
 
 
 def test_gone_is_a_request_for_classes(digits):

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..posterior import Posterior
 from ..report import table
 from ..sources.language import LanguageModel, is_language_model, open_language_model
-from .options import device_of, done, holds, output
+from .options import beside_means, device_of, done, holds, output
 from .running import Running
 
 __all__ = ["evaluate", "forget", "is_language_model", "plan", "prepare"]
@@ -60,8 +60,7 @@ def prepare(
         return
     posterior.save(out, compress=compress)
     done(running.checkpoint)
-    accuracy = posterior.metadata["sampled_accuracy"]
-    Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy of the tokens {accuracy:.1f} %")
+    Console().print(f"{out}: {posterior.numel():,} Gaussians; {beside_means(posterior, 'tokens')}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,13 @@ def holds(network: torch.nn.Module, posterior: Posterior) -> bool:
     return True
 
 
+def beside_means(posterior: Posterior, of: str) -> str:
+    """What a preparation says of the posterior's samples, in words."""
+    accuracy, at_means = (posterior.metadata[k] for k in ("sampled_accuracy", "accuracy_at_means"))
+    beside = "" if at_means is None else f", the model itself {at_means:.1f} %"  # of an older version's checkpoint
+    return f"its samples get {accuracy:.1f} % of the {of} right{beside}"
+
+
 def alone(command: str) -> None:
     """Refuse a command under torchrun that runs in one process."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

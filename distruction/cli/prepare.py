@@ -25,6 +25,7 @@ from .options import (
     ModelName,
     Weights,
     auto_or_number,
+    beside_means,
     done,
     find_examples,
     open_source,
@@ -143,8 +144,8 @@ def prepare(
         return
     posterior.save(out, compress=compress)
     done(running.checkpoint)
-    facts = posterior.metadata
-    Console().print(f"{out}: {posterior.numel():,} Gaussians, sampled accuracy {facts['sampled_accuracy']:.1f} %")
+    right = beside_means(posterior, "training images")
+    Console().print(f"{out}: {posterior.numel():,} Gaussians; {right}", soft_wrap=True)
     if rehearsals:
         damages = [r.damage for r in rehearsals]
         seconds = time.perf_counter() - started

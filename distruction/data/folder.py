@@ -37,12 +37,14 @@ def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
         files, others = labelled_files(folder, names) if folder is not None else ([], [])
         parts.append(files)
         notes += ignored(others, folder) if folder is not None else ()
-    _check_classes(parts[0], names, f"{train}: Found no valid file for the classes", notes)
+    if lacking := _without(parts[0], names):
+        raise UsageError("; ".join((f"{train}: Found no valid file for the classes {named(lacking)}", *notes)))
     files = parts[0] + parts[1]
     sources: list[Source] = [file_source(path) for path, _ in files]
     images, kept, unreadable = decode(sources, side, skip_unreadable)
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)[kept]
-    _check_classes([files[i] for i in kept.tolist() if i < len(parts[0])], names, "No readable image is left of", ())
+    if lacking := _without([files[i] for i in kept.tolist() if i < len(parts[0])], names):
+        raise UsageError(f"No readable image is left of {named(lacking)}")
     cut = int((kept < len(parts[0])).sum())
     return Raw(
         (images[:cut], labels[:cut]),
@@ -53,11 +55,10 @@ def read(place: Path, side: int | None, skip_unreadable: bool) -> Raw:
     )
 
 
-def _check_classes(files: list[tuple[Path, int]], names: list[str], what: str, notes: tuple[str, ...]) -> None:
+def _without(files: list[tuple[Path, int]], names: list[str]) -> list[str]:
+    """The classes that have no file."""
     found = {label for _, label in files}
-    lacking = [name for label, name in enumerate(names) if label not in found]
-    if lacking:
-        raise UsageError("; ".join((f"{what} {named(lacking)}", *notes)))
+    return [name for label, name in enumerate(names) if label not in found]
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from ..errors import UsageError
+from ..errors import DistructionWarning, UsageError
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def check_loader(loader: Any, role: Role, steps: int) -> None:
         warnings.warn(
             f"{steps} steps read {steps} of the {length} batches of {role.name}: the others' records are not "
             f"forgotten by being read. Use steps >= {length} or larger batches",
+            DistructionWarning,
             stacklevel=4,
         )
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..errors import NonFiniteError, RankError, UsageError
-from ..modules import deterministic, logits_of
+from ..modules import deterministic, logits_of, unwrapped
 from ..optim import BGD
 from ..posterior import Posterior
 from ..progress import bar
@@ -58,6 +58,7 @@ def run(
     controller: Controller | None = None,
     before_passes: Callable[[Inputs], object] | None = None,
     after_forward: Callable[[Batch], object] | None = None,
+    looks: int = 0,
 ) -> tuple[BGD, list[Step]]:
     """Take ``steps`` BGD steps, resuming from the checkpoint where there is one.
 
@@ -75,6 +76,7 @@ def run(
         before_passes: called with each batch's inputs (of the whole batch where ``needs_inputs``) before the model's
             passes, whose activations a call of the same model in between could change.
         after_forward: called with each batch between the model's forward pass and ``loss_fn``.
+        looks: in so many steps, the last ones, the accuracy of the batch is also found at the means.
 
     Returns:
         The optimizer, in eval mode, and the history. The model holds the means, also when an exception leaves here.
@@ -116,6 +118,8 @@ def run(
                 sampled = Sampled(
                     model, batch, loss_fn, gradients, role, len(history) + 1, labels, shown, accuracy, after_forward
                 )
+                if len(history) >= steps - looks:
+                    sampled.look()
 
                 def closure(sampled: Sampled = sampled) -> Tensor:
                     if sampled.samples:
@@ -197,6 +201,7 @@ class Sampled:
             labels = batch.targets.ndim == 1 and not batch.targets.dtype.is_floating_point
         self._labels = Labels(batch.targets, role, step) if labels and len(batch.targets) else None
         self._figures: list[Tensor] = []
+        self._at_means: Tensor | None = None
         gradients.norms.clear()
 
     @property
@@ -227,6 +232,23 @@ class Sampled:
             self._figures.append(torch.stack([t.double().reshape(()) for t in (reported, correct, loss)]))
         return loss
 
+    @torch.no_grad()
+    def look(self) -> None:
+        """Find what part of the batch is predicted by the weights that the parameters hold."""
+        torch.clear_autocast_cache()
+        model, batch = unwrapped(self._model), self._batch
+        reshard(model)
+        logits = batch.whole(self._rows_of(logits_of(call(model, batch.inputs))))
+        targets = batch.targets if self._labels is None else self._labels.within(logits)
+        torch.clear_autocast_cache()
+        reshard(model)
+        if batch.sequences is not None:
+            self._at_means = _share_predicted(batch.sequences, logits, targets)
+            if distributed.size() > 1:
+                distributed.all_reduce_([self._at_means])
+        elif self._accuracy is not None and (right := self._accuracy(logits, targets)) is not None:
+            self._at_means = right.double().mean()
+
     def _rows_of(self, logits: Tensor) -> Tensor:
         inputs = self._batch.inputs
         rows = len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
@@ -248,7 +270,7 @@ class Sampled:
             loss = loss * here.share(getattr(self._loss_fn, "per_text", False))
             with torch.no_grad():
                 shown = loss.detach() if self._shown is None else self._shown(logits.detach(), targets) * here.share()
-                correct = (logits.argmax(dim=-1) == targets).double().mean() * here.share()
+                correct = _share_predicted(here, logits, targets)
                 figures = torch.stack([t.detach().double().reshape(()) for t in (shown, correct, loss)])
         if distributed.size() > 1:
             distributed.all_reduce_([figures])
@@ -266,15 +288,17 @@ class Sampled:
         # All that the host wants to know goes there at once.
         told = [] if kl is None else [kl]
         told += [kl_weight] if isinstance(kl_weight, Tensor) else []
+        told += [] if self._at_means is None else [self._at_means]
         told += self._labels.found() if self._labels is not None else []
         loss, accuracy, minimised, *rest = torch.cat([means, *(t.detach().to(means).reshape(1) for t in told)]).tolist()
         nats = 0.0 if kl is None else rest.pop(0)
         weight = rest.pop(0) if isinstance(kl_weight, Tensor) else float(kl_weight)
+        at_means = None if self._at_means is None else 100.0 * rest.pop(0)
         if self._labels is not None:
             self._labels.check(*rest)
         if not math.isfinite(minimised):
             raise self._nonfinite(minimised)
-        return Step(self._step, steps, loss, 100.0 * accuracy, nats, weight)
+        return Step(self._step, steps, loss, 100.0 * accuracy, nats, weight, accuracy_at_means=at_means)
 
     def check_loss(self) -> None:
         """Raise if a sample's loss is not finite; waits for the device."""
@@ -296,6 +320,13 @@ class Sampled:
 
     def _nonfinite(self, loss: float) -> "_LossNotFinite":
         return _LossNotFinite(f"the loss is {loss} at step {self._step}; {_ADVICE}")
+
+
+def _share_predicted(here: Sequences, logits: Tensor, targets: Tensor) -> Tensor:
+    """This rank's part of the share of a batch's tokens that are predicted."""
+    if len(targets) == 0:
+        return logits.new_zeros((), dtype=torch.float64)
+    return (logits.argmax(dim=-1) == targets).double().mean() * here.share()
 
 
 def _predicted(logits: Tensor, targets: Tensor) -> Tensor | None:

@@ -27,6 +27,8 @@ class Step:
         kl_weight: lambda in force; 0 while preparing.
         probability: mean probability of what is to be forgotten at the means, when it was last measured; ``None``
             where it is not.
+        accuracy_at_means: the percentage at the means before the step, where it is looked at: in the last tenth of a
+            preparation; else ``None``.
     """
 
     step: int
@@ -36,6 +38,7 @@ class Step:
     kl: float
     kl_weight: float
     probability: float | None = None
+    accuracy_at_means: float | None = None
 
     def __str__(self) -> str:
         told = [f"loss {self.loss:.3f}"]

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from ..errors import BackendUnavailable, UsageError
+from ..errors import BackendUnavailable, DistructionWarning, UsageError
 from .calls import Amp, Draws, Rule, State
 
 
@@ -100,7 +100,11 @@ def _resolve(name: str, device_type: str) -> Backend:
         name = next(b for b, reason in reasons.items() if reason is None)
         if name == "reference" and device_type in AUTO:
             missing = "; ".join(f"{b}: {reason}" for b, reason in reasons.items() if reason is not None)
-            warnings.warn(f"plain PyTorch serves {device_type!r} tensors, many times slower ({missing})", stacklevel=2)
+            warnings.warn(
+                f"plain PyTorch serves {device_type!r} tensors, many times slower ({missing})",
+                DistructionWarning,
+                stacklevel=2,
+            )
     if name not in MODULES:
         raise UsageError(f"backend {name!r} is unknown; choose auto, {', '.join(MODULES)}")
     reason = unavailable(name, device_type)

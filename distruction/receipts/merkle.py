@@ -11,8 +11,6 @@ one leaf leads to the root; it tells nothing of the other leaves but these hashe
 import hashlib
 from collections.abc import Sequence
 
-HASH_BYTES = 32
-
 
 def leaf_hash(data: bytes) -> bytes:
     """SHA-256(0x00 || data)."""

@@ -189,5 +189,18 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
-        raise UsageError(f"{what} is of another model: {reason}") from error
+        own = network.state_dict()
+        reasons = [
+            f"{verb} {named(names)}"
+            for verb, names in (
+                ("it lacks", [n for n in own if n not in state]),
+                ("it also has", [n for n in state if n not in own]),
+            )
+            if names
+        ]
+        reasons += [
+            f"{n} is {list(t.shape)} there and {list(own[n].shape)} here"
+            for n, t in state.items()
+            if n in own and t.shape != own[n].shape
+        ][:1]
+        raise UsageError(f"{what} is of another model: {'; '.join(reasons) or str(error).splitlines()[-1]}") from error
