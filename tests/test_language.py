@@ -49,7 +49,7 @@ def test_padded_left_padded_and_packed_batches_prepare_and_forget_the_same(famil
     for name in prior:
         for p, q in ((prior, prior_2), (report.posterior, report_2.posterior)):
             for a, b in zip(p[name], q[name], strict=True):
-                torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-5)
+                torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
     assert report_2.probability == pytest.approx(report.probability, rel=1e-4)
     assert [s.accuracy for s in report.history] == pytest.approx([s.accuracy for s in report_2.history])
     assert [s.loss for s in report.history] == pytest.approx([s.loss for s in report_2.history], rel=1e-4)
