@@ -215,7 +215,7 @@ def deterministic(model: nn.Module) -> Iterator[None]:
             )
     dropouts = {m: m.dropout for m in recurrent}
     recomputing = [m for m in modes if _is_to_recompute(m)] if torch.is_grad_enabled() else []
-    forwards = {m: m.__dict__.get("forward") for m in recomputing}
+    forwards = {m: vars(m).get("forward") for m in recomputing}
     try:
         try:
             model.eval()
@@ -230,8 +230,8 @@ def deterministic(model: nn.Module) -> Iterator[None]:
                 )
         for m in recurrent:
             m.training, m.dropout = True, 0.0
-        for m in recomputing:
-            m.forward = _Recomputed(m)
+        for layer in recomputing:
+            layer.forward = _Recomputed(layer)
         with private_generators():
             yield
     finally:
@@ -239,11 +239,11 @@ def deterministic(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for m, dropout in dropouts.items():
             m.dropout = dropout
-        for m, forward in forwards.items():
+        for layer, forward in forwards.items():
             if forward is not None:
-                m.forward = forward
+                layer.forward = forward
             else:
-                m.__dict__.pop("forward", None)
+                vars(layer).pop("forward", None)
 
 
 def _is_to_recompute(module: nn.Module) -> bool:

@@ -8,12 +8,13 @@ from .arms import Arm
 DEPTHS = (2.0, 4.0, 6.0, 7.0, 8.0)
 """Nats per token of the forgotten answers at which arms are compared."""
 _OURS: dict[str, Any] = {"steps": 100, "level": 0.001}
+_UNIFORM: dict[str, Any] = {"objective": "uniform-others", "steps": 150, "level": 0.0001}
 _BOUNDED: dict[str, Any] = {"threshold": math.exp(-10.0)}
 
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
-    "depth, uniform-others: learned std": (Arm("ours", 0.3, objective="uniform-others", **_OURS), (0.3, 1.0, 3.0)),
+    "depth, uniform-others: learned std": (Arm("ours", 1.0, **_UNIFORM), (0.3, 1.0, 3.0)),
     "depth, uniform-others: constant std": (
-        Arm("ours", 3.0, objective="uniform-others", prior="constant", **_OURS),
+        Arm("ours", 3.0, prior="constant", **_UNIFORM),
         (0.3, 1.0, 3.0),
     ),
     "depth, uniform-others: no prior": (Arm("uniform-others", 1e-4, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),

@@ -79,6 +79,15 @@ def _cell(values: Sequence[float | None], seeds: int) -> str:
     return shown if len(found) == seeds else f"{shown} [{len(found)} of {seeds}]"
 
 
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def on_page(page: str, runs: list[dict[str, Any]]) -> str:
+    """A page with its tables made anew."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table(runs)}\n{END}{rest.partition(END)[2]}"
+
+
 def figure(runs: list[dict[str, Any]], path: Path) -> None:
     """Forgotten answers' likelihood against the answers kept, along each run of the comparison at matched depth."""
     import matplotlib.pyplot as plt
