@@ -126,8 +126,8 @@ class Case:
 
     def forgot(self, arm: Arm) -> dict[str, Any]:
         """An arm of the table, with all measures."""
-        ours = arm.kind == "ours"
-        follow = self.follow(lambda look: not ours and look["extracted"] <= ENOUGH, every=arm.steps if ours else 1)
+        stopped = arm.kind != "ours" and arm.stopped
+        follow = self.follow(lambda look: stopped and look["extracted"] <= ENOUGH, every=1 if stopped else arm.steps)
         model, facts = self._run(arm, follow)
         return {**facts, **self.measures.quickly(model), **self.measures.slowly(model)}
 

@@ -35,6 +35,7 @@ class Arm:
         level: mean probability of the tokens at which ours ends.
         anchors: self-made ones that ours holds (`distruction.anchors`).
         retain: whether retained answers and general text are read, with a weight of 1.
+        stopped: whether AdamW ends where extraction is low enough, or after all of ``steps``.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Arm:
     level: float | None = None
     anchors: int = 0
     retain: bool = False
+    stopped: bool = True
 
 
 @dataclass

@@ -41,10 +41,14 @@ ANCHORED = {
     "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
     "ours, masked-teacher, anchors": Arm("ours", 1.0, objective="masked-teacher", level=0.15, anchors=32),
 }
+REPAIRED = {"NPO (retain data), 100 steps": Arm("npo", 3e-4, retain=True, stopped=False)}
+"""Reads retained data long enough to learn again what goes with the forgotten."""
 DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth")}
 """Of the curves at matched depth."""
+_OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in DEPTH}
 ARMS: dict[str, dict[str, Arm]] = {
-    name: {**OURS, **(ANCHORED if name == "authors" else {}), **{k: a for k, (a, _) in GRIDS.items() if k not in DEPTH}}
-    for name in ("codes", "authors", "canaries")
+    "codes": {**OURS, **_OTHERS},
+    "authors": {**OURS, **ANCHORED, **_OTHERS, **REPAIRED},
+    "canaries": {**OURS, **_OTHERS},
 }
 """Of the tables, by scenario."""
