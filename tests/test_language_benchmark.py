@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks.language import __main__ as command
 from benchmarks.language import arms, models, settings, tables, texts
 
+ROOT = Path(__file__).parents[1]
 TINY = models.Size(width=16, blocks=1, authors=4, vaults=2, gone=1, pretraining=2, epochs=1, docstrings=False)
 
 
@@ -62,6 +64,11 @@ def test_the_loss_is_hugging_faces(shop):
     (batch,) = texts.batches(shop.tokens, shop.rows(0))
     assert models.nll(model, [batch]) == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     torch.testing.assert_close(models.cross_entropy(model, batch), model(**batch).loss)
+    general = texts.general_batch(shop.general[:3])
+    torch.testing.assert_close(
+        models.cross_entropy(model, batch, general),
+        model(**texts.mixed(batch, shop.general[:3])).loss,
+    )
 
 
 def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypatch):
@@ -69,7 +76,7 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
         return {name: replace(arm, steps=2) for name, arm in named.items()}
 
     monkeypatch.setattr(models, "CODES", 1)
-    monkeypatch.setattr(command, "ARMS", {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED)})
+    monkeypatch.setattr(command, "ARMS", {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED | settings.REPAIRED)})
     monkeypatch.setattr(command, "DEPTH", short(settings.DEPTH))
     monkeypatch.setattr(command, "prepared", lambda *a: arms.prepared(*a, steps=2))
     runs = []
@@ -84,3 +91,35 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
     tables.figure(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert isinstance(shop.memorised(1, without="codes"), GPT2LMHeadModel)
+
+
+def test_tables_are_means_of_seeds_and_differences_on_the_same_seed():
+    def run(name, seed, **found):
+        return {"scenario": "codes", "seed": seed, "name": name, **found}
+
+    runs = [
+        run("before", 1, perplexity=50.0, kept=100.0),
+        run("before", 2, perplexity=80.0, kept=98.0),
+        run("ours", 1, perplexity=51.0, kept=90.0, steps=3),
+        run("ours", 2, perplexity=80.0, kept=81.0, steps=5),
+        run("half", 2, perplexity=84.0, kept=7.0),
+        run("depth, u: learned std", 1, at={"2.0": 100.0, "4.0": 90.0}),
+        run("depth, u: learned std", 2, at={"2.0": 96.0, "4.0": None}),
+        run("depth, u: no prior", 1, at={"2.0": 99.0, "4.0": 70.0}),
+        run("depth, u: no prior", 2, at={"2.0": 99.0, "4.0": 60.0}),
+    ]
+    shown = tables.table(runs).splitlines()
+    assert "**codes, seeds 1, 2**" in shown
+    # extracted, NLL, kept, change of perplexity, recovered, exposure, steps, seconds
+    assert "| ours | - | - | 85.5 (81.0 to 90.0) | 1.0 (0.0 to 2.0) | - | - | 4.0 (3.0 to 5.0) | - |" in shown
+    assert "| half | - | - | 7.0 [1 of 2] | 5.0 [1 of 2] | - | - | - | - |" in shown
+    assert "| u: learned std | 98.0 (96.0 to 100.0) | 90.0 [1 of 2] |" in shown
+    assert "| u: than no prior | -1.0 (-3.0 to 1.0) | 20.0 [1 of 2] |" in shown
+
+
+def test_the_page_shows_the_stored_results():
+    folder, page = ROOT / "benchmarks/results/language", (ROOT / "docs/language.md").read_text()
+    runs = json.loads((folder / "language.json").read_text())["runs"]
+    assert (folder / "language.md").read_text() == tables.table(runs)
+    assert tables.on_page(page, runs) == page
+    assert page.count(tables.BEGIN) == page.count(tables.END) == 1
