@@ -76,7 +76,11 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
         return {name: replace(arm, steps=2) for name, arm in named.items()}
 
     monkeypatch.setattr(models, "CODES", 1)
-    monkeypatch.setattr(command, "ARMS", {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED | settings.REPAIRED)})
+    monkeypatch.setattr(
+        command,
+        "ARMS",
+        {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED | settings.REPAIRED)},
+    )
     monkeypatch.setattr(command, "DEPTH", short(settings.DEPTH))
     monkeypatch.setattr(command, "prepared", lambda *a: arms.prepared(*a, steps=2))
     runs = []

@@ -11,6 +11,7 @@ from rich.console import Console
 from .. import damage, distributed, forgetting, objectives
 from ..data.inputs import batches
 from ..errors import UsageError
+from ..forget_report import ForgetReport
 from ..posterior import Posterior
 from ..sources import SERVING
 from . import language
@@ -235,7 +236,7 @@ def _kind(target: str | None, records: Path | None, classes: list[str]) -> str:
     return "records" if records else "class" if classes else "auto"
 
 
-def _tell(console: Console, what: str, result: forgetting.ForgetReport) -> None:
+def _tell(console: Console, what: str, result: ForgetReport) -> None:
     """Print what the run reached."""
     steps_done = len(result.history)
     console.print(f"{what}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")

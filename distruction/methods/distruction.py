@@ -6,7 +6,8 @@ Dugue, "Machine Unlearning Without Repair using DiStruction", 2024.
 from typing import Any, Literal
 
 from ..data import loader
-from ..forgetting import ForgetReport, forget
+from ..forget_report import ForgetReport
+from ..forgetting import forget
 from ..objectives import DEFAULT
 from .base import Method, Task, forget_with
 
