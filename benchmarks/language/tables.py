@@ -13,7 +13,6 @@ COLUMNS = {
     "recovered": "recovered, %",
     "exposure": "exposure, bits",
     "steps": "steps",
-    "seconds": "seconds",
 }
 
 
