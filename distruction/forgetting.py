@@ -13,6 +13,7 @@ from . import damage, distributed, objectives
 from .adapters import Adapter, adapted
 from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of, require_classes
 from .depth import CYCLE as DEEP_CYCLE
+from .depth import OBJECTIVE as DEEP_OBJECTIVE
 from .depth import PACE as DEEP_PACE
 from .depth import SPEED, DepthAscent, Dispersed, cosine_asked
 from .describe import described
@@ -42,7 +43,7 @@ def forget(
     previous: "Posterior | ForgetReport | None" = None,
     request: Literal["auto", "class", "records"] = "auto",
     target: Literal["gone", "sub-class", "unseen", "corrected"] | None = None,
-    objective: str | objectives.Objective = objectives.DEFAULT,
+    objective: str | objectives.Objective | None = None,
     adapter: Adapter | None = None,
     steps: int | None = None,
     kl_weight: float | Literal["auto"] = "auto",
@@ -90,7 +91,8 @@ def forget(
             trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``, the labels of these
             records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
-            must itself leave out what was forgotten earlier. The named ones are for classes, of examples or of pixels
+            must itself leave out what was forgotten earlier; ``None`` is ``masked-teacher``, with ``depth``
+            ``unlikelihood``. The named ones are for classes, of examples or of pixels
             (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several labels and
             values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets may be
             anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
@@ -135,6 +137,8 @@ def forget(
     if target is not None:
         request, level = of_target(target, request, level)
     cosine_level = cosine_asked(depth, cosine_level, classifier)
+    if objective is None:
+        objective = objectives.DEFAULT if depth is None else DEEP_OBJECTIVE
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:

@@ -98,6 +98,15 @@ class BoundedCrossEntropy:
         return (log_p - torch.tensor(self.threshold, device=logits.device).log()).clamp(min=0).mean()
 
 
+def unlikelihood(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
+    """-log(1 - p), p being the probability of the true class or of a forgotten one: which other comes is not asked.
+
+    Welleck et al., "Neural Text Generation with Unlikelihood Training", 2020, arXiv 1908.04319, of classes.
+    """
+    left = others(logits, targets, forgotten)
+    return -F.log_softmax(logits, dim=-1).masked_fill(~left, -torch.inf).logsumexp(dim=-1).mean()
+
+
 def random_labels(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
     """Cross entropy to labels drawn anew, uniformly from the classes other than the true one.
 
@@ -217,6 +226,7 @@ _OWN = {
         "negated cross entropy until p(true) <= 0.1",
         lambda model, posterior, forgotten: BoundedCrossEntropy(forgotten=forgotten),
     ),
+    "unlikelihood": Entry("-log(1 - p(true)): any other class may come (default in depth)", _plain(unlikelihood)),
     "random-labels": Entry("cross entropy to random other labels", _plain(random_labels)),
     "bad-teacher": Entry(
         "the model with random weights teaches",

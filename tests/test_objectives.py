@@ -52,6 +52,25 @@ def test_uniform_over_what_is_left_against_categorical_distributions():
 
 
 @pytest.mark.parametrize("forgotten", [[], [1, 3]])
+def test_unlikelihood_is_of_the_other_classes_together(forgotten):
+    logits, labels = logits_and_labels()
+    p = torch.distributions.Categorical(logits=logits).probs
+    left = torch.stack(
+        [
+            sum(row[c] for c in range(CLASSES) if c not in (y, *forgotten))
+            for row, y in zip(p, labels.tolist(), strict=True)
+        ]
+    )
+    found = objectives.unlikelihood(logits, labels, forgotten=forgotten)
+    torch.testing.assert_close(found, -left.log().mean(), rtol=1e-12, atol=0)
+    # In float32 as well where 1 - p is 0.
+    certain = torch.tensor([[40.0, 0.0, 0.0]], requires_grad=True)
+    loss = objectives.unlikelihood(certain, torch.tensor([0]))
+    assert loss.item() == pytest.approx(40 - torch.tensor(2.0).log().item())
+    torch.testing.assert_close(torch.autograd.grad(loss, certain)[0], torch.tensor([[1.0, -0.5, -0.5]]))
+
+
+@pytest.mark.parametrize("forgotten", [[], [1, 3]])
 def test_random_labels_are_uniform_over_what_is_left(forgotten):
     """The mean gradient with respect to the logits is softmax - frequency of the drawn labels."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import damage, distributed, forgetting, objectives
+from .. import damage, distributed, forgetting
 from ..data.inputs import batches
 from ..errors import UsageError
 from ..forget_report import ForgetReport
@@ -23,7 +23,7 @@ from .options import (
     DatasetOfModel,
     ForgetClasses,
     ModelName,
-    ObjectiveName,
+    ObjectiveOrDefault,
     Records,
     Weights,
     auto_or_number,
@@ -84,7 +84,7 @@ def forget(
     no_records: NoRecords = False,
     receipt: Receipt = None,
     key: Key = None,
-    objective: ObjectiveName = objectives.DEFAULT,
+    objective: ObjectiveOrDefault = None,
     steps: Annotated[
         int | None, typer.Option(max=MOST, help="Updates; default 150, or 400 at most where lambda is found.")
     ] = None,
