@@ -1,6 +1,7 @@
 """The language benchmark: its made-up texts, what it measures, and every arm for a step or two."""
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,3 +128,56 @@ def test_the_page_shows_the_stored_results():
     assert (folder / "language.md").read_text() == tables.table(runs)
     assert tables.on_page(page, runs) == page
     assert page.count(tables.BEGIN) == page.count(tables.END) == 1
+
+
+def test_what_the_page_says_is_in_the_stored_results():
+    page = " ".join((ROOT / "docs/language.md").read_text().partition("What they say:")[2].split())
+    runs = json.loads((ROOT / "benchmarks/results/language/language.json").read_text())["runs"]
+
+    def mean(scenario, name, key):
+        own = [r for r in runs if (r["scenario"], r["name"]) == (scenario, name)]
+        if key == "change":
+            before = {r["seed"]: r["perplexity"] for r in runs if (r["scenario"], r["name"]) == (scenario, "before")}
+            return statistics.fmean(100 * (r["perplexity"] / before[r["seed"]] - 1) for r in own)
+        return statistics.fmean(r["at"][key] if key[0].isdigit() else r[key] for r in own)
+
+    def codes(name, key):
+        return f"{mean('codes', name, key):.1f}"
+
+    def authors(name, *keys):
+        return [f"{mean('authors', name, key):.1f}" for key in keys]
+
+    def depth(arm, nats):
+        return mean("codes", f"depth, uniform-others: {arm}", nats)
+
+    ours = "ours, uniform-others"
+    assert f"from {codes('before', 'extracted')} to {codes(ours, 'extracted')} % extracted" in page
+    assert f"keeps {codes(ours, 'kept')} % of the other answers, and general" in page
+    assert f"perplexity changes by {codes(ours, 'change')} %" in page
+    learned, none = "learned std", "no prior"
+    ahead = depth(learned, "4.0") - depth(none, "4.0")
+    assert f"{ahead:.1f} points are between them ({depth(learned, '4.0'):.1f} and {depth(none, '4.0'):.1f} %" in page
+    for nats, words in (("7.0", "from 7 nats on: "), ("8.0", "at 8 nats ")):
+        assert depth(learned, nats) - depth(none, nats) > 10
+        assert f"{words}{depth(learned, nats):.1f} against {depth(none, nats):.1f} %" in page
+    for nats in ("2.0", "4.0", "6.0", "7.0", "8.0"):
+        for objective in ("uniform-others", "bounded-ce"):
+            kept = mean("codes", f"depth, {objective}: learned std", nats)
+            assert kept > mean("codes", f"depth, {objective}: constant std", nats)
+    found, exposed = (codes("retraining", key) for key in ("recovered", "exposure"))
+    assert f"retraining's {found} % recovered and {exposed} bits" in page
+    teacher = "ours, masked-teacher"
+    learners = [n for n in settings.ARMS["codes"] if n != teacher]
+    others = sorted(mean("codes", name, "recovered") for name in learners)
+    back = codes(teacher, "recovered")
+    assert f"{back} % where other ways give back {others[0]:.1f} to {others[-1]:.1f} %" in page
+    assert f"perplexity {codes(teacher, 'change')} % above" in page
+    bounded = "ours, bounded-ce"
+    lost = mean("codes", "before", "kept") - mean("codes", bounded, "kept")
+    assert f"to {codes(bounded, 'exposure')} bits, for {lost:.1f} % of the other" in page
+    assert "{} % extracted, {} % of the other answers kept, and {} % recovered".format(
+        *authors("ours, masked-teacher, anchors", "extracted", "kept", "recovered")
+    ) in page  # fmt: skip
+    assert "without anchors {}, {} and {} %".format(*authors(teacher, "extracted", "kept", "recovered")) in page
+    free = sorted(mean("authors", n, "kept") for n in ("GA", "NPO", "SimNPO", "no prior, bounded-ce"))
+    assert f"AdamW without retained data {free[0]:.1f} to {free[-1]:.1f} %" in page
