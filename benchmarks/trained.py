@@ -1,12 +1,11 @@
 """The trained models that benchmarks start from: those of the experiments, taken from their store or put there."""
 
 import dataclasses
-from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import nn
 
-from distruction.experiments.grid import Grid, preset, read
+from distruction.experiments.grid import Grid, preset
 from distruction.experiments.jobs import Job, cells
 from distruction.experiments.materials import Context, fresh
 from distruction.experiments.store import Store
@@ -18,7 +17,7 @@ def grid_of(name: str) -> Grid:
 
     digits: the demo's; fashion-mnist: the convolutional ViT, right on 90 % of the test images after five epochs.
     """
-    return preset("demo") if name == "digits" else read(Path(__file__).with_name("fashion-conv.toml"))
+    return preset("demo" if name == "digits" else "fashion")
 
 
 def trained(
