@@ -1,7 +1,8 @@
 """What a request is to reach, in a user's words: ``gone``, ``unseen``, ``corrected``.
 
 ``gone``: whole classes go; no image is taken for one of them. ``corrected``: records with wrong labels; the given label
-goes, and the model's next guess may come. ``unseen``: records whose classes live on are to look as if the model had
+goes, and the model's next guess may come: by default that for noisy copies of the record, which it did not learn by
+heart. ``unseen``: records whose classes live on are to look as if the model had
 never seen them. The objective is that of any request; the run ends as soon as an attacker who sees the log-odds
 o = log p / (1 - p) of each record's own label could not tell the records from examples that the model has not seen, and
 does not begin where that is within chance. What is kept of those are quantiles of their log-odds before. The model will
@@ -33,6 +34,8 @@ FEWEST = 10
 """Examples that a class needs for quantiles of its own; the others go by all classes together."""
 CORRECTED = 0.05
 """Mean probability of the given labels at which records count as corrected."""
+CORRECTING = "near-teacher"
+"""The objective for ``corrected`` where none is named."""
 ADVANTAGE = 0.06
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
