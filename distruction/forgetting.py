@@ -27,7 +27,17 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import ADVANTAGE, SUB_CLASS_SPEED, Advantage, by_unseen, doubted, held_out_of, odds_of, of_target
+from .targets import (
+    ADVANTAGE,
+    CORRECTING,
+    SUB_CLASS_SPEED,
+    Advantage,
+    by_unseen,
+    doubted,
+    held_out_of,
+    odds_of,
+    of_target,
+)
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
@@ -92,10 +102,10 @@ def forget(
             records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier; ``None`` is ``masked-teacher``, with ``depth``
-            ``unlikelihood``. The named ones are for classes, of examples or of pixels
-            (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several labels and
-            values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets may be
-            anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
+            ``unlikelihood``, for ``target="corrected"`` ``near-teacher``. The named ones are for classes, of examples
+            or of pixels (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several
+            labels and values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets
+            may be anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
         adapter: says what a batch is (`distruction.adapters`).
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
@@ -138,7 +148,8 @@ def forget(
         request, level = of_target(target, request, level)
     cosine_level = cosine_asked(depth, cosine_level, classifier)
     if objective is None:
-        objective = objectives.DEFAULT if depth is None else DEEP_OBJECTIVE
+        usual = CORRECTING if target == "corrected" else objectives.DEFAULT
+        objective = usual if depth is None else DEEP_OBJECTIVE
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:

@@ -20,7 +20,7 @@ from .language_objectives import SimNPO, Steering, npo
 from .modules import logits_of
 from .posterior import Posterior
 from .registry import Registry
-from .teachers import AtMeans, Randomised
+from .teachers import AtMeans, NearMeans, Randomised
 
 Objective = Callable[..., Tensor]
 Labels = Sequence[int]
@@ -218,6 +218,11 @@ _OWN = {
     "masked-teacher": Entry(
         "the model from before teaches, with the true class masked out: keeps most (default)",
         lambda model, posterior, forgotten: MaskedTeacher(AtMeans(model, posterior), forgotten),
+        teaches=True,
+    ),
+    "near-teacher": Entry(
+        "the same by its answers to noisy copies of the example (default for wrong labels)",
+        lambda model, posterior, forgotten: MaskedTeacher(NearMeans(model, posterior), forgotten),
         teaches=True,
     ),
     "uniform-others": Entry("uniform over the other classes", _plain(uniform_others)),

@@ -2,7 +2,8 @@
 
 ``gone``: whole classes go; no image is taken for one of them. ``sub-class``: a kind of records that has no label of its
 own goes; the label lives on for the others. ``corrected``: records with wrong labels; the given label goes, and the
-model's next guess may come. ``unseen``: records whose classes live on are to look as if the model had
+model's next guess may come: by default that for noisy copies of the record, which it did not learn by heart.
+``unseen``: records whose classes live on are to look as if the model had
 never seen them. The objective is that of any request; the run ends as soon as an attacker who sees the log-odds
 o = log p / (1 - p) of each record's own label could not tell the records from examples that the model has not seen, and
 does not begin where that is within chance. What is kept of those are quantiles of their log-odds before. The model will
@@ -34,6 +35,8 @@ FEWEST = 10
 """Examples that a class needs for quantiles of its own; the others go by all classes together."""
 CORRECTED = 0.05
 """Mean probability of the given labels at which records count as corrected."""
+CORRECTING = "near-teacher"
+"""The objective for ``corrected`` where none is named."""
 SUB_CLASS = 0.05
 """Mean probability of their labels at which the records of a sub-class count as gone."""
 SUB_CLASS_SPEED = 0.3
