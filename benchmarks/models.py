@@ -286,22 +286,29 @@ def run(case: Case, seed: int) -> dict[str, Any]:
 
 
 def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: preparation, and the request."""
-    lines = [
-        "| model | weights learnt | test: means | samples | preparation: examples read (training) | seconds | class "
-        "| D_r before | after | D_f before | after | probability | steps | examples read | seconds |",
-        "|---|---:|---:|---:|---:|---:|---|" + "---:|" * 8,
+    """Markdown: a table of the preparations, and one of the requests."""
+    prepared = [
+        "| model | weights learnt | test: means % | samples % | examples read (by training) | seconds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    forgotten = [
+        "| model | class | D_r % before | after | D_f % before | after | probability | steps | examples read "
+        "| seconds |",
+        "|---|---|" + "---:|" * 8,
     ]
     for name, r in runs.items():
         p, f = r["preparation"], r["forgetting"]
         mean = sum(r["sampled"]) / len(r["sampled"])
-        lines.append(
+        prepared.append(
             f"| {name} | {r['learnable']:,} | {r['means']:.1f} | {mean:.1f} | {p['read']:,} ({r['training_read']:,}) "
-            f"| {p['seconds']:.0f} | {f['class']} | {f['D_r'][0]:.1f} | {f['D_r'][1]:.1f} | {f['D_f'][0]:.1f} "
-            f"| {f['D_f'][1]:.1f} | {f['probability']:.3f}{'' if f['reached'] else ' (not reached)'} | {f['steps']} "
-            f"| {f['read']:,} | {f['seconds']:.0f} |"
+            f"| {p['seconds']:.0f} |"
         )
-    return "\n".join(lines) + "\n"
+        forgotten.append(
+            f"| {name} | {f['class']} | {f['D_r'][0]:.1f} | {f['D_r'][1]:.1f} | {f['D_f'][0]:.1f} | {f['D_f'][1]:.1f} "
+            f"| {f['probability']:.3f}{'' if f['reached'] else ' (not reached)'} | {f['steps']} | {f['read']:,} "
+            f"| {f['seconds']:.0f} |"
+        )
+    return "\n".join([*prepared, "", *forgotten]) + "\n"
 
 
 def main(

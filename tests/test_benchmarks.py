@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks import contestants, gpu, harness, memory, our_ops, priors, profile, tables
+from benchmarks import contestants, gpu, harness, memory, models, our_ops, priors, profile, tables
 from distruction import methods, scenarios
 from distruction.experiments.grid import tomllib
 from distruction.ops import backends
@@ -428,3 +428,14 @@ def test_the_table_of_priors_takes_seeds_that_lack_some(tmp_path):
     assert "| 96.0 | -8.00 (-8.00) | -8.0 | 0.0 | -8.00 (-8.00) |" in lines[3]
     priors.figure(runs, tmp_path / "figure.png", against="parameters")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_choices_holds_the_table_of_the_models():
+    folder = ROOT / "benchmarks/results/models"
+    runs = {name: json.loads((folder / f"{name}.json").read_text()) for name in models.CASES}
+    shown = (folder / "models.md").read_text()
+    assert shown == models.table(runs)
+    page = (ROOT / "docs/choosing.md").read_text()
+    assert shown in page
+    assert "`python -m benchmarks.models OUT`" in page
+    assert "(../benchmarks/results/models/models.md)" in page
