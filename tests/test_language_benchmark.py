@@ -181,3 +181,5 @@ def test_what_the_page_says_is_in_the_stored_results():
     assert "without anchors {}, {} and {} %".format(*authors(teacher, "extracted", "kept", "recovered")) in page
     free = sorted(mean("authors", n, "kept") for n in ("GA", "NPO", "SimNPO", "no prior, bounded-ce"))
     assert f"AdamW without retained data {free[0]:.1f} to {free[-1]:.1f} %" in page
+    repaired = authors("NPO (retain data), 100 steps", "extracted", "kept", "recovered")
+    assert "NPO of 100 steps leaves {} % extracted, keeps {} % and gives back {} %".format(*repaired) in page
