@@ -164,6 +164,10 @@ def test_what_the_page_says_is_in_the_stored_results():
         for objective in ("uniform-others", "bounded-ce"):
             kept = mean("codes", f"depth, {objective}: learned std", nats)
             assert kept > mean("codes", f"depth, {objective}: constant std", nats)
+    (leap,) = (r["looks"][-2:] for r in runs if r["name"] == "depth, bounded-ce: learned std")
+    shown = f"lead from {leap[0]['nll']:.1f} to {leap[1]['nll']:.1f} nats, where {leap[1]['kept']:.1f} % are kept"
+    assert shown in page
+    assert leap[1]["step"] - leap[0]["step"] == 2
     found, exposed = (codes("retraining", key) for key in ("recovered", "exposure"))
     assert f"retraining's {found} % recovered and {exposed} bits" in page
     teacher = "ours, masked-teacher"
@@ -181,3 +185,5 @@ def test_what_the_page_says_is_in_the_stored_results():
     assert "without anchors {}, {} and {} %".format(*authors(teacher, "extracted", "kept", "recovered")) in page
     free = sorted(mean("authors", n, "kept") for n in ("GA", "NPO", "SimNPO", "no prior, bounded-ce"))
     assert f"AdamW without retained data {free[0]:.1f} to {free[-1]:.1f} %" in page
+    repaired = authors("NPO (retain data), 100 steps", "extracted", "kept", "recovered")
+    assert "NPO of 100 steps leaves {} % extracted, keeps {} % and gives back {} %".format(*repaired) in page

@@ -189,9 +189,7 @@ def main(
     tuning: Annotated[bool, typer.Option("--tune", help="Choose the step sizes on seed 0.")] = False,
     size: Annotated[str, typer.Option(help=f"Of {', '.join(models.SIZES)}.")] = "full",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
-    page: Annotated[
-        Path | None, typer.Option(help="Page whose tables are made anew, such as docs/language.md.")
-    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Whose tables are made anew: docs/language.md.")] = None,
 ) -> None:
     """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``."""
     for value, known in ((size, models.SIZES), *((name, SCENARIOS) for name in scenario)):

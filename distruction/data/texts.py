@@ -35,8 +35,8 @@ class Text:
 def read_texts(path: Path) -> list[Text]:
     """The texts in a file of JSON lines, or of rows of Parquet with columns of the same names.
 
-    A ``question`` with its ``answer``, as TOFU's files have them (arXiv 2401.06121), is the text "Question: ...", a
-    line break and "Answer: ...", which is the form that its authors give to models without a chat template.
+    A ``question`` with its ``answer``, as TOFU's files (arXiv 2401.06121) have them, becomes "Question: ...", a line
+    break and "Answer: ...", which is the form that its authors give to models without a chat template.
 
     Raises:
         MissingPackage: it is of Parquet, and pyarrow is not installed.
