@@ -188,3 +188,13 @@ def test_what_the_page_says_is_in_the_stored_results():
     assert f"AdamW without retained data {free[0]:.1f} to {free[-1]:.1f} %" in page
     repaired = authors("NPO (retain data), 100 steps", "extracted", "kept", "recovered")
     assert "NPO of 100 steps leaves {} % extracted, keeps {} % and gives back {} %".format(*repaired) in page
+
+    def canaries(name, *keys):
+        return [f"{mean('canaries', name, key):.1f}" for key in keys]
+
+    found = canaries(teacher, "extracted", "kept", "recovered", "exposure", "change")
+    said = (
+        "leaves {} % extracted, keeps {} % and gives back {} %, with an exposure of {} bits and a perplexity {} % above"
+    )
+    assert said.format(*found) in page
+    assert "`uniform-others` keeps {} % and gives back {} %".format(*canaries(ours, "kept", "recovered")) in page
