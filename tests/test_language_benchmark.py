@@ -164,7 +164,8 @@ def test_what_the_page_says_is_in_the_stored_results():
         for objective in ("uniform-others", "bounded-ce"):
             kept = mean("codes", f"depth, {objective}: learned std", nats)
             assert kept > mean("codes", f"depth, {objective}: constant std", nats)
-    (leap,) = (r["looks"][-2:] for r in runs if r["name"] == "depth, bounded-ce: learned std")
+    name = "depth, bounded-ce: learned std"
+    leap = next(r["looks"][-2:] for r in runs if (r["name"], r["seed"]) == (name, 1))
     shown = f"lead from {leap[0]['nll']:.1f} to {leap[1]['nll']:.1f} nats, where {leap[1]['kept']:.1f} % are kept"
     assert shown in page
     assert leap[1]["step"] - leap[0]["step"] == 2
@@ -187,3 +188,13 @@ def test_what_the_page_says_is_in_the_stored_results():
     assert f"AdamW without retained data {free[0]:.1f} to {free[-1]:.1f} %" in page
     repaired = authors("NPO (retain data), 100 steps", "extracted", "kept", "recovered")
     assert "NPO of 100 steps leaves {} % extracted, keeps {} % and gives back {} %".format(*repaired) in page
+
+    def canaries(name, *keys):
+        return [f"{mean('canaries', name, key):.1f}" for key in keys]
+
+    found = canaries(teacher, "extracted", "kept", "recovered", "exposure", "change")
+    said = (
+        "leaves {} % extracted, keeps {} % and gives back {} %, with an exposure of {} bits and a perplexity {} % above"
+    )
+    assert said.format(*found) in page
+    assert "`uniform-others` keeps {} % and gives back {} %".format(*canaries(ours, "kept", "recovered")) in page
