@@ -116,7 +116,7 @@ class NearMeans(AtMeans):
             answers = []
             for _ in range(COPIES):
                 copy = inputs + std * torch.randn(inputs.shape, generator=generator).to(inputs)
-                answers.append(super().__call__(copy).log_softmax(dim=-1))
+                answers.append(super().__call__(copy).float().log_softmax(dim=-1))
             self._answered = inputs, inputs._version, torch.stack(answers).logsumexp(dim=0) - math.log(COPIES)
         return self._answered[2]
 
