@@ -36,14 +36,14 @@ def found(
     task: Task,
     *,
     target: Literal["gone", "sub-class", "unseen", "corrected"] | None = None,
-    objective: str = DEFAULT,
+    objective: str | None = None,
     level: float | None = None,
     data_per_step: float = 100.0,
 ) -> ForgetReport:
     """The same from a Gauss-Newton posterior, with lambda found during the run: `distruction.forget` as it is.
 
     Args:
-        objective: a name in `distruction.objectives.REGISTRY`.
+        objective: a name in `distruction.objectives.REGISTRY`; ``None`` is the target's.
         target, level, data_per_step: see `distruction.forget`.
     """
     return forget(
