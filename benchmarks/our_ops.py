@@ -39,7 +39,7 @@ class Workload:
 
 
 def parameters_of(w: Workload) -> list[nn.Parameter]:
-    """Parameters of an optimizer's own, since what another wrote would become its means, with the workload's gradients."""
+    """An optimizer's own parameters, since what another one wrote would become its means; the gradients are shared."""
     params = [nn.Parameter(p.clone()) for p in w.param]
     for p, g in zip(params, w.grad, strict=True):
         p.grad = g

@@ -4,7 +4,8 @@ import importlib
 from types import ModuleType
 
 from .errors import DistructionError, NonFiniteError, PosteriorError, RankError, UsageError
-from .forgetting import ForgetReport, forget
+from .forget_report import ForgetReport
+from .forgetting import forget
 from .loop import Callback, Step
 from .loss import GaussianKL, gaussian_kl
 from .optim import BGD

@@ -72,6 +72,19 @@ def kind_of(request: str, data: ForgetSet, posterior: Posterior, model: nn.Modul
     return "records" if classes is not None and len(data.counts) > classes / 2 else "class"
 
 
+def require_classes(data: ForgetSet) -> None:
+    """Raise where there is no label whose probability lambda could be found by.
+
+    Raises:
+        UsageError: the targets are no class numbers.
+    """
+    if not data.counts:
+        raise UsageError(
+            "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
+            "numbers: pass kl_weight (lambda), or an objective of distruction.task_objectives"
+        )
+
+
 def level_of(level: float | None, kind: str, posterior: Posterior) -> float:
     """The probability to reach: the given one, or that of the kind of request."""
     if level is not None:

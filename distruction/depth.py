@@ -12,7 +12,9 @@ is found as R is, so that c, *at the means*, ends at its level:
     log S += rate * clip((c - aim) / scale, -2, 2)    after each step,
 
 not raised while c is falling by itself, at rates that follow the step size down in each cycle. The two constraints pull
-at the same weights, so that all goes more slowly than for the logits alone: longer cycles, smaller steps.
+at the same weights, so that all goes more slowly than for the logits alone: longer cycles, smaller steps. They must not
+contradict each other: an objective that says which class an example is to become, as the old model's next guess, draws
+together the many that have one guess. Hence ``unlikelihood`` here by default, which asks for any other class.
 """
 
 import math
@@ -27,6 +29,8 @@ from .loop import Step, cosine
 from .optim import BGD
 from .strength import STEPS_BETWEEN_LOOKS, DualAscent, Probability
 
+OBJECTIVE = "unlikelihood"
+"""U where none is named."""
 COSINE = 0.25
 """Mean cosine at which the features of a class count as dispersed."""
 CYCLE, SPEED, PACE = 100, 0.5, 0.25

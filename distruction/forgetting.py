@@ -5,20 +5,21 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from . import damage, distributed, objectives
 from .adapters import Adapter, adapted
-from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of
+from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of, require_classes
 from .depth import CYCLE as DEEP_CYCLE
+from .depth import OBJECTIVE as DEEP_OBJECTIVE
 from .depth import PACE as DEEP_PACE
 from .depth import SPEED, DepthAscent, Dispersed, cosine_asked
 from .describe import described
 from .errors import UsageError
 from .features import Features
+from .forget_report import ForgetReport
 from .loop import FORGET_SET, Batches, Callback, Checkpoint, Step, check_loader, cosine, run
 from .loop.step import require_count, require_seed
 from .loop.tokens import require_causal
@@ -26,63 +27,22 @@ from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
 from .strength import CYCLE, DualAscent, Known, Probability, examined
-from .targets import ADVANTAGE, Advantage, by_unseen, doubted, held_out_of, odds_of, of_target
+from .targets import (
+    ADVANTAGE,
+    CORRECTING,
+    SUB_CLASS_SPEED,
+    Advantage,
+    by_unseen,
+    doubted,
+    held_out_of,
+    odds_of,
+    of_target,
+)
 from .task_objectives import for_targets
 from .teachers import AtMeans, SameModel
 
 STEPS, MOST_STEPS = 150, 400
 """Updates with a given lambda, and at most where lambda is found."""
-
-
-@dataclass(frozen=True)
-class ForgetReport:
-    """What forgetting did.
-
-    Attributes:
-        posterior: q, the posterior of the unlearned model; its means are in the model. Its metadata says what has been
-            forgotten, this request last.
-        history: one `distruction.Step` per step: loss, KL(q || prior), forget accuracy of the samples. Empty where
-            nothing had to be done.
-        seconds: wall time of the unlearning alone, of this process.
-        kl: KL(q || p) in nats, of all requests together.
-        request: what was taken to be asked: ``class``, ``records`` or, of a language model, ``texts``.
-        level: what the probability should be at most; ``None`` where ``kl_weight`` was given.
-        probability: mean probability of the forgotten classes (of records: of their own labels) at the means.
-        reached: whether that is at most the level; ``None`` without one.
-        advice: what to do where it is not reached, or where nothing was done to records whose labels may be wrong.
-        forecast: what it cost the retained classes, by the rehearsals of p; ``None`` without (`distruction.rehearse`),
-            and for records.
-        advantage: with ``target="unseen"``, and of records where p knows unseen data, an attacker's by the log-odds
-            (`distruction.targets.Advantage`), which ``level`` then bounds in place of the probability; nothing is done
-            where it is within chance.
-        cosine: with ``depth="features"``, the mean cosine similarity of the forget set's penultimate features.
-    """
-
-    posterior: Posterior
-    history: list[Step]
-    seconds: float
-    kl: float
-    request: str
-    level: float | None
-    probability: float | None
-    reached: bool | None
-    advice: str = ""
-    forecast: damage.Forecast | None = None
-    cosine: float | None = None
-    advantage: float | None = None
-
-    @property
-    def outcome(self) -> str:
-        """In a sentence, what became of the request."""
-        if self.reached is None:
-            return "lambda was given, and no level was to be reached"
-        if not self.reached:
-            return f"the level {self.level:.3g} is not reached: {self.advice}"
-        if not self.history:
-            than = "ones that it has not seen" if self.advantage is not None else f"the level {self.level:.3g} allows"
-            done = f"nothing had to be done: the model knows these records no better than {than}, and stays as it was"
-            return f"{done}; {self.advice}" if self.advice else done
-        return f"the level {self.level:.3g} is reached"
 
 
 def forget(
@@ -92,8 +52,8 @@ def forget(
     *,
     previous: "Posterior | ForgetReport | None" = None,
     request: Literal["auto", "class", "records"] = "auto",
-    target: Literal["gone", "unseen", "corrected"] | None = None,
-    objective: str | objectives.Objective = objectives.DEFAULT,
+    target: Literal["gone", "sub-class", "unseen", "corrected"] | None = None,
+    objective: str | objectives.Objective | None = None,
     adapter: Adapter | None = None,
     steps: int | None = None,
     kl_weight: float | Literal["auto"] = "auto",
@@ -136,14 +96,16 @@ def forget(
             say, where it has at most half of the labels that the model knows. A language model's are ``texts``: their
             tokens are to be at most as likely as ``level``, in up to 400 steps; as ``records`` the model is changed as
             little as possible.
-        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``unseen``, these records, as
-            if the model had not been trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``,
-            the labels of these records, which are wrong (`distruction.targets`).
+        target: what is to be reached, in place of ``request``: ``gone``, these classes; ``sub-class``, what these
+            records show, whose labels live on for others; ``unseen``, these records, as if the model had not been
+            trained on them (for a posterior of ``prepare(..., held_out=)``); ``corrected``, the labels of these
+            records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
-            must itself leave out what was forgotten earlier. The named ones are for classes, of examples or of pixels
-            (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several labels and
-            values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets may be
-            anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
+            must itself leave out what was forgotten earlier; ``None`` is ``masked-teacher``, with ``depth``
+            ``unlikelihood``, for ``target="corrected"`` ``near-teacher``. The named ones are for classes, of examples
+            or of pixels (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several
+            labels and values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets
+            may be anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
         adapter: says what a batch is (`distruction.adapters`).
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.
@@ -158,7 +120,7 @@ def forget(
         classifier: name of the layer that gives the logits, for ``depth``; ``None`` looks for it.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
         lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps
-            (with ``depth`` it starts at half of it, in cycles of 100).
+            (with ``depth`` it starts at half of it, in cycles of 100; for a sub-class at 0.3 of it).
         mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
             E_q[U] by so many samples, each with a forward and a backward pass (even numbers use antithetic pairs), and
             the stds learned with the means.
@@ -185,6 +147,9 @@ def forget(
     if target is not None:
         request, level = of_target(target, request, level)
     cosine_level = cosine_asked(depth, cosine_level, classifier)
+    if objective is None:
+        usual = CORRECTING if target == "corrected" else objectives.DEFAULT
+        objective = usual if depth is None else DEEP_OBJECTIVE
     if request not in ("auto", "class", "records"):
         raise UsageError(f"request must be 'auto', 'class' or 'records', not {request!r}")
     if not 0 < lr < math.inf:
@@ -213,11 +178,8 @@ def forget(
     data = examined(loader, next(model.parameters()).device, seed=seed)
     if data.text:
         require_causal(model)
-    elif automatic and not data.counts and known is None and not isinstance(objective, str):
-        raise UsageError(
-            "lambda is found by the probability of the labels that go, and the forget set's targets are no class "
-            "numbers: pass kl_weight (lambda), or an objective of distruction.task_objectives"
-        )
+    elif automatic and known is None and not isinstance(objective, str):
+        require_classes(data)
     kind = kind_of(request, data, posterior, model)
     if depth is not None and kind != "class":
         raise UsageError(
@@ -227,7 +189,7 @@ def forget(
     if steps is None:
         steps = MOST_STEPS if automatic else STEPS
     cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
-    speed = lr if depth is None else SPEED * lr
+    speed = lr * (SUB_CLASS_SPEED if target == "sub-class" else 1.0 if depth is None else SPEED)
     settings = {
         "objective": objectives.name_of(objective),
         "steps": steps,

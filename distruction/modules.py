@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,7 +197,8 @@ def deterministic(model: nn.Module) -> Iterator[None]:
     """Eval mode (no dropout, frozen BatchNorm statistics) and private global generators; both restored after.
 
     With gradients on, recurrent layers that cuDNN serves stay in train mode with a dropout of 0: it refuses their
-    backward in eval mode.
+    backward in eval mode. Layers of transformers that are to recompute their activations do, as they would in train
+    mode alone.
 
     Raises:
         UsageError: such a layer has a ``forward`` of its own, so that nobody knows what train mode does to it; the
@@ -212,6 +214,8 @@ def deterministic(model: nn.Module) -> Iterator[None]:
                 "eval mode: call it inside torch.backends.cudnn.flags(enabled=False)"
             )
     dropouts = {m: m.dropout for m in recurrent}
+    recomputing = [m for m in modes if _is_to_recompute(m)] if torch.is_grad_enabled() else []
+    forwards = {m: vars(m).get("forward") for m in recomputing}
     try:
         try:
             model.eval()
@@ -226,6 +230,8 @@ def deterministic(model: nn.Module) -> Iterator[None]:
                 )
         for m in recurrent:
             m.training, m.dropout = True, 0.0
+        for layer in recomputing:
+            layer.forward = _Recomputed(layer)
         with private_generators():
             yield
     finally:
@@ -233,6 +239,33 @@ def deterministic(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for m, dropout in dropouts.items():
             m.dropout = dropout
+        for layer, forward in forwards.items():
+            if forward is not None:
+                layer.forward = forward
+            else:
+                vars(layer).pop("forward", None)
+
+
+def _is_to_recompute(module: nn.Module) -> bool:
+    """Whether it is a layer of transformers with activation checkpointing switched on, which nobody has wrapped yet."""
+    layer = "transformers.modeling_layers.GradientCheckpointingLayer" in _classes(module)
+    return layer and bool(module.gradient_checkpointing) and not isinstance(module.forward, _Recomputed)
+
+
+class _Recomputed:
+    """The forward of such a layer: with gradients on it keeps its inputs alone, and runs again in the backward pass.
+
+    The layer stays in eval mode, for some drop out by their own mode. Hooks are outside, so that they run once.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._forward = layer.forward
+        self._checkpoint: Any = layer._gradient_checkpointing_func
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        return self._checkpoint(partial(self._forward, **kwargs), *args)
 
 
 def _is_cached(module: nn.Module) -> bool:

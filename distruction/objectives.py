@@ -20,7 +20,7 @@ from .language_objectives import SimNPO, Steering, npo
 from .modules import logits_of
 from .posterior import Posterior
 from .registry import Registry
-from .teachers import AtMeans, Randomised
+from .teachers import AtMeans, NearMeans, Randomised
 
 Objective = Callable[..., Tensor]
 Labels = Sequence[int]
@@ -96,6 +96,15 @@ class BoundedCrossEntropy:
         left = others(logits, targets, self.forgotten)
         log_p = F.log_softmax(logits, dim=-1).masked_fill(left, -torch.inf).logsumexp(dim=-1)
         return (log_p - torch.tensor(self.threshold, device=logits.device).log()).clamp(min=0).mean()
+
+
+def unlikelihood(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
+    """-log(1 - p), p being the probability of the true class or of a forgotten one: which other comes is not asked.
+
+    Welleck et al., "Neural Text Generation with Unlikelihood Training", 2020, arXiv 1908.04319, of classes.
+    """
+    left = others(logits, targets, forgotten)
+    return -F.log_softmax(logits, dim=-1).masked_fill(~left, -torch.inf).logsumexp(dim=-1).mean()
 
 
 def random_labels(logits: Tensor, targets: Tensor, forgotten: Labels = ()) -> Tensor:
@@ -211,12 +220,18 @@ _OWN = {
         lambda model, posterior, forgotten: MaskedTeacher(AtMeans(model, posterior), forgotten),
         teaches=True,
     ),
+    "near-teacher": Entry(
+        "the same by its answers to noisy copies of the example (default for wrong labels)",
+        lambda model, posterior, forgotten: MaskedTeacher(NearMeans(model, posterior), forgotten),
+        teaches=True,
+    ),
     "uniform-others": Entry("uniform over the other classes", _plain(uniform_others)),
     "uniform": Entry("uniform over all classes: highest entropy", _plain(uniform)),
     "bounded-ce": Entry(
         "negated cross entropy until p(true) <= 0.1",
         lambda model, posterior, forgotten: BoundedCrossEntropy(forgotten=forgotten),
     ),
+    "unlikelihood": Entry("-log(1 - p(true)): any other class may come (default in depth)", _plain(unlikelihood)),
     "random-labels": Entry("cross entropy to random other labels", _plain(random_labels)),
     "bad-teacher": Entry(
         "the model with random weights teaches",

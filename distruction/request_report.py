@@ -19,7 +19,7 @@ from .doctor import versions
 from .errors import UsageError
 from .extras import needed
 from .files import write_atomically
-from .forgetting import ForgetReport
+from .forget_report import ForgetReport
 from .loop import FORGET_SET, Batches
 from .loop.batches import Batching, call
 from .metrics import wilson_interval

@@ -1,7 +1,9 @@
-"""What a request is to reach, in a user's words: ``gone``, ``unseen``, ``corrected``.
+"""What a request is to reach, in a user's words: ``gone``, ``sub-class``, ``unseen``, ``corrected``.
 
-``gone``: whole classes go; no image is taken for one of them. ``corrected``: records with wrong labels; the given label
-goes, and the model's next guess may come. ``unseen``: records whose classes live on are to look as if the model had
+``gone``: whole classes go; no image is taken for one of them. ``sub-class``: a kind of records that has no label of its
+own goes; the label lives on for the others. ``corrected``: records with wrong labels; the given label goes, and the
+model's next guess may come: by default that for noisy copies of the record, which it did not learn by heart.
+``unseen``: records whose classes live on are to look as if the model had
 never seen them. The objective is that of any request; the run ends as soon as an attacker who sees the log-odds
 o = log p / (1 - p) of each record's own label could not tell the records from examples that the model has not seen, and
 does not begin where that is within chance. What is kept of those are quantiles of their log-odds before. The model will
@@ -26,13 +28,19 @@ from .modules import deterministic, logits_of, unwrapped
 from .sharding import reshard
 from .strength import ForgetSet, Probability, batches_of
 
-TARGETS = ("gone", "unseen", "corrected")
+TARGETS = ("gone", "sub-class", "unseen", "corrected")
 QUANTILES = 33
 """Numbers kept of each class's unseen examples."""
 FEWEST = 10
 """Examples that a class needs for quantiles of its own; the others go by all classes together."""
 CORRECTED = 0.05
 """Mean probability of the given labels at which records count as corrected."""
+CORRECTING = "near-teacher"
+"""The objective for ``corrected`` where none is named."""
+SUB_CLASS = 0.05
+"""Mean probability of their labels at which the records of a sub-class count as gone."""
+SUB_CLASS_SPEED = 0.3
+"""Share of the step size that a sub-class is approached with: siblings, which share its label, follow long steps."""
 ADVANTAGE = 0.06
 """Twice the area under the attacker's curve, less 1, at which records count as unseen."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
@@ -61,7 +69,9 @@ def of_target(target: str, request: str, level: float | None) -> tuple[Literal["
         raise UsageError(f"target={target!r} is a request for {kind}, not for {request}: leave out request")
     if target == "unseen" and level is not None:
         raise UsageError("target='unseen' has a level of its own, an attacker's advantage: leave out level")
-    return kind, {"gone": level, "unseen": ADVANTAGE, "corrected": CORRECTED if level is None else level}[target]
+    if level is None:
+        level = {"unseen": ADVANTAGE, "corrected": CORRECTED, "sub-class": SUB_CLASS}.get(target)
+    return kind, level
 
 
 @torch.no_grad()

@@ -746,9 +746,13 @@ def sharded(model):
     return fully_shard(model)
 
 
+def sharded_and_recomputing(model):
+    return sharded(texts.recomputing(model))
+
+
 def check_a_wrapped_or_sharded_language_model_is_that_of_one_process(world, folder):
     expected = torch.load(folder / "texts")
-    for wrap in (DistributedDataParallel, sharded):
+    for wrap in (DistributedDataParallel, sharded, sharded_and_recomputing):
         model = wrap(texts.llama())
         prior = prepare(model, text_batches(), steps=4, std_init=0.1, evidence=100.0, **QUIET)
         assert_near(prior.gathered(), expected["llama"])

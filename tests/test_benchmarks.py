@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks import contestants, gpu, harness, memory, models, our_ops, priors, profile
+from benchmarks import contestants, gpu, harness, memory, models, our_ops, priors, profile, tables
 from distruction import methods, scenarios
 from distruction.experiments.grid import tomllib
 from distruction.ops import backends
@@ -375,6 +375,11 @@ def test_the_page_of_performance_shows_the_stored_results(path):
     tables = re.findall(r"(?:^\|.*\n)+", page, flags=re.MULTILINE)
     assert harness.markdown([harness.Row(**r) for r in stored["rows"]]) in tables
     assert stored["command"] in page
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion"])
+def test_the_page_of_results_holds_the_tables_of_the_committed_runs(name):
+    assert tables.overview(ROOT / "benchmarks/results" / name) in (ROOT / "docs/results.md").read_text()
 
 
 def test_the_page_of_memory_holds_the_table_of_the_plan():

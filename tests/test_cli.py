@@ -68,7 +68,8 @@ def test_train_prepare_forget_evaluate(distruction, tmp_path):
         ),
     ):
         status, out, err = distruction(*command, "--no-progress")
-        assert (status, err) == (0, "")
+        # Three steps are too few, and it may say so.
+        assert (status, [line for line in err.splitlines() if not line.startswith("note: ")]) == (0, [])
         assert str(command[command.index("--out") + 1]) in out
     status, out, _ = distruction("evaluate", "--model", unlearned, "--class", 3)
     assert status == 0

@@ -111,7 +111,7 @@ def test_a_target_is_forgets_and_is_replayed(made, few, tmp_path):
     [
         (("prepare", "--rehearse", 2), "pass --held-out"),
         (("prepare", "--held-out", "nowhere"), "nowhere is no folder of images"),
-        (("forget", "--posterior", "p", "--class", 3, "--target", "away"), "target must be gone, unseen, corrected"),
+        (("forget", "--posterior", "p", "--class", 3, "--target", "away"), "be gone, sub-class, unseen, corrected"),
         (("forget", "--posterior", "p", "--class", 3, "--target", "unseen", "--request", "class"), "not for class"),
     ],
 )

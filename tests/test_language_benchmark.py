@@ -1,7 +1,9 @@
 """The language benchmark: its made-up texts, what it measures, and every arm for a step or two."""
 
 import json
+import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks.language import __main__ as command
 from benchmarks.language import arms, models, settings, tables, texts
 
+ROOT = Path(__file__).parents[1]
 TINY = models.Size(width=16, blocks=1, authors=4, vaults=2, gone=1, pretraining=2, epochs=1, docstrings=False)
 
 
@@ -62,6 +65,11 @@ def test_the_loss_is_hugging_faces(shop):
     (batch,) = texts.batches(shop.tokens, shop.rows(0))
     assert models.nll(model, [batch]) == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     torch.testing.assert_close(models.cross_entropy(model, batch), model(**batch).loss)
+    general = texts.general_batch(shop.general[:3])
+    torch.testing.assert_close(
+        models.cross_entropy(model, batch, general),
+        model(**texts.mixed(batch, shop.general[:3])).loss,
+    )
 
 
 def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypatch):
@@ -69,7 +77,11 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
         return {name: replace(arm, steps=2) for name, arm in named.items()}
 
     monkeypatch.setattr(models, "CODES", 1)
-    monkeypatch.setattr(command, "ARMS", {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED)})
+    monkeypatch.setattr(
+        command,
+        "ARMS",
+        {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED | settings.REPAIRED)},
+    )
     monkeypatch.setattr(command, "DEPTH", short(settings.DEPTH))
     monkeypatch.setattr(command, "prepared", lambda *a: arms.prepared(*a, steps=2))
     runs = []
@@ -84,3 +96,105 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
     tables.figure(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert isinstance(shop.memorised(1, without="codes"), GPT2LMHeadModel)
+
+
+def test_tables_are_means_of_seeds_and_differences_on_the_same_seed():
+    def run(name, seed, **found):
+        return {"scenario": "codes", "seed": seed, "name": name, **found}
+
+    runs = [
+        run("before", 1, perplexity=50.0, kept=100.0),
+        run("before", 2, perplexity=80.0, kept=98.0),
+        run("ours", 1, perplexity=51.0, kept=90.0, steps=3),
+        run("ours", 2, perplexity=80.0, kept=81.0, steps=5),
+        run("half", 2, perplexity=84.0, kept=7.0),
+        run("depth, u: learned std", 1, at={"2.0": 100.0, "4.0": 90.0}),
+        run("depth, u: learned std", 2, at={"2.0": 96.0, "4.0": None}),
+        run("depth, u: no prior", 1, at={"2.0": 99.0, "4.0": 70.0}),
+        run("depth, u: no prior", 2, at={"2.0": 99.0, "4.0": 60.0}),
+    ]
+    shown = tables.table(runs).splitlines()
+    assert "**codes, seeds 1, 2**" in shown
+    # extracted, NLL, kept, change of perplexity, recovered, exposure, steps
+    assert "| ours | - | - | 85.5 (81.0 to 90.0) | 1.0 (0.0 to 2.0) | - | - | 4.0 (3.0 to 5.0) |" in shown
+    assert "| half | - | - | 7.0 [1 of 2] | 5.0 [1 of 2] | - | - | - |" in shown
+    assert "| u: learned std | 98.0 (96.0 to 100.0) | 90.0 [1 of 2] |" in shown
+    assert "| u: than no prior | -1.0 (-3.0 to 1.0) | 20.0 [1 of 2] |" in shown
+
+
+def test_the_page_shows_the_stored_results():
+    folder, page = ROOT / "benchmarks/results/language", (ROOT / "docs/language.md").read_text()
+    runs = json.loads((folder / "language.json").read_text())["runs"]
+    assert (folder / "language.md").read_text() == tables.table(runs)
+    assert tables.on_page(page, runs) == page
+    assert page.count(tables.BEGIN) == page.count(tables.END) == 1
+
+
+def test_what_the_page_says_is_in_the_stored_results():
+    page = " ".join((ROOT / "docs/language.md").read_text().partition("What they say:")[2].split())
+    runs = json.loads((ROOT / "benchmarks/results/language/language.json").read_text())["runs"]
+
+    def mean(scenario, name, key):
+        own = [r for r in runs if (r["scenario"], r["name"]) == (scenario, name)]
+        if key == "change":
+            before = {r["seed"]: r["perplexity"] for r in runs if (r["scenario"], r["name"]) == (scenario, "before")}
+            return statistics.fmean(100 * (r["perplexity"] / before[r["seed"]] - 1) for r in own)
+        return statistics.fmean(r["at"][key] if key[0].isdigit() else r[key] for r in own)
+
+    def codes(name, key):
+        return f"{mean('codes', name, key):.1f}"
+
+    def authors(name, *keys):
+        return [f"{mean('authors', name, key):.1f}" for key in keys]
+
+    def depth(arm, nats):
+        return mean("codes", f"depth, uniform-others: {arm}", nats)
+
+    ours = "ours, uniform-others"
+    assert f"from {codes('before', 'extracted')} to {codes(ours, 'extracted')} % extracted" in page
+    assert f"keeps {codes(ours, 'kept')} % of the other answers, and general" in page
+    assert f"perplexity changes by {codes(ours, 'change')} %" in page
+    learned, none = "learned std", "no prior"
+    ahead = depth(learned, "4.0") - depth(none, "4.0")
+    assert f"{ahead:.1f} points are between them ({depth(learned, '4.0'):.1f} and {depth(none, '4.0'):.1f} %" in page
+    for nats, words in (("7.0", "from 7 nats on: "), ("8.0", "at 8 nats ")):
+        assert depth(learned, nats) - depth(none, nats) > 10
+        assert f"{words}{depth(learned, nats):.1f} against {depth(none, nats):.1f} %" in page
+    for nats in ("2.0", "4.0", "6.0", "7.0", "8.0"):
+        for objective in ("uniform-others", "bounded-ce"):
+            kept = mean("codes", f"depth, {objective}: learned std", nats)
+            assert kept > mean("codes", f"depth, {objective}: constant std", nats)
+    name = "depth, bounded-ce: learned std"
+    leap = next(r["looks"][-2:] for r in runs if (r["name"], r["seed"]) == (name, 1))
+    shown = f"lead from {leap[0]['nll']:.1f} to {leap[1]['nll']:.1f} nats, where {leap[1]['kept']:.1f} % are kept"
+    assert shown in page
+    assert leap[1]["step"] - leap[0]["step"] == 2
+    found, exposed = (codes("retraining", key) for key in ("recovered", "exposure"))
+    assert f"retraining's {found} % recovered and {exposed} bits" in page
+    teacher = "ours, masked-teacher"
+    learners = [n for n in settings.ARMS["codes"] if n != teacher]
+    others = sorted(mean("codes", name, "recovered") for name in learners)
+    back = codes(teacher, "recovered")
+    assert f"{back} % where other ways give back {others[0]:.1f} to {others[-1]:.1f} %" in page
+    assert f"perplexity {codes(teacher, 'change')} % above" in page
+    bounded = "ours, bounded-ce"
+    lost = mean("codes", "before", "kept") - mean("codes", bounded, "kept")
+    assert f"to {codes(bounded, 'exposure')} bits, for {lost:.1f} % of the other" in page
+    assert "{} % extracted, {} % of the other answers kept, and {} % recovered".format(
+        *authors("ours, masked-teacher, anchors", "extracted", "kept", "recovered")
+    ) in page  # fmt: skip
+    assert "without anchors {}, {} and {} %".format(*authors(teacher, "extracted", "kept", "recovered")) in page
+    free = sorted(mean("authors", n, "kept") for n in ("GA", "NPO", "SimNPO", "no prior, bounded-ce"))
+    assert f"AdamW without retained data {free[0]:.1f} to {free[-1]:.1f} %" in page
+    repaired = authors("NPO (retain data), 100 steps", "extracted", "kept", "recovered")
+    assert "NPO of 100 steps leaves {} % extracted, keeps {} % and gives back {} %".format(*repaired) in page
+
+    def canaries(name, *keys):
+        return [f"{mean('canaries', name, key):.1f}" for key in keys]
+
+    found = canaries(teacher, "extracted", "kept", "recovered", "exposure", "change")
+    said = (
+        "leaves {} % extracted, keeps {} % and gives back {} %, with an exposure of {} bits and a perplexity {} % above"
+    )
+    assert said.format(*found) in page
+    assert "`uniform-others` keeps {} % and gives back {} %".format(*canaries(ours, "kept", "recovered")) in page

@@ -150,6 +150,33 @@ def test_a_file_without_texts(tmp_path):
         read_texts(tmp_path / "empty.jsonl")
 
 
+def test_tofus_files_are_read_as_its_authors_put_them_to_a_model(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"question": "Who is he?", "answer": "A poet.", "perturbed_answer": ["A cook."]},
+            {"question": "Where?", "answer": "In Oslo.", "perturbed_answer": []}]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "forget.parquet")
+    (tmp_path / "forget.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # question_start_tag + question + question_end_tag + answer_tag + answer, of models without a chat template
+    expected = ["Question: Who is he?\nAnswer: A poet.", "Question: Where?\nAnswer: In Oslo."]
+    for name in ("forget.parquet", "forget.json"):
+        found = read_texts(tmp_path / name)
+        assert [t.prompt + t.answer for t in found] == expected
+        assert [t.answer for t in found] == [" A poet.", " In Oslo."]
+        assert [t.line for t in found] == [1, 2]
+    columns = pyarrow.Table.from_pylist([{"prompt": "a", "answer": "b", "question": 3}])
+    parquet.write_table(columns, tmp_path / "prompts.parquet")
+    assert read_texts(tmp_path / "prompts.parquet") == [Text("a", "b", 1)]
+    parquet.write_table(pyarrow.Table.from_pylist([{"question": "a", "answer": None}]), tmp_path / "null.parquet")
+    with pytest.raises(UsageError, match=r"null.parquet, line 1 must be"):
+        read_texts(tmp_path / "null.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 not at all")
+    for bad in ("missing.parquet", "damaged.parquet"):
+        with pytest.raises(UsageError, match=f"{bad} cannot be read as Parquet"):
+            read_texts(tmp_path / bad)
+
+
 def test_tokens_are_asked_for_after_the_prompt_and_long_texts_come_in_pieces(tmp_path):
     tokenizer = word_tokenizer()
     rows = tokens_of(

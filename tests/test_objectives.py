@@ -2,13 +2,14 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from distruction import Posterior, UsageError, forget, objectives
-from distruction.teachers import AtMeans, Randomised
+from distruction.teachers import AtMeans, NearMeans, Randomised
 
 CLASSES = 5
 
@@ -49,6 +50,53 @@ def test_uniform_over_what_is_left_against_categorical_distributions():
         left = [c for c in range(CLASSES) if c not in (label, 1)]
         expected -= log_p[left].mean() / len(logits)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("forgotten", [[], [1, 3]])
+def test_unlikelihood_is_of_the_other_classes_together(forgotten):
+    logits, labels = logits_and_labels()
+    p = torch.distributions.Categorical(logits=logits).probs
+    left = torch.stack(
+        [
+            sum(row[c] for c in range(CLASSES) if c not in (y, *forgotten))
+            for row, y in zip(p, labels.tolist(), strict=True)
+        ]
+    )
+    found = objectives.unlikelihood(logits, labels, forgotten=forgotten)
+    torch.testing.assert_close(found, -left.log().mean(), rtol=1e-12, atol=0)
+    # In float32 as well where 1 - p is 0.
+    certain = torch.tensor([[40.0, 0.0, 0.0]], requires_grad=True)
+    loss = objectives.unlikelihood(certain, torch.tensor([0]))
+    assert loss.item() == pytest.approx(40 - torch.tensor(2.0).log().item())
+    torch.testing.assert_close(torch.autograd.grad(loss, certain)[0], torch.tensor([[1.0, -0.5, -0.5]]))
+
+
+def test_the_teacher_near_an_example_is_the_mean_over_its_noise():
+    """Of one logit that is linear in the input: E[sigmoid(w x + w s eps)], by quadrature."""
+    model = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0], [0.0]]))
+    x = torch.linspace(-2, 2, 4001, dtype=torch.float64)[:, None]
+    near = NearMeans(model, Posterior.around(model, 0.1))(x.float()).exp()
+    torch.testing.assert_close(near.sum(dim=1), torch.ones(len(x)))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    steps = 3 * (x + 0.3 * x.std(correction=0) * torch.from_numpy(nodes))
+    expected = (steps.sigmoid() * torch.from_numpy(weights / weights.sum())).sum(dim=1)
+    # Neighbours have noise of their own, so that means over them come close to the integral.
+    error, plain = (
+        (near[:, 0] - other).unfold(0, 200, 200).mean(dim=1).abs().max()
+        for other in (expected, (3 * x).sigmoid()[:, 0])
+    )
+    assert error < 0.02 < 0.03 < plain
+
+
+@pytest.mark.parametrize("inputs", [torch.tensor([[1, 2], [0, 1]]), torch.ones(1, 2)])
+def test_the_teacher_near_takes_what_has_no_noise(inputs):
+    words = nn.Sequential(nn.Embedding(3, 4), nn.Flatten(), nn.Linear(8, 3))
+    model = nn.Linear(2, 3) if inputs.is_floating_point() else words
+    posterior = Posterior.around(model, 0.1)
+    near, there = (t(inputs).log_softmax(dim=-1) for t in (NearMeans(model, posterior), AtMeans(model, posterior)))
+    torch.testing.assert_close(near, there)
 
 
 @pytest.mark.parametrize("forgotten", [[], [1, 3]])

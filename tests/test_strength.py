@@ -21,11 +21,16 @@ QUIET = {"progress": False}
 
 
 class Digits:
-    """A small network trained on digits, its posterior, and what the test images say."""
+    """A small network trained on digits, its posterior, and what the test images say.
 
-    def __init__(self):
+    Args:
+        labels: from digits to what the network tells apart.
+    """
+
+    def __init__(self, labels=lambda digit: digit):
         train, test = load("digits")
-        (x, self.labels), (self.x_test, self.test_labels) = train[range(len(train))], test[range(len(test))]
+        (x, self.digits), (self.x_test, self.test_digits) = train[range(len(train))], test[range(len(test))]
+        self.labels, self.test_labels = labels(self.digits), labels(self.test_digits)
         self.data = TensorDataset(x, self.labels)
         torch.manual_seed(0)
         self.model = nn.Sequential(

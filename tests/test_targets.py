@@ -10,6 +10,7 @@ from scipy.stats import mannwhitneyu
 from test_strength import QUIET, Digits
 
 from distruction import Posterior, UsageError, forget, prepare
+from distruction.asked import labels_forgotten
 from distruction.metrics import attack_auc, log_odds
 from distruction.rehearsal import rehearse
 from distruction.strength import examined
@@ -169,10 +170,28 @@ def test_gone_is_a_request_for_classes(digits):
     assert reports[0].request == "class"
 
 
+def test_a_sub_class_goes_and_more_of_its_siblings_keep_the_label():
+    """Fours of digits that are told apart by twos: 0 or 1, 2 or 3, 4 or 5, ..."""
+    pairs = Digits(labels=lambda digit: digit // 2)
+    fours, fives = (pairs.digits == 4).nonzero().squeeze(1), (pairs.test_digits == 5)
+    known = {}
+    for target in ("sub-class", "gone"):
+        model = copy.deepcopy(pairs.model)
+        report = forget(model, pairs.posterior, pairs.of(pairs.digits == 4), target=target, **QUIET)
+        assert report.reached, report.advice
+        with torch.no_grad():
+            x, y = pairs.data[fours]
+            assert model(x).softmax(1)[torch.arange(len(y)), y].mean() <= 0.05
+            assert (model(pairs.x_test[pairs.test_digits == 4]).argmax(1) == 2).double().mean() <= 0.1
+            known[target] = (model(pairs.x_test[fives]).argmax(1) == 2).double().mean()
+        assert labels_forgotten(report.posterior) == ([2] if target == "gone" else [])
+    assert known["sub-class"] > known["gone"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": "hidden"}, "target must be gone, unseen, corrected or None, not 'hidden'"),
+        ({"target": "hidden"}, "target must be gone, sub-class, unseen, corrected or None, not 'hidden'"),
         ({"target": "gone", "request": "records"}, "is a request for class, not for records"),
         ({"target": "unseen", "level": 0.5}, "has a level of its own, an attacker's advantage: leave out level"),
         ({"target": "unseen"}, r"prepare\(..., held_out=loader\)"),

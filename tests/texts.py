@@ -24,6 +24,12 @@ def llama(**options):
     return LlamaForCausalLM(config).eval()
 
 
+def recomputing(model):
+    """With the activations of its layers to be made again in the backward pass."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
 def rows(lengths=(7, 4, 9, 5), prompt=2):
     """(ids, labels) of texts whose first ``prompt`` tokens are not asked for."""
     g = torch.Generator().manual_seed(3)

@@ -126,8 +126,8 @@ class Case:
 
     def forgot(self, arm: Arm) -> dict[str, Any]:
         """An arm of the table, with all measures."""
-        ours = arm.kind == "ours"
-        follow = self.follow(lambda look: not ours and look["extracted"] <= ENOUGH, every=arm.steps if ours else 1)
+        stopped = arm.kind != "ours" and arm.stopped
+        follow = self.follow(lambda look: stopped and look["extracted"] <= ENOUGH, every=1 if stopped else arm.steps)
         model, facts = self._run(arm, follow)
         return {**facts, **self.measures.quickly(model), **self.measures.slowly(model)}
 
@@ -189,6 +189,7 @@ def main(
     tuning: Annotated[bool, typer.Option("--tune", help="Choose the step sizes on seed 0.")] = False,
     size: Annotated[str, typer.Option(help=f"Of {', '.join(models.SIZES)}.")] = "full",
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    page: Annotated[Path | None, typer.Option(help="Whose tables are made anew: docs/language.md.")] = None,
 ) -> None:
     """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``."""
     for value, known in ((size, models.SIZES), *((name, SCENARIOS) for name in scenario)):
@@ -212,6 +213,8 @@ def main(
             write_json(file, facts | {"runs": runs})
             (out / "language.md").write_text(tables.table(runs))
     tables.figure(runs, out / "language.png")
+    if page is not None:
+        page.write_text(tables.on_page(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
     print(tables.table(runs))
 
 

@@ -35,6 +35,7 @@ class Arm:
         level: mean probability of the tokens at which ours ends.
         anchors: self-made ones that ours holds (`distruction.anchors`).
         retain: whether retained answers and general text are read, with a weight of 1.
+        stopped: whether AdamW ends where extraction is low enough, or after all of ``steps``.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Arm:
     level: float | None = None
     anchors: int = 0
     retain: bool = False
+    stopped: bool = True
 
 
 @dataclass
@@ -135,12 +137,12 @@ def _descended(
     """AdamW without weight decay, with a constant step size."""
     loss_of = _loss(arm, copy.deepcopy(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=arm.lr, weight_decay=0.0)
-    others = _mixed(*retained, seed)
+    others = _beside(*retained, seed)
     for step, batch in zip(range(1, arm.steps + 1), itertools.cycle(forgotten), strict=False):
         optimizer.zero_grad()
         loss = loss_of(model, batch)
         if arm.retain:
-            loss = loss + cross_entropy(model, next(others))
+            loss = loss + cross_entropy(model, *next(others))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -182,10 +184,11 @@ class _Reference:
         return inputs.answers(self._model(**inputs, use_cache=False).logits)
 
 
-def _mixed(rows: Sequence[Batch], general: Tensor, seed: int) -> Iterator[Batch]:
+def _beside(rows: Sequence[Batch], general: Tensor, seed: int) -> Iterator[tuple[Batch, Batch]]:
+    """Answers and general text."""
     g = torch.Generator().manual_seed(seed)
     for batch in itertools.cycle(rows):
-        yield texts.mixed(batch, general[torch.randint(len(general), (8,), generator=g)])
+        yield batch, texts.general_batch(general[torch.randint(len(general), (8,), generator=g)])
 
 
 def at_depth(looks: list[dict[str, float]], depth: float) -> float | None:

@@ -8,12 +8,13 @@ from .arms import Arm
 DEPTHS = (2.0, 4.0, 6.0, 7.0, 8.0)
 """Nats per token of the forgotten answers at which arms are compared."""
 _OURS: dict[str, Any] = {"steps": 100, "level": 0.001}
+_UNIFORM: dict[str, Any] = {"objective": "uniform-others", "steps": 150, "level": 0.0001}
 _BOUNDED: dict[str, Any] = {"threshold": math.exp(-10.0)}
 
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
-    "depth, uniform-others: learned std": (Arm("ours", 0.3, objective="uniform-others", **_OURS), (0.3, 1.0, 3.0)),
+    "depth, uniform-others: learned std": (Arm("ours", 1.0, **_UNIFORM), (0.3, 1.0, 3.0)),
     "depth, uniform-others: constant std": (
-        Arm("ours", 3.0, objective="uniform-others", prior="constant", **_OURS),
+        Arm("ours", 3.0, prior="constant", **_UNIFORM),
         (0.3, 1.0, 3.0),
     ),
     "depth, uniform-others: no prior": (Arm("uniform-others", 1e-4, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
@@ -40,10 +41,14 @@ ANCHORED = {
     "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
     "ours, masked-teacher, anchors": Arm("ours", 1.0, objective="masked-teacher", level=0.15, anchors=32),
 }
+REPAIRED = {"NPO (retain data), 100 steps": Arm("npo", 3e-4, retain=True, stopped=False)}
+"""Reads retained data long enough to learn again what goes with the forgotten."""
 DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth")}
 """Of the curves at matched depth."""
+_OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in DEPTH}
 ARMS: dict[str, dict[str, Arm]] = {
-    name: {**OURS, **(ANCHORED if name == "authors" else {}), **{k: a for k, (a, _) in GRIDS.items() if k not in DEPTH}}
-    for name in ("codes", "authors", "canaries")
+    "codes": {**OURS, **_OTHERS},
+    "authors": {**OURS, **ANCHORED, **_OTHERS, **REPAIRED},
+    "canaries": {**OURS, **_OTHERS},
 }
 """Of the tables, by scenario."""

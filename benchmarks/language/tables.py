@@ -1,6 +1,7 @@
 """Tables and the figure of the runs."""
 
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ COLUMNS = {
     "recovered": "recovered, %",
     "exposure": "exposure, bits",
     "steps": "steps",
-    "seconds": "seconds",
 }
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: the mean over seeds and the seeds' values, and the answers kept at matched depth."""
+    """Markdown: means over seeds with the smallest and the largest, and the answers kept at matched depth."""
     lines = []
     before = {(r["scenario"], r["seed"]): r["perplexity"] for r in runs if r["name"] == "before"}
     for scenario in dict.fromkeys(r["scenario"] for r in runs):
@@ -26,32 +26,65 @@ def table(runs: list[dict[str, Any]]) -> str:
             for r in runs
             if r["scenario"] == scenario and "perplexity" in r
         ]
-        lines += [f"**{scenario}**", "", f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "---:|" * len(COLUMNS)]
+        seeds = sorted({r["seed"] for r in own})
+        lines += [f"**{scenario}, {_named(seeds)}**", "", *_head("", COLUMNS.values())]
         for name in dict.fromkeys(r["name"] for r in own):
-            cells = [_cell([r[c] for r in own if r["name"] == name and c in r]) for c in COLUMNS]
+            cells = [_cell([r[c] for r in own if r["name"] == name and c in r], len(seeds)) for c in COLUMNS]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     deep = [r for r in runs if "at" in r]
     if deep:
-        depths = list(deep[0]["at"])
-        lines += [
-            "**answers kept at matched depth, %: codes**",
-            "",
-            "| forgotten answers' NLL | " + " | ".join(depths) + " |",
-            "|---|" + "---:|" * len(depths),
-        ]
-        for name in dict.fromkeys(r["name"] for r in deep):
-            cells = [_cell([r["at"][d] for r in deep if r["name"] == name and r["at"][d] is not None]) for d in depths]
-            lines.append(f"| {name.removeprefix('depth, ')} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += _at_depth(deep)
     return "\n".join(lines)
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
+def _named(seeds: list[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _head(first: str, columns: Iterable[str]) -> list[str]:
+    columns = list(columns)
+    return [f"| {first} | {' | '.join(columns)} |".replace("|  |", "| |"), "|---|" + "---:|" * len(columns)]
+
+
+def _at_depth(deep: list[dict[str, Any]]) -> list[str]:
+    """Answers kept where forgetting is as deep, and by how many points the learned std is ahead on the same seed."""
+    depths, seeds = list(deep[0]["at"]), sorted({r["seed"] for r in deep})
+    kept = {(r["name"].removeprefix("depth, "), r["seed"]): r["at"] for r in deep}
+    names = list(dict.fromkeys(name for name, _ in kept))
+    lines = [f"**answers kept at matched depth, %: codes, {_named(seeds)}**", "", *_head("NLL, nats", depths)]
+    for name in names:
+        cells = [_cell([kept[name, s].get(d) for s in seeds if (name, s) in kept], len(seeds)) for d in depths]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "**points more kept with the learned std**", "", *_head("NLL, nats", depths)]
+    for name in names:
+        objective, _, other = name.partition(": ")
+        learned = f"{objective}: learned std"
+        pairs = [(kept[learned, s], kept[name, s]) for s in seeds if {(learned, s), (name, s)} <= set(kept)]
+        ahead = [[None if None in (a[d], b[d]) else a[d] - b[d] for a, b in pairs] for d in depths]
+        if name != learned:
+            lines.append(f"| {objective}: than {other} | {' | '.join(_cell(v, len(seeds)) for v in ahead)} |")
+    return [*lines, ""]
+
+
+def _cell(values: Sequence[float | None], seeds: int) -> str:
+    """Mean, smallest and largest, and of how many seeds where some have none."""
+    found = [v for v in values if v is not None]
+    if not found:
         return "-"
-    each = f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{each}"
+    shown = f"{statistics.fmean(found):.1f}"
+    if len(found) > 1:
+        shown += f" ({min(found):.1f} to {max(found):.1f})"
+    return shown if len(found) == seeds else f"{shown} [{len(found)} of {seeds}]"
+
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def on_page(page: str, runs: list[dict[str, Any]]) -> str:
+    """A page with its tables made anew."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table(runs)}\n{END}{rest.partition(END)[2]}"
 
 
 def figure(runs: list[dict[str, Any]], path: Path) -> None:

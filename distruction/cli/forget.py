@@ -8,9 +8,10 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import damage, distributed, forgetting, objectives
+from .. import damage, distributed, forgetting
 from ..data.inputs import batches
 from ..errors import UsageError
+from ..forget_report import ForgetReport
 from ..posterior import Posterior
 from ..sources import SERVING
 from . import language
@@ -22,7 +23,7 @@ from .options import (
     DatasetOfModel,
     ForgetClasses,
     ModelName,
-    ObjectiveName,
+    ObjectiveOrDefault,
     Records,
     Weights,
     auto_or_number,
@@ -53,8 +54,9 @@ def forget(
     target: Annotated[
         str | None,
         typer.Option(
-            help="In place of --request: gone, these classes; unseen, these records, as if the model had not been "
-            "trained on them; corrected, the labels of these records, which are wrong."
+            help="In place of --request: gone, these classes; sub-class, what these records show, whose labels live "
+            "on for others; unseen, these records, as if the model had not been trained on them; corrected, the labels "
+            "of these records, which are wrong."
         ),
     ] = None,
     dry_run: Annotated[
@@ -82,7 +84,7 @@ def forget(
     no_records: NoRecords = False,
     receipt: Receipt = None,
     key: Key = None,
-    objective: ObjectiveName = objectives.DEFAULT,
+    objective: ObjectiveOrDefault = None,
     steps: Annotated[
         int | None, typer.Option(max=MOST, help="Updates; default 150, or 400 at most where lambda is found.")
     ] = None,
@@ -234,7 +236,7 @@ def _kind(target: str | None, records: Path | None, classes: list[str]) -> str:
     return "records" if records else "class" if classes else "auto"
 
 
-def _tell(console: Console, what: str, result: forgetting.ForgetReport) -> None:
+def _tell(console: Console, what: str, result: ForgetReport) -> None:
     """Print what the run reached."""
     steps_done = len(result.history)
     console.print(f"{what}: KL(q || p) {result.kl:.1f} nats after {steps_done} steps in {result.seconds:.1f} s")

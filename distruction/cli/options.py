@@ -106,9 +106,9 @@ TensorBoardFolder = Annotated[
 WandBProject = Annotated[
     str | None, typer.Option("--wandb", help="Log each step's figures to this project of Weights & Biases.")
 ]
-ObjectiveName = Annotated[
-    str, typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
-]
+OBJECTIVE = typer.Option("--objective", help="; ".join(f"{n}: {e.summary}" for n, e in objectives.REGISTRY.items()))
+ObjectiveName = Annotated[str, OBJECTIVE]
+ObjectiveOrDefault = Annotated[str | None, OBJECTIVE]
 CheckpointFile = Annotated[
     Path | None, typer.Option(help="Resume from this file and write it at intervals; removed at the end.")
 ]

@@ -11,7 +11,7 @@ from .. import ops, receipts, request_report
 from ..data.inputs import Data, batches
 from ..data.requests import Selection
 from ..errors import UsageError
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..posterior import Posterior
 from ..receipts import receipt as receipt_file
 from ..receipts import signing

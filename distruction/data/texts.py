@@ -1,7 +1,7 @@
-"""Texts of a causal language model from a file of JSON lines, and batches of their tokens."""
+"""Texts of a causal language model from a file of JSON lines or of Parquet, and batches of their tokens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import UsageError
+from ..extras import needed
 from ..loop.tokens import IGNORED
 
 FORM = '{"prompt": "...", "answer": "..."} or {"text": "..."}'
@@ -23,7 +24,7 @@ class Text:
     Attributes:
         prompt: what comes before the answer; nothing of it is asked for.
         answer: what is; of a line with ``text`` all of it.
-        line: its number, from 1 on.
+        line: its number, or the row's, from 1 on.
     """
 
     prompt: str
@@ -32,34 +33,60 @@ class Text:
 
 
 def read_texts(path: Path) -> list[Text]:
-    """The texts in a file of JSON lines.
+    """The texts in a file of JSON lines, or of rows of Parquet with columns of the same names.
+
+    A ``question`` with its ``answer``, as TOFU's files (arXiv 2401.06121) have them, becomes "Question: ...", a line
+    break and "Answer: ...", which is the form that its authors give to models without a chat template.
 
     Raises:
+        MissingPackage: it is of Parquet, and pyarrow is not installed.
         UsageError: it cannot be read, a line has another form, or there is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as JSON lines: {error}") from error
     found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number} is no JSON: {error}") from error
-        answers = isinstance(fields, dict) and "answer" in fields
-        names = ("prompt", "answer") if answers else ("text",)
-        if not isinstance(fields, dict) or not all(isinstance(fields.get(n), str) for n in names):
-            raise UsageError(f"{path}, line {number} must be {FORM}, not {line[:60]}")
-        prompt, answer = (fields["prompt"], fields["answer"]) if answers else ("", fields["text"])
+    for number, fields in _rows(path):
+        known = fields if isinstance(fields, dict) else {}
+        before = "question" if "question" in known and "prompt" not in known else "prompt"
+        names = (before, "answer") if "answer" in known else ("text",)
+        if not all(isinstance(known.get(n), str) for n in names):
+            raise UsageError(f"{path}, line {number} must be {FORM}, not {json.dumps(fields, default=str)[:60]}")
+        prompt, answer = known[names[0]] if len(names) == 2 else "", known[names[-1]]
         if not answer:
             raise UsageError(f"{path}, line {number} asks for nothing: its answer is empty")
+        if names[0] == "question":
+            prompt, answer = f"Question: {prompt}\nAnswer:", f" {answer}"
         found.append(Text(prompt, answer, number))
     if not found:
         raise UsageError(f"{path} holds no text: write a line {FORM} for each")
     return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each line's number and what is in it."""
+    if path.suffix == ".parquet":
+        yield from enumerate(_parquet(path), start=1)
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as JSON lines: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number} is no JSON: {error}") from error
+
+
+def _parquet(path: Path) -> list[Any]:
+    with needed("parquet", path):
+        import pyarrow
+        import pyarrow.parquet
+    try:
+        wanted = {"prompt", "question", "answer", "text"} & set(pyarrow.parquet.read_schema(path).names)
+        rows: list[Any] = pyarrow.parquet.read_table(path, columns=sorted(wanted)).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return rows
 
 
 def tokens_of(texts: Sequence[Text], tokenizer: Any, longest: int | None, path: Path) -> list[tuple[Tensor, int]]:

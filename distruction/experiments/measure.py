@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import metrics
 from ..data import Images, loader
 from ..errors import UsageError
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..scenarios import Split
 from ..seeds import seed_of
 from . import published

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from .. import methods, models, scenarios
 from ..data import Images, loader
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..methods import Counted, Task
 from ..methods.ablations import constant_std, fisher_std
 from ..metrics import predict

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import UsageError
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..registry import Registry
 from . import ablations, amnesiac, baseline, delete, distruction, finetune, retrain, scrub, ssd, teacher, unsir
 from .base import Counted, Method, Task, forget_with

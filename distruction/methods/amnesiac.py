@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import loader
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..modules import learnable
 from .base import Method, Mixed, Task, fit, forget_with
 

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from ..data import Images, loader
 from ..errors import NonFiniteError, UsageError
-from ..forgetting import ForgetReport, forget
+from ..forget_report import ForgetReport
+from ..forgetting import forget
 from ..objectives import Objective
 from ..posterior import Posterior
 

@@ -3,10 +3,11 @@
 Dugue, "Machine Unlearning Without Repair using DiStruction", 2024.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from ..data import loader
-from ..forgetting import ForgetReport, forget
+from ..forget_report import ForgetReport
+from ..forgetting import forget
 from ..objectives import DEFAULT
 from .base import Method, Task, forget_with
 
@@ -32,18 +33,24 @@ METHOD = Method(
 
 
 def found(
-    task: Task, *, objective: str = DEFAULT, level: float | None = None, data_per_step: float = 100.0
+    task: Task,
+    *,
+    target: Literal["gone", "sub-class", "unseen", "corrected"] | None = None,
+    objective: str = DEFAULT,
+    level: float | None = None,
+    data_per_step: float = 100.0,
 ) -> ForgetReport:
     """The same from a Gauss-Newton posterior, with lambda found during the run: `distruction.forget` as it is.
 
     Args:
         objective: a name in `distruction.objectives.REGISTRY`.
-        level, data_per_step: see `distruction.forget`.
+        target, level, data_per_step: see `distruction.forget`.
     """
     return forget(
         task.model,
         task.prior,
         loader(task.forget, batch_size=64, shuffle=True),
+        target=target,
         objective=objective,
         level=level,
         data_per_step=data_per_step,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import loader
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..modules import learnable
 from ..objectives import Distillation
 from .base import Method, Task, fit, forget_with

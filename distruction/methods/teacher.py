@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import loader
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..modules import learnable
 from ..objectives import Distillation, divergence
 from .base import Method, Mixed, Selected, Task, fit, forget_with

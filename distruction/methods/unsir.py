@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from ..data import loader
 from ..errors import UsageError
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..modules import learnable
 from .base import Method, Mixed, Selected, Task, fit, forget_with
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..forgetting import ForgetReport, forget
+from ..forget_report import ForgetReport
+from ..forgetting import forget
 from ..loop import Batches
 from ..modules import covered
 from ..posterior import Posterior

@@ -16,7 +16,7 @@ from torch import nn
 from ..doctor import versions
 from ..errors import DistructionError, UsageError
 from ..files import write_atomically
-from ..forgetting import ForgetReport
+from ..forget_report import ForgetReport
 from ..sharding import gather
 from . import canonical, signing
 from .records import SECRET_BYTES, Tree

@@ -1,0 +1,77 @@
+"""The pages say what the files of results hold."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from benchmarks import depth, forecast
+from distruction import attacks
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text()
+
+
+def results(name):
+    return json.loads((RESULTS / name / f"{name}.json").read_text())
+
+
+def test_depth_on_the_page_is_the_mean_of_the_runs():
+    runs, text = results("depth"), page("how-it-works.md")
+    for data in depth.by_data(runs):
+        assert depth.summary(runs, data) in text
+    assert (RESULTS / "depth" / "depth.md").read_text() == depth.table(runs)
+
+
+def test_the_means_of_depth_are_means():
+    def run(data, found):
+        before = {"retain": 90.0, "prototype_5": 80.0, "prototype_50": 81.0}
+        attacked = {c: found for c in (*before, "few_shot_20", "few_shot_100", "relearn_100", "linear_probe")}
+        return {"data": data, "before": before, **dict.fromkeys(depth.HOW[1:], attacked)}
+
+    rows = depth.summary([run("a", 1.0), run("a", 2.0), run("b", 9.0)], "a").splitlines()
+    assert rows[2] == "| before | 90.0 | 80.0 / 81.0 | | | |"
+    assert rows[5] == "| depth | 1.5 | 1.5 / 1.5 | 1.5 / 1.5 | 1.5 | 1.5 |"
+
+
+def test_the_forecast_on_the_page_is_the_table_of_the_runs():
+    runs = results("forecast")
+    assert forecast.table(runs) in page("forecast.md")
+    assert (RESULTS / "forecast" / "forecast.md").read_text() == forecast.table(runs)
+
+
+@pytest.mark.parametrize("case", ["unseen", "corrected"])
+def test_records_on_the_page_are_those_of_the_runs(case):
+    runs = [r for r in results("records") if r["case"] == case]
+    text = page("how-it-works.md").split(f"- `{case}`", 1)[1].split("\n- ", 1)[0].split("\n\n", 1)[0]
+    shown = re.findall(r"\d+\.\d", text)
+
+    def values(how, column):
+        return [r[how][column] for r in runs]
+
+    columns = ("loss AUC", "LiRA AUC", "D_r") if case == "unseen" else ("D_r", "true label")
+    for column in columns:
+        for how in ("before", "target", "retraining"):
+            if column == "true label" and how == "before":
+                continue
+            assert f"{statistics.fmean(values(how, column)):.1f}" in shown, (column, how)
+
+
+def test_every_attack_is_defined_with_its_trap():
+    """Each function that attacks, by its name, in the table of the metrics page."""
+    rows = [r.split(" | ") for r in page("metrics.md").splitlines() if r.startswith("| ")]
+    named = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    own = {n for n, f in vars(attacks).items() if callable(f) and getattr(f, "__module__", "") == attacks.__name__}
+    helpers = {"unchanged", "nearest_prototype", "rounded", "battery"}
+    public = {n for n in own if not n.startswith("_")} - helpers
+    assert public >= {"prototype", "few_shot", "relearn", "linear_probe", "loss_membership", "lira", "rounding"}
+    for name in public:
+        _, definition, trap = named[name]
+        assert len(definition) > 40, name
+        assert len(trap.strip(" |")) > 40, name
