@@ -21,7 +21,7 @@ class Watch:
 
     Args:
         path: file to which a JSON line is appended for each step: ``step``, ``steps``, ``loss``, ``accuracy``, ``kl``,
-            ``kl_weight``, ``probability``, ``seconds_left``; or ``None``.
+            ``kl_weight``, ``probability``, ``accuracy_at_means``, ``seconds_left``; or ``None``.
         tensorboard: folder of TensorBoard's event files; or ``None``.
         wandb: project of Weights & Biases; or ``None``.
 
