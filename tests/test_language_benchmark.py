@@ -168,9 +168,10 @@ def test_what_the_page_says_is_in_the_stored_results():
     assert sum(r.get("at", {}).get("8.0") is None for r in runs if r["name"] == name) == 2
     name = "depth, bounded-ce: learned std"
     leap = next(r["looks"][-2:] for r in runs if (r["name"], r["seed"]) == (name, 1))
-    shown = f"as on seed 1 from {leap[0]['nll']:.1f} to {leap[1]['nll']:.1f} nats, where {leap[1]['kept']:.1f} % are kept"
+    before, after = leap
+    shown = f"as on seed 1 from {before['nll']:.1f} to {after['nll']:.1f} nats, where {after['kept']:.1f} % are kept"
     assert shown in page
-    assert leap[1]["step"] - leap[0]["step"] == 2
+    assert after["step"] - before["step"] == 2
     found, exposed = (codes("retraining", key) for key in ("recovered", "exposure"))
     assert f"retraining's {found} % recovered and {exposed} bits" in page
     teacher = "ours, masked-teacher"
