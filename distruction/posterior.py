@@ -273,9 +273,8 @@ class Posterior(Mapping[str, tuple[Tensor, Tensor]]):
                 coarser = kept.dtype if p.dtype == torch.float32 else p.dtype
                 if not torch.equal(local(p.detach()).to(coarser), local(kept).to(coarser)):
                     fault = (
-                        f"the posterior was prepared for other weights: {name} differs from its mean; load the "
-                        "model that it was prepared for, or call posterior.mean_(model) to put its means in; what an "
-                        "earlier request left also wants its posterior, previous= (--previous)"
+                        f"the posterior was prepared for other weights: {name} differs from its mean; load its "
+                        "model, or call posterior.mean_(model); after an earlier request pass previous= (--previous)"
                     )
                     break
             raise_together(fault, params.values())
