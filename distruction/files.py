@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .interrupts import held
+
 _KEY = "distruction"
 
 
@@ -25,17 +27,31 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
     """Let ``write`` fill a file in a temporary folder beside ``path``, sync it, and rename it to ``path``.
 
     A process that is killed at any moment leaves the old file or the new one, and at worst the folder, which
-    `remove_leftovers` deletes. (A folder, because writers such as safetensors have temporary files of their own.)
+    `remove_leftovers` deletes. Ctrl-C waits until the file is there, a second one until the folder is deleted.
+    (A folder, because writers such as safetensors have temporary files of their own.)
     """
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path), suffix=_SUFFIX) as folder:
-        name = os.path.join(folder, path.name)
+    with held(), draft_folder(path) as folder:
+        name = str(folder / path.name)
         write(name)
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path``, for what is to be renamed to it; deleted at the end, where it is still there.
+
+    Enter it inside of `held`, so that no Ctrl-C comes between making or deleting it and knowing so.
+    """
+    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path), suffix=_SUFFIX))
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def check_writable(path: str | os.PathLike[str], nbytes: int = 0) -> None:
@@ -53,7 +69,7 @@ def check_writable(path: str | os.PathLike[str], nbytes: int = 0) -> None:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Delete what writers of ``path`` that were killed left beside it; there must be no other writer now."""
+    """Delete what writers of the file or folder ``path`` that were killed left beside it; nobody may write it now."""
     path = Path(path)
     for folder in path.parent.glob(f"{glob.escape(_prefix(path))}*{_SUFFIX}"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,8 @@ from typing import Any
 from .data import Images
 from .errors import UsageError
 from .extras import needed
-from .files import write_atomically
+from .files import draft_folder, remove_leftovers, write_atomically
+from .interrupts import held
 
 with needed("cli"):
     from matplotlib.figure import Figure
@@ -23,6 +24,9 @@ with needed("cli"):
 def folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and is deleted when it does not.
 
+    A process that is killed while it puts the new folder in the place of an old one leaves that at worst under
+    ``path`` with ``.replaced-`` and some letters behind it.
+
     Raises:
         UsageError: ``path`` exists and ``overwrite`` is false.
     """
@@ -30,19 +34,23 @@ def folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; choose another folder or pass --overwrite to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield draft
+    remove_leftovers(path)
+    with held() as interrupts, draft_folder(path) as draft:
+        with interrupts.let_through():
+            yield draft
         draft.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            path.replace(old / path.name)
+        if not path.exists():
             draft.replace(path)
-            shutil.rmtree(old)
-        else:
+            return
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.replaced-"))
+        path.replace(aside / path.name)
+        try:
             draft.replace(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        except OSError:
+            (aside / path.name).replace(path)
+            raise
+        finally:
+            shutil.rmtree(aside)
 
 
 def write_json(path: Path, value: Any) -> None:

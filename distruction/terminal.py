@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import DistructionError, DistructionWarning
 from .extras import needed
@@ -75,18 +75,21 @@ def run(app: Callable[[], object]) -> None:
             warnings.simplefilter("always", DistructionWarning)
             _show_as_lines()
             app()
+            return
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except Terminated:
-        sys.exit(143)
+        status = 143
     except (DistructionError, OSError) as error:
         _fail(f"error: {error}", 2, error)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         _fail(f"error: {type(error).__name__}: {reason} ({TRACEBACK}=1 shows where)", 1, error)
+    # Here, because the interrupted frames are gone by now, and what they had to clean up with them.
+    sys.exit(status)
 
 
-def _fail(text: str, status: int, error: Exception) -> None:
+def _fail(text: str, status: int, error: Exception) -> NoReturn:
     if os.environ.get(TRACEBACK):
         raise error
     _print(text, "red")

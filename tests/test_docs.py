@@ -179,7 +179,7 @@ def parse_distruction(words, whole):
     parse_with_typer(command, words[1:])
 
 
-@pytest.mark.parametrize(("words", "whole"), command_lines())
+@pytest.mark.parametrize(("words", "whole"), list(command_lines()))
 def test_command_lines_are_parsed(monkeypatch, words, whole):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     if words[0] == "distruction":

@@ -1,13 +1,17 @@
 """Nothing lost: kills, full disks, read-only folders, and files that somebody else wrote, cut or changed."""
 
 import errno
+import itertools
 import json
 import os
 import random
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import kills
@@ -16,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from distruction import Posterior, PosteriorError, UsageError, files, forget, prepare
+from distruction import Posterior, PosteriorError, UsageError, files, forget, interrupts, prepare, report
+from distruction.experiments.store import Store
 
 QUIET = {"progress": False}
 
@@ -109,6 +114,131 @@ def test_what_a_killed_writer_left_goes_with_the_next_run(tmp_path):
     model, loader = make()
     prepare(model, loader, steps=1, checkpoint=tmp_path / "c", **QUIET)
     assert list(tmp_path.iterdir()) == [other]
+
+
+# --- interrupted --------------------------------------------------------------------------------------
+
+
+def interrupted_at_every_line(run):
+    """Call ``run`` with Ctrl-C before its first line of Python, then before its second, ..., until it ends without.
+
+    Yields after each call that was interrupted; what ``run`` calls counts as its own.
+    """
+    for line in itertools.count():
+        passed = itertools.count()
+
+        def trace(frame, event, arg, line=line, passed=passed):
+            if event == "line" and next(passed) == line:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        earlier = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            run()
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(earlier)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        yield
+
+
+def write_file(path, text):
+    files.write_atomically(path, lambda name: Path(name).write_text(text))
+
+
+def write_folder(path, text):
+    with report.folder(path, overwrite=True) as draft:
+        (draft / "a").write_text(text)
+
+
+def write_entry(path, text):
+    Store(path.parent).save(path.name, {"a": 1}, text, {"a": lambda name: name.write_text(text)})
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder, write_entry])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_ctrl_c_at_any_moment_leaves_the_old_or_the_new(tmp_path, write, earlier, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # slow, and of use where the power fails
+    path = tmp_path / "result"
+
+    def content():
+        found = path / "a" if write is write_folder else path
+        if write is write_entry:
+            return Store(tmp_path).load("result", {"a": 1})
+        return found.read_text() if found.exists() else None
+
+    if earlier:
+        write(path, "old")
+    interruptions = 0
+    seen = set()
+    for _ in interrupted_at_every_line(lambda: write(path, "new")):
+        interruptions += 1
+        seen.add(content())
+        assert [p.name for p in tmp_path.rglob("*") if p.name.startswith(".")] == []
+        if content() == "new":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if earlier:
+                write(path, "old")
+    assert interruptions > 10
+    assert seen == {"old" if earlier else None, "new"}
+    assert content() == "new"
+
+
+def test_a_second_ctrl_c_comes_at_once():
+    reached = []
+
+    def run():
+        with interrupts.held():
+            for step in range(3):
+                signal.raise_signal(signal.SIGINT)
+                reached.append(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert reached == [0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_is_not_held_back_in_the_part_that_lets_it_through():
+    reached = []
+
+    def run():
+        with interrupts.held() as context:
+            with context.let_through():
+                reached.append("inside")
+                signal.raise_signal(signal.SIGINT)
+                reached.append("after it")
+            reached.append("behind")
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert reached == ["inside"]
+
+
+def test_what_ignores_ctrl_c_goes_on_ignoring_it(tmp_path):
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.held():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        thread = threading.Thread(target=write_file, args=(tmp_path / "a", "new"))
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_what_a_killed_writer_of_a_folder_left_goes_with_the_next(tmp_path):
+    draft = tmp_path / ".result.x1y2.tmp"
+    draft.mkdir()
+    (draft / "a").write_text("half")
+    write_folder(tmp_path / "result", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
 
 
 # --- of something else --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ..interrupts import held
 from .raw import Source, file_source
 
 IN_MEMORY = 2**28
@@ -59,8 +60,9 @@ class Spool:
         try:
             for content in contents:
                 if descriptor < 0 and len(kept) + len(content) > IN_MEMORY:
-                    descriptor, self._path = tempfile.mkstemp(prefix="distruction-")
-                    weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
+                    with held():
+                        descriptor, self._path = tempfile.mkstemp(prefix="distruction-")
+                        weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
                     _write(descriptor, kept)
                     kept = bytearray()
                 if descriptor < 0:

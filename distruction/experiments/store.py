@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..interrupts import held
+
 Facts = Mapping[str, Any]
 
 
@@ -56,18 +58,20 @@ class Store:
         """
         target = self.folder(kind, facts)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
-        try:
-            for name, write in (files or {}).items():
-                write(draft / name)
-            content = {"facts": facts, "value": value, "files": {n: file_hash(draft / n) for n in files or {}}}
-            entry = {"sha256": hashlib.sha256(canonical(content).encode()).hexdigest(), **content}
-            (draft / "entry.json").write_text(json.dumps(entry, indent=1) + "\n")
-            draft.chmod(0o755)
-            shutil.rmtree(target, ignore_errors=True)
-            draft.replace(target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with held() as interrupts:
+            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+            try:
+                with interrupts.let_through():
+                    for name, write in (files or {}).items():
+                        write(draft / name)
+                    content = {"facts": facts, "value": value, "files": {n: file_hash(draft / n) for n in files or {}}}
+                    entry = {"sha256": hashlib.sha256(canonical(content).encode()).hexdigest(), **content}
+                    (draft / "entry.json").write_text(json.dumps(entry, indent=1) + "\n")
+                draft.chmod(0o755)
+                shutil.rmtree(target, ignore_errors=True)
+                draft.replace(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
 
     def load(self, kind: str, facts: Facts) -> Any | None:
         """The value of an entry, or ``None`` where it is missing or any byte of it is not what was written."""
