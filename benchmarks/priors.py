@@ -1,7 +1,8 @@
 """What the learned std is worth: priors compared over classes, seeds, objectives and widths, each with its own lambda.
 
-A ViT is trained on scikit-learn's digits, its posterior is prepared in several ways, and each class is forgotten from
-each of them. lambda is found by the same rule for every prior (`distruction.strength`), and nothing else is tuned.
+A ViT is trained on scikit-learn's digits or on Fashion-MNIST, its posterior is prepared in several ways, and each class
+is forgotten from each of them. lambda is found by the same rule for every prior (`distruction.strength`), and nothing
+else is tuned.
 
 - ``gauss-newton``: `distruction.prepare` as it is;
 - ``bgd``: its ``method="bgd"``, the paper's;
@@ -12,7 +13,8 @@ each of them. lambda is found by the same rule for every prior (`distruction.str
 And how much of a Gauss-Newton std is noise, by the number of steps: between two preparations with different draws.
 
 ``python -m benchmarks.priors OUT`` writes ``SIZE-seed-N.json`` for each model, ``priors.md`` of all that are there and
-two figures; a run that was stopped goes on with the priors that are missing.
+two figures; a run that was stopped goes on with the priors that are missing. Fashion-MNIST's models are asked for with
+``--size Fashion-MNIST --data ROOT``.
 """
 
 import copy
@@ -22,6 +24,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,17 +32,21 @@ from typing import Annotated, Any
 import torch
 import typer
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks.trained import grid_of, trained
 from distruction import Posterior, forget, prepare
 from distruction.data import Images, forget_split, load, loader
+from distruction.experiments.materials import Context
 from distruction.methods.ablations import constant_std, fisher_std
 from distruction.metrics import accuracy, predict
 from distruction.report import write_json
 from distruction.training import train
 
-WIDTHS = {"0.2 M": (64, 4, 4), "2.7 M": (192, 6, 4)}
-"""Embedding dimension, blocks and heads by the number of parameters."""
+WIDTHS = {"0.2 M": (64, 4, 4), "2.7 M": (192, 6, 4), "10.7 M": (384, 6, 6)}
+"""Of the digits' models: embedding dimension, blocks and heads by the number of parameters."""
+FASHION = "Fashion-MNIST"
+"""The model of the experiments on it (`benchmarks.trained`), right on 90 % of the test images."""
 OBJECTIVES = ("masked-teacher", "uniform-others")
 STEPS = (30, 75, 150)
 """Of the preparations whose noise is measured."""
@@ -64,6 +71,29 @@ def network(size: str) -> nn.Module:
 def step_size(size: str) -> float:
     """Of training, in inverse proportion to the width: at 2e-3 the wider ViT does not learn its whole training set."""
     return 2e-3 * WIDTHS["0.2 M"][0] / WIDTHS[size][0]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model, its data, and how many examples its training read."""
+
+    model: nn.Module
+    train_data: Images
+    test_data: Images
+    read: int
+
+
+def subject(size: str, seed: int, context: Context) -> Subject:
+    """The model of `WIDTHS` or `FASHION`."""
+    if size == FASHION:
+        both = load("fashion-mnist", context.data_root)
+        model = trained("fashion-mnist", seed, context)
+        return Subject(model, *both, grid_of("fashion-mnist").train["epochs"] * len(both[0]))
+    train_data, test_data = load("digits")
+    torch.manual_seed(seed)
+    model = network(size)
+    train(model, train_data, lr=step_size(size), seed=seed, progress=False)
+    return Subject(model, train_data, test_data, 40 * len(train_data))
 
 
 def priors(
@@ -106,56 +136,70 @@ def noise(model: nn.Module, data: Images, steps: int, seed: int) -> float:
     return (ratios.double().square().mean() / 2).sqrt().item()
 
 
-def run(file: Path, size: str, seed: int, names: Sequence[str], bgd_steps: int) -> None:
+def run(file: Path, size: str, seed: int, names: Sequence[str], bgd_steps: int, context: Context) -> None:
     """All objectives and classes for one model and the priors that ``file`` lacks; it is written after each of them."""
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"sampled": {}, "rows": []}
     names = [n for n in names if n not in found["sampled"]]
     if not names:
         return
     torch.set_num_threads(1)
-    train_data, test_data = load("digits")
-    torch.manual_seed(seed)
-    model = network(size)
-    train(model, train_data, lr=step_size(size), seed=seed, progress=False)
+    it = subject(size, seed, context)
+    # Every prior has the same means, so the model before is the same for all.
+    before = Predicted.of(it.model, it.test_data)
     found |= {
         "size": size,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in it.model.parameters()),
         "seed": seed,
-        "training_read": 40 * len(train_data),
-        "means": accuracy(*predict(model, loader(test_data, batch_size=512))),
+        "training_read": it.read,
+        "means": before.accuracy(),
     }
-    for name, posterior, read, seconds in priors(model, train_data, names, seed=seed, bgd_steps=bgd_steps):
+    for name, posterior, read, seconds in priors(it.model, it.train_data, names, seed=seed, bgd_steps=bgd_steps):
         common = {"prior": name, "preparation_read": read, "preparation_seconds": seconds}
-        found["sampled"][name] = _sampled_accuracy(model, posterior, test_data)
+        found["sampled"][name] = _sampled_accuracy(it.model, posterior, it.test_data)
         found["rows"] += [
-            {**common, **_forgotten(model, posterior, train_data, test_data, objective, number)}
+            {**common, **_forgotten(it, posterior, before, objective, number)}
             for objective in OBJECTIVES
-            for number in range(len(train_data.classes))
+            for number in range(len(it.train_data.classes))
         ]
-        posterior.mean_(model)
+        posterior.mean_(it.model)
         write_json(file, found)
     if "noise" not in found:
-        found["noise"] = {str(steps): noise(model, train_data, steps, seed) for steps in STEPS}
+        found["noise"] = {str(steps): noise(it.model, it.train_data, steps, seed) for steps in STEPS}
         write_json(file, found)
 
 
-def _forgotten(
-    model: nn.Module, posterior: Posterior, train_data: Images, test_data: Images, objective: str, number: int
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says of the test set, and what is right."""
+
+    logits: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Images) -> "Predicted":
+        """Of all of ``data``."""
+        return cls(*predict(model, loader(data, batch_size=512)))
+
+    def accuracy(self, where: Tensor | None = None) -> float:
+        """Percent of the images, or of some, that it calls right."""
+        rows = slice(None) if where is None else where
+        return accuracy(self.logits[rows], self.labels[rows])
+
+
+def _forgotten(it: Subject, posterior: Posterior, before: Predicted, objective: str, number: int) -> dict[str, Any]:
     """One class forgotten with one objective."""
-    label = train_data.classes[number]
-    gone, _ = forget_split(train_data, label)
-    forgotten, retained = (loader(part, batch_size=512) for part in forget_split(test_data, label))
-    posterior.mean_(model)
-    before = accuracy(*predict(model, retained))
+    gone, _ = forget_split(it.train_data, it.train_data.classes[number])
+    posterior.mean_(it.model)
     batches = loader(gone, batch_size=64, shuffle=True)
-    report = forget(model, posterior, batches, request="class", objective=objective, progress=False)
+    report = forget(it.model, posterior, batches, request="class", objective=objective, progress=False)
+    after = Predicted.of(it.model, it.test_data)
+    forgotten = after.labels == number
     return {
         "objective": objective,
         "class": number,
-        "baseline": before,
-        "retained": accuracy(*predict(model, retained)),
-        "forgotten": accuracy(*predict(model, forgotten)),
+        "baseline": before.accuracy(~forgotten),
+        "retained": after.accuracy(~forgotten),
+        "forgotten": after.accuracy(forgotten),
         "reached": report.reached,
         "steps": len(report.history),
         "kl": report.kl,
@@ -166,9 +210,11 @@ def _forgotten(
 def _sampled_accuracy(model: nn.Module, posterior: Posterior, data: Images) -> float:
     """Percent of the test set that samples of the posterior call right, over ten samples."""
     copied = copy.deepcopy(model)
-    inputs, labels = data[list(range(len(data)))]
-    logits = posterior.predict(copied, inputs, samples=10, seed=1).logits
-    return 100.0 * (logits.argmax(dim=-1) == labels).double().mean().item()
+    right = 0
+    for inputs, labels in loader(data, batch_size=2000):
+        logits = posterior.predict(copied, inputs, samples=10, seed=1).logits
+        right += (logits.argmax(dim=-1) == labels).sum().item()
+    return 100.0 * right / (10 * len(data))
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -209,9 +255,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
-    """The mean change of D_r against samples read by preparation, or against the number of parameters."""
+    """The digits' mean change of D_r against samples read by preparation, or against the number of parameters."""
     import matplotlib.pyplot as plt
 
+    runs = [r for r in runs if r["size"] != FASHION]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, objective in zip(axes, OBJECTIVES, strict=True):
         for prior in runs[0]["sampled"]:
@@ -235,18 +282,21 @@ def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
-    size: Annotated[list[str], typer.Option(help=f"Of {', '.join(WIDTHS)}.")] = list(WIDTHS),  # noqa: B006
+    size: Annotated[list[str], typer.Option(help=f"Of {', '.join(WIDTHS)}, {FASHION}.")] = list(WIDTHS),  # noqa: B006
     seed: Annotated[list[int], typer.Option()] = [0, 1, 2],  # noqa: B006
     prior: Annotated[list[str], typer.Option(help=f"Of {', '.join(PRIORS)}.")] = list(PRIORS),  # noqa: B006
     bgd_steps: Annotated[int, typer.Option(min=1, help="Updates of BGD, two samples each.")] = 1500,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: only the tables of what is there.")] = 2,
+    data: Annotated[Path | None, typer.Option(help="Root of the data sets but digits.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Of the experiments: Fashion-MNIST's models.")] = None,
 ) -> None:
     """Run what is missing and write the tables."""
     out.mkdir(parents=True, exist_ok=True)
+    context = Context(store or out / "store", data)
     if workers:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             jobs = [
-                pool.submit(run, out / f"{s.replace(' ', '')}-seed-{n}.json", s, n, prior, bgd_steps)
+                pool.submit(run, out / f"{s.replace(' ', '')}-seed-{n}.json", s, n, prior, bgd_steps, context)
                 for s in size
                 for n in seed
             ]
