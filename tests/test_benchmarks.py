@@ -290,7 +290,7 @@ def test_a_contestant_that_fails_loses_its_row_and_what_takes_too_long_is_left_o
 
     op = dataclasses.replace(contestants.OPS["sample"], peers={"eager": contestants.eager_sample, "foreach": fails})
     monkeypatch.setitem(contestants.OPS, "sample", op)
-    session = gpu.Session(torch.device("cpu"), tmp_path, time.monotonic() + 60, rounds=2)
+    session = gpu.Session(torch.device("cpu"), tmp_path, time.monotonic() + 600, rounds=2)
     rows = gpu.run_ops(session, [(gpu.DRY, ("sample",))])
     assert session.failed == {f"{gpu.DRY}: sample: foreach": "RuntimeError: out of memory"}
     assert "eager" in {r.contestant for r in rows}
@@ -327,7 +327,7 @@ def test_the_tests_outcome_is_counted(tmp_path, monkeypatch):
         raise subprocess.CalledProcessError(1, "pytest")
 
     monkeypatch.setattr(subprocess, "run", pytest_runs)
-    session = gpu.Session(torch.device("cpu"), tmp_path, time.monotonic() + 60, rounds=2)
+    session = gpu.Session(torch.device("cpu"), tmp_path, time.monotonic() + 600, rounds=2)
     counts = gpu.run_tests(session)
     assert counts == {"passed": 4, "failures": 2, "errors": 1, "skipped": 3}
     assert "the tests" in session.failed
