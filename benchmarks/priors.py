@@ -6,6 +6,8 @@ else is tuned.
 
 - ``gauss-newton``: `distruction.prepare` as it is;
 - ``bgd``: its ``method="bgd"``, the paper's;
+- ``bgd, pooled per row`` and ``bgd, pooled per tensor``: its precisions averaged over each output's weights, and over
+  each tensor, which takes their noise out and most of their knowledge;
 - ``constant, mean precision`` and ``constant, geometric mean``: one std, from the first's;
 - ``constant per tensor``: one std per tensor, of the tensor's mean precision;
 - ``fisher``: 1/std**2 = 1/std_init**2 + evidence * diagonal empirical Fisher at the means.
@@ -53,6 +55,8 @@ STEPS = (30, 75, 150)
 PRIORS = (
     "gauss-newton",
     "bgd",
+    "bgd, pooled per row",
+    "bgd, pooled per tensor",
     "constant, mean precision",
     "constant, geometric mean",
     "constant per tensor",
@@ -101,11 +105,14 @@ def priors(
 ) -> Iterator[tuple[str, Posterior, int, float]]:
     """Name, posterior, samples read and seconds of each prior of ``names``."""
     batches = loader(data, batch_size=64, shuffle=True)
-    if "bgd" in names:
+    if wanted := [n for n in names if n.startswith("bgd")]:
         start = time.perf_counter()
         posterior = prepare(model, batches, method="bgd", steps=bgd_steps, seed=seed, progress=False)
-        yield "bgd", posterior, bgd_steps * 2 * 64, time.perf_counter() - start
-    if set(names) == {"bgd"}:
+        read, seconds = bgd_steps * 2 * 64, time.perf_counter() - start
+        per_row, per_tensor = pooled(posterior, from_dim=1), pooled(posterior)
+        found = {"bgd": posterior, "bgd, pooled per row": per_row, "bgd, pooled per tensor": per_tensor}
+        yield from ((name, found[name], read, seconds) for name in wanted)
+    if len(wanted) == len(names):
         return
     start = time.perf_counter()
     learned = prepare(model, batches, steps=150, seed=seed, progress=False)
@@ -115,10 +122,7 @@ def priors(
         "gauss-newton": learned,
         "constant, mean precision": constant_std(learned),
         "constant, geometric mean": Posterior.around(model, math.exp(sum(logs) / learned.numel())),
-        "constant per tensor": Posterior(
-            learned.means,
-            {n: torch.full_like(s, s.double().pow(-2).mean().pow(-0.5).item()) for n, s in learned.stds.items()},
-        ),
+        "constant per tensor": pooled(learned),
     }
     for name, posterior in found.items():
         if name in names:
@@ -126,6 +130,16 @@ def priors(
     if "fisher" in names:
         start = time.perf_counter()
         yield "fisher", fisher_std(model, data, learned), len(data), time.perf_counter() - start
+
+
+def pooled(posterior: Posterior, from_dim: int = 0) -> Posterior:
+    """Precisions 1/std**2 averaged over a tensor's dimensions from ``from_dim`` on; what has none of them is kept."""
+
+    def average(std: Tensor) -> Tensor:
+        dims = tuple(range(from_dim, std.ndim))
+        return std.double().pow(-2).mean(dims, keepdim=True).pow(-0.5).expand_as(std).to(std.dtype) if dims else std
+
+    return Posterior(posterior.means, {n: average(s).clone() for n, s in posterior.stds.items()})
 
 
 def noise(model: nn.Module, data: Images, steps: int, seed: int) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from benchmarks import contestants, gpu, harness, memory, models, our_ops, priors, profile, tables
-from distruction import methods, scenarios
+from distruction import Posterior, methods, scenarios
 from distruction.experiments.grid import tomllib
 from distruction.ops import backends
 
@@ -428,6 +428,17 @@ def test_the_table_of_priors_takes_seeds_that_lack_some(tmp_path):
     assert "| 96.0 | -8.00 (-8.00) | -8.0 | 0.0 | -8.00 (-8.00) |" in lines[3]
     priors.figure(runs, tmp_path / "figure.png", against="parameters")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pooled_stds_are_of_the_mean_precision():
+    stds = {"weight": torch.tensor([[1.0, 0.5], [0.25, 0.5]]), "bias": torch.tensor([1.0, 0.5])}
+    posterior = Posterior({n: torch.zeros_like(s) for n, s in stds.items()}, stds)
+    # Precisions 1, 4, 16, 4.
+    per_row, per_tensor = priors.pooled(posterior, from_dim=1).stds, priors.pooled(posterior).stds
+    torch.testing.assert_close(per_row["weight"], torch.tensor([[2.5] * 2, [10.0] * 2]).rsqrt())
+    assert torch.equal(per_row["bias"], stds["bias"])
+    torch.testing.assert_close(per_tensor["weight"], torch.full((2, 2), 6.25).rsqrt())
+    torch.testing.assert_close(per_tensor["bias"], torch.full((2,), 2.5).rsqrt())
 
 
 def test_the_page_of_choices_holds_the_table_of_the_models():
