@@ -66,7 +66,7 @@ def run(
                 "cosine": report.cosine,
             }
         found[how] = facts | attacks.battery(
-            model, *parts, known, original=None if how == "retraining" else base, draws=DRAWS, seed=seed
+            model, *parts, original=None if how == "retraining" else base, draws=DRAWS, seed=seed
         )
     return found
 

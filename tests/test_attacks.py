@@ -163,7 +163,7 @@ def test_the_linear_probe_is_the_minimum_of_its_formula():
     x, y = gaussians(30, spread=0.7)
     probe_x, probe_y = gaussians(60, seed=2, spread=0.7)
     probe, _ = parts(probe_x, probe_y, 2)
-    found = attacks.linear_probe(Plain(torch.eye(3)), Pairs(x, y), probe, regularisation=0.01)
+    found = attacks.linear_probe(Plain(torch.eye(3)), *parts(x, y, 2), probe, regularisation=0.01)
     inputs = x.double()
     mean, std = inputs.mean(0), inputs.std(0)
     z = (inputs - mean) / std
@@ -240,6 +240,78 @@ def test_membership_is_the_area_under_the_curve_by_counting_pairs():
         attacks.lira(model, members, others, [])
 
 
+def noisy(row, label, count, seed):
+    g = torch.Generator().manual_seed(seed)
+    return Pairs(torch.tensor(row) + torch.randn(count, len(row), generator=g), torch.full((count,), label))
+
+
+def joined(*sets):
+    return Pairs(torch.cat([s.x for s in sets]), torch.cat([s.y for s in sets]))
+
+
+def test_class_membership_is_a_logistic_regression_on_what_is_said_of_the_neighbours():
+    """By scipy's minimiser and by counting pairs; class 3 is forgotten, 0 and 1 are called most often, 2 never."""
+    model = Plain(torch.eye(4))
+    forget, probe = (noisy([2.0, 1.0, -3.0, 0.0], 3, n, seed) for n, seed in ((30, 1), (20, 2)))
+    retain, others = (
+        joined(
+            noisy([3.0, 0.0, -3.0, 0.0], 0, n, seed),
+            noisy([0.0, 3.0, -3.0, 0.0], 1, n, seed + 1),
+            noisy([0.0, 0.0, 9.0, 0.0], 2, n, seed + 2),
+        )
+        for n, seed in ((25, 3), (15, 6))
+    )
+
+    def told(data, labels):
+        z = data.x[torch.isin(data.y, torch.tensor(labels)), :3].double().numpy()
+        return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+    ours, theirs = told(forget, [3]), told(retain, [0, 1])
+    x, y = np.concatenate([ours, theirs]), np.repeat([1.0, -1.0], [len(ours), len(theirs)])
+    mean, std = x.mean(axis=0), x.std(axis=0, ddof=1)
+    weight = np.where(y > 0, 0.5 / len(ours), 0.5 / len(theirs))
+
+    def cost(v):
+        return (weight * np.logaddexp(0, -y * ((x - mean) / std @ v[:3] + v[3]))).sum() + 0.5e-3 * (v[:3] ** 2).sum()
+
+    v = minimize(cost, np.zeros(4), tol=1e-12).x
+    a, b = ((told(d, labels) - mean) / std @ v[:3] for d, labels in ((probe, [3]), (others, [0, 1])))
+    expected = 100 * np.mean([(i > j) + 0.5 * (i == j) for i in a for j in b])
+    assert 60 < expected < 95
+    found = attacks.class_membership(model, forget, retain, probe, others, neighbours=2)
+    assert found == pytest.approx(expected, abs=0.5)  # a pair or two may change places
+
+
+def test_class_membership_is_blind_where_the_forgotten_look_like_a_neighbour():
+    model = Plain(torch.eye(3))
+    alike = [noisy([3.0, 0.0, 0.0], label, 400, seed) for seed, label in enumerate((2, 0, 2, 0))]
+    forget, retain, probe, others = alike
+    other = noisy([0.0, 3.0, 0.0], 1, 400, 9)
+    sets = (forget, joined(retain, other), probe, joined(others, other))
+    assert attacks.class_membership(model, *sets, neighbours=1) == pytest.approx(50, abs=6)
+    # Nobody is called 1 with much confidence but what is forgotten.
+    flat = Pairs(torch.zeros(40, 3), torch.full((40,), 2))
+    assert attacks.class_membership(model, flat, sets[1], flat, sets[3], neighbours=1) > 95
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"neighbours": 0}, "neighbours must be an integer >= 1, not 0"),
+        ({"regularisation": 0}, "regularisation must be > 0, not 0"),
+        ({"forget": Pairs(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))}, "forget holds no examples"),
+        ({"retain": noisy([0.0, 0.0, 0.0], 0, 4, 0)}, "of 1 classes"),
+        ({"others": noisy([0.0, 0.0, 0.0], 2, 4, 0)}, "no example of the nearest classes"),
+    ],
+)
+def test_class_membership_refuses(change, message):
+    some = joined(noisy([1.0, 0.0, 0.0], 0, 4, 0), noisy([0.0, 1.0, 0.0], 1, 4, 0))
+    gone = noisy([0.0, 0.0, 0.0], 2, 4, 0)
+    given = {"forget": gone, "retain": some, "probe": gone, "others": some} | change
+    with pytest.raises(UsageError, match=message):
+        attacks.class_membership(Plain(torch.eye(3)), **given)
+
+
 # --- weights --------------------------------------------------------------------------------------
 
 
@@ -287,11 +359,12 @@ PROBE = parts(*gaussians(20, seed=9, spread=0.5), 2)[0]
 OTHER = Network()
 ATTACKS = {
     "prototype": lambda m, s: attacks.prototype(m, FORGET, RETAIN, PROBE, shots=2, seed=s),
-    "linear probe": lambda m, s: attacks.linear_probe(m, Pairs(X, Y), PROBE),
+    "linear probe": lambda m, s: attacks.linear_probe(m, FORGET, RETAIN, PROBE),
     "few shots": lambda m, s: attacks.few_shot(m, FORGET, PROBE, shots=2, steps=3, lr=0.05, seed=s),
     "relearning": lambda m, s: attacks.relearn(m, RETAIN, PROBE, steps=3, lr=0.05, seed=s),
     "loss membership": lambda m, s: attacks.loss_membership(m, FORGET, PROBE),
     "lira": lambda m, s: attacks.lira(m, FORGET, PROBE, [OTHER]),
+    "class membership": lambda m, s: attacks.class_membership(m, FORGET, RETAIN, PROBE, RETAIN),
     "bf16": lambda m, s: attacks.rounding(m, PROBE, "bf16"),
     "int4": lambda m, s: attacks.rounding(m, PROBE, "int4"),
     "distance": lambda m, s: attacks.distance(m, OTHER),
@@ -339,7 +412,10 @@ def test_a_failing_attack_leaves_the_model_as_it_was():
         (lambda m: attacks.few_shot(m, FORGET, PROBE, steps=-1), "steps must be an integer >= 1, not -1"),
         (lambda m: attacks.relearn(m, Pairs(X[:0], Y[:0]), PROBE), "must hold examples"),
         (lambda m: attacks.prototype(m, Pairs(X[:0], Y[:0]), RETAIN, PROBE, shots=1), "no examples"),
-        (lambda m: attacks.linear_probe(m, FORGET, PROBE, regularisation=0), "regularisation must be > 0, not 0"),
+        (
+            lambda m: attacks.linear_probe(m, FORGET, RETAIN, PROBE, regularisation=0),
+            "regularisation must be > 0, not 0",
+        ),
         (lambda m: attacks.barrier(m, m, RETAIN, points=2), "points must be >= 3, not 2"),
     ],
 )

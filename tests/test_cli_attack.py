@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from distruction import UsageError, attacks, models
+from distruction.attacks import usual
 from distruction.cli import app
 from distruction.data import load, sets
 
@@ -27,7 +28,7 @@ def files(tmp_path_factory):
 def test_attack_prints_and_writes_every_number(files, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "220")
     # They take minutes of a busy core, and have tests of their own.
-    monkeypatch.setattr(attacks, "few_shot", lambda *args, steps, **kwargs: float(steps))
+    monkeypatch.setattr(usual, "few_shot", lambda *args, steps, **kwargs: float(steps))
     some = [part.subset(torch.arange(80)) for part in load("digits")]
     monkeypatch.setattr(sets, "load", lambda *args, **kwargs: some)
     out = tmp_path / "attacks.json"

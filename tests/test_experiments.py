@@ -173,6 +173,10 @@ def test_cells_and_their_keys(tmp_path):
     changed = jobs.cells(grid.parse(TINY.replace("epochs = 1\n[method.dist", "epochs = 2\n[method.dist"), "t"), context)
     fresh = [c for c in changed if c.id not in {c.id for c in cells}]
     assert {c.facts["method"] for c in fresh} == {"finetune"}
+    attacked = jobs.cells(grid.parse(TINY.replace("[measure]\n", "[measure]\nattacks = true\n"), "t"), context)
+    fresh = [c for c in attacked if c.id not in {c.id for c in cells}]
+    assert len(fresh) == 10
+    assert all(c.facts["split"]["scenario"] == "full-class" and not c.facts["measure"]["brief"] for c in fresh)
     retrained = jobs.cells(grid.parse(TINY.replace("[train]\nepochs = 1", "[train]\nepochs = 2"), "t"), context)
     assert not {c.id for c in retrained} & {c.id for c in cells}
 
@@ -256,7 +260,7 @@ def test_a_run_fills_the_grid(finished):
 
 def test_every_metric_is_measured(finished):
     _, cells, _ = finished
-    every = set(results.COLUMNS) - {"kl"}
+    every = {name for name, column in results.COLUMNS.items() if column.group != "attacks"} - {"kl"}
     for c in cells:
         if c.brief:
             assert {"retain", "forget", "kl"} <= set(c.numbers)
@@ -470,6 +474,8 @@ def test_measurements_are_those_of_the_scenarios_sets(scenario):
     model, retrained = Untrained(0), Untrained(1)
     references = measure.References(Untrained(2), retrained, Untrained(3), shadows_of(split, 2, unknown_only=True))
     options = {"batch_size": 100, "relearn_lr": 1e-3, "relearn_steps": 2, "brief": False}
+    if scenario == "full-class":
+        options["attacks"] = True
     value = measure.measure(model, references, split, {"measure": options, "split": {"scenario": scenario}}, None)
     found = value["metrics"]
 
@@ -492,6 +498,12 @@ def test_measurements_are_those_of_the_scenarios_sets(scenario):
     assert found["auc_loss"] == pytest.approx(100 * u / len(losses[0]) / len(losses[1]), abs=0.01)
     # No shadow model is asked about what it was trained on: those answers would be NaN.
     assert 30 < found["auc_lira"] < 70
+    if scenario == "full-class":
+        assert {n for n, c in results.COLUMNS.items() if c.group == "attacks"} <= set(found)
+        moved = [a - b for a, b in zip(model.parameters(), Untrained(2).parameters(), strict=True)]
+        assert found["distance"] == pytest.approx(torch.cat([m.flatten() for m in moved]).norm().item())
+        rounded = Untrained(0).bfloat16().float()
+        assert found["bf16"] == pytest.approx(100 * accuracy_score(forget.labels, logits(rounded, forget).argmax(1)))
     # And the model is as it was.
     assert torch.equal(model[1].weight, Untrained(0)[1].weight)
 

@@ -67,9 +67,7 @@ def test_every_attack_is_defined_with_its_trap():
     """Each function that attacks, by its name, in the table of the metrics page."""
     rows = [r.split(" | ") for r in page("metrics.md").splitlines() if r.startswith("| ")]
     named = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    own = {n for n, f in vars(attacks).items() if callable(f) and getattr(f, "__module__", "") == attacks.__name__}
-    helpers = {"unchanged", "nearest_prototype", "rounded", "battery"}
-    public = {n for n in own if not n.startswith("_")} - helpers
+    public = {n for n in attacks.__all__ if callable(getattr(attacks, n))} - {"nearest_prototype", "rounded", "battery"}
     assert public >= {"prototype", "few_shot", "relearn", "linear_probe", "loss_membership", "lira", "rounding"}
     for name in public:
         _, definition, trap = named[name]

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from torch import nn
@@ -64,8 +63,8 @@ def attack(
     if out is not None:
         output(out, overwrite)
     source = open_source(model, weights, classes, device)
-    train, train_data = _parts(source, forget_class, dataset, data, "train", skip_unreadable)
-    test, _ = _parts(source, forget_class, dataset, data, "test", skip_unreadable)
+    train = _parts(source, forget_class, dataset, data, "train", skip_unreadable)
+    test = _parts(source, forget_class, dataset, data, "test", skip_unreadable)
     network = source.network
     before = None if original is None else _of_the_same_classes(original, source, device)
     gold = {path: _of_the_same_classes(path, source, device) for path in retrained or []}
@@ -77,7 +76,6 @@ def attack(
             other,
             train,
             test,
-            train_data,
             original=before if other is network else None,
             out_models=[m for m in gold.values() if m is not other],
             seed=seed,
@@ -95,8 +93,8 @@ def attack(
 
 def _parts(
     source: Model, names: list[str], dataset: str | None, root: Path | None, part: str, skip_unreadable: bool
-) -> tuple[tuple[Selected, Selected], Selected]:
-    """The forgotten and the retained examples of a part, and all of them."""
+) -> tuple[Selected, Selected]:
+    """The forgotten and the retained examples of a part."""
     found = find_examples(source, dataset, root, part=part, skip_unreadable=skip_unreadable)
     data = found.read(source.inputs, skip_unreadable=skip_unreadable)
     if isinstance(data, ImageFiles):
@@ -105,7 +103,7 @@ def _parts(
     forgotten, retained = ((mask if gone else ~mask).nonzero().squeeze(-1) for gone in (True, False))
     if len(forgotten) == 0:
         raise UsageError(f"{part} has no example of class {', '.join(names)}")
-    return (Selected(data, forgotten), Selected(data, retained)), Selected(data, torch.arange(len(mask)))
+    return Selected(data, forgotten), Selected(data, retained)
 
 
 def _of_the_same_classes(path: Path, source: Model, device: str) -> nn.Module:

@@ -20,10 +20,16 @@ else:
 
 PRESETS = ("digits", "fashion", "cifar", "demo")
 
-MEASURE: dict[str, Any] = {"batch_size": 512, "shadow_models": 0, "relearn_lr": 1e-3, "relearn_steps": 50}
+MEASURE: dict[str, Any] = {
+    "batch_size": 512,
+    "shadow_models": 0,
+    "relearn_lr": 1e-3,
+    "relearn_steps": 50,
+    "attacks": False,
+}
 """Options of the measurements and their defaults: batch size of the predictions; models of the likelihood-ratio attack,
 an even number, as each half of the training set trains one and the other half the next; step size and most steps of
-relearning."""
+relearning; whether a class that is forgotten is attacked as `distruction.attacks.battery` does it."""
 
 
 @dataclass(frozen=True)

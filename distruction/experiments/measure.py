@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import metrics
+from .. import attacks, metrics
 from ..data import Images, loader
 from ..errors import UsageError
 from ..forget_report import ForgetReport
@@ -104,6 +104,14 @@ def measure(
         max_steps=options["relearn_steps"],
         probe=probe,
     )
+    if options.get("attacks"):
+        attacked = attacks.battery(
+            model,
+            (split.forget, split.retain),
+            (split.measured_forget, split.measured_retain),
+            original=references.before,
+        )
+        found |= {name: value for name, value in attacked.items() if name not in found}
     seen = metrics.Measured(model, references.before, references.retrained, split.forget, split.retain, split.test)
     for name, entry in metrics.REGISTRY.items():
         if name in found:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import metrics
+from .. import attacks, metrics
 from ..extras import needed
 from ..methods import REGISTRY
 from . import published
@@ -61,14 +61,32 @@ _OWN = {
     "retain_read_percent": Column("retain %", "share of the retain set read at least once", "low", "cost", 0),
 }
 
-COLUMNS = _OWN | {
-    name: Column(e.heading, e.meaning, e.better, e.group, e.digits) for name, e in metrics.REGISTRY.items()
+_ATTACKS = {
+    "prototype_5": "share of the class's test images nearest to the mean of 5 examples",
+    "prototype_50": "the same of 50",
+    "few_shot_20": "accuracy after 20 steps on 5 examples",
+    "few_shot_100": "the same after 100",
+    "relearn_100": "accuracy after 100 steps on retained examples",
+    "linear_probe": "accuracy of a new classifier on the features, by all examples",
+    "auc_class": "the class told from its neighbours by what is said of others",
+    "bf16": "accuracy with the weights rounded so",
+    "int8": "the same",
+    "int4": "the same",
+    "distance": "of the weights to the original's",
+    "barrier": "rise of the retained loss on the line to the original",
 }
+
+COLUMNS = (
+    _OWN
+    | {name: Column(attacks.COLUMNS[name], text, "retrain", "attacks") for name, text in _ATTACKS.items()}
+    | {name: Column(e.heading, e.meaning, e.better, e.group, e.digits) for name, e in metrics.REGISTRY.items()}
+)
 """The library's own metrics, then those of other packages."""
 
 GROUPS = {
     "accuracy": "Accuracy and membership inference",
     "distance": "Distance to retraining, and what is left to relearn",
+    "attacks": "What attacks bring back",
     "cost": "Cost",
 }
 """Tables of metrics by name, with their titles."""
