@@ -231,6 +231,50 @@ def _sampled_accuracy(model: nn.Module, posterior: Posterior, data: Images) -> f
     return 100.0 * right / (10 * len(data))
 
 
+def results_in(out: Path) -> list[dict[str, Any]]:
+    """The runs of a folder: the digits' by width, then the others, each by seed."""
+    found = [json.loads(f.read_text()) for f in out.glob("*-seed-*.json")]
+    return sorted(found, key=lambda r: (r["size"] == FASHION, r["parameters"], r["seed"]))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What forgetting did under one prior and objective, over the seeds of one model.
+
+    Attributes:
+        seeds: of each seed the mean change of D_r over the classes, in points.
+        worst: of all of them.
+        forgotten: mean D_f in percent.
+        missed: runs that did not reach their level.
+    """
+
+    seeds: list[float]
+    worst: float
+    forgotten: float
+    missed: int
+
+    @classmethod
+    def of(cls, runs: list[dict[str, Any]], prior: str, objective: str) -> "Change":
+        """Of the runs of one model that have this prior."""
+        by_seed = [[x for x in r["rows"] if (x["prior"], x["objective"]) == (prior, objective)] for r in runs]
+        changes = [[x["retained"] - x["baseline"] for x in rows] for rows in by_seed]
+        return cls(
+            seeds=[statistics.fmean(c) for c in changes],
+            worst=min(min(c) for c in changes),
+            forgotten=statistics.fmean(x["forgotten"] for rows in by_seed for x in rows),
+            missed=sum(not x["reached"] for rows in by_seed for x in rows),
+        )
+
+
+def by_prior(runs: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Model, prior, and the runs that have it: one that was stopped has some priors for some of the seeds."""
+    for size in dict.fromkeys(r["size"] for r in runs):
+        some = [r for r in runs if r["size"] == size]
+        there = dict.fromkeys(p for r in some for p in r["sampled"])
+        for prior in sorted(there, key=lambda p: PRIORS.index(p) if p in PRIORS else len(PRIORS)):
+            yield size, prior, [r for r in some if prior in r["sampled"]]
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: the change of D_r against the model before, by prior: the mean of the seeds' means, and these."""
     lines = [
@@ -238,27 +282,21 @@ def table(runs: list[dict[str, Any]]) -> str:
         "| change of D_r, uniform-others | worst | D_f | not reached |",
         "|---|---|---:|---:|---|---:|---:|---|---:|---:|---:|",
     ]
+    for size, prior, some in by_prior(runs):
+        found = [Change.of(some, prior, objective) for objective in OBJECTIVES]
+        cells = []
+        for c in found:
+            values = ", ".join(f"{s:+.2f}" for s in c.seeds)
+            cells += [f"{statistics.fmean(c.seeds):+.2f} ({values})", f"{c.worst:+.1f}", f"{c.forgotten:.1f}"]
+        sampled = statistics.fmean(r["sampled"][prior] for r in some)
+        missed = sum(c.missed for c in found)
+        lines.append(
+            f"| {size} | {prior} | {_samples_read(some, prior):,} | {sampled:.1f} | {' | '.join(cells)} | {missed} |"
+        )
     for size in dict.fromkeys(r["size"] for r in runs):
-        all_seeds = [r for r in runs if r["size"] == size]
-        for prior in all_seeds[0]["sampled"]:
-            # A run that was stopped has some priors for some of the seeds.
-            some = [r for r in all_seeds if prior in r["sampled"]]
-            cells = []
-            missed = 0
-            for objective in OBJECTIVES:
-                by_seed = [[x for x in r["rows"] if (x["prior"], x["objective"]) == (prior, objective)] for r in some]
-                changes = [[x["retained"] - x["baseline"] for x in rows] for rows in by_seed]
-                seeds = [statistics.fmean(c) for c in changes]
-                gone = statistics.fmean(x["forgotten"] for rows in by_seed for x in rows)
-                missed += sum(not x["reached"] for rows in by_seed for x in rows)
-                values = ", ".join(f"{s:+.2f}" for s in seeds)
-                worst = min(min(c) for c in changes)
-                cells += [f"{statistics.fmean(seeds):+.2f} ({values})", f"{worst:+.1f}", f"{gone:.1f}"]
-            sampled = statistics.fmean(r["sampled"][prior] for r in some)
-            read = some[0]["rows"][[x["prior"] for x in some[0]["rows"]].index(prior)]["preparation_read"]
-            lines.append(f"| {size} | {prior} | {read:,} | {sampled:.1f} | {' | '.join(cells)} | {missed} |")
-        means = statistics.fmean(r["means"] for r in all_seeds)
-        lines.append(f"| {size} | (the means) | {all_seeds[0]['training_read']:,} (training) | {means:.1f} |||||||")
+        some = [r for r in runs if r["size"] == size]
+        means = statistics.fmean(r["means"] for r in some)
+        lines.append(f"| {size} | (the means) | {some[0]['training_read']:,} (training) | {means:.1f} |||||||")
     lines += ["", "| model | seed | steps | relative noise of std | times sqrt(steps) |", "|---|---:|---:|---:|---:|"]
     lines += [
         f"| {r['size']} | {r['seed']} | {steps} | {value:.3f} | {value * int(steps) ** 0.5:.2f} |"
@@ -266,6 +304,32 @@ def table(runs: list[dict[str, Any]]) -> str:
         for steps, value in r.get("noise", {}).items()
     ]
     return "\n".join(lines) + "\n"
+
+
+def overview(runs: list[dict[str, Any]]) -> str:
+    """Markdown: mean change of D_r and the worst, a row for each prior, as the page of results has it."""
+    seeds = {
+        size: len({r["seed"] for r in runs if r["size"] == size}) for size in dict.fromkeys(r["size"] for r in runs)
+    }
+    head = " | ".join(f"{size}: {objective}" for size in seeds for objective in OBJECTIVES)
+    lines = [f"| prior | {head} |", "|---|" + "---:|" * (len(seeds) * len(OBJECTIVES))]
+    there = list(by_prior(runs))
+    for prior in dict.fromkeys(p for _, p, _ in there):
+        mine = {size: some for size, p, some in there if p == prior}
+        cells = []
+        for size, count in seeds.items():
+            for objective in OBJECTIVES if size in mine else ():
+                c = Change.of(mine[size], prior, objective)
+                some = f" [{len(c.seeds)} of {count}]" if len(c.seeds) < count else ""
+                cells.append(f"{statistics.fmean(c.seeds):+.2f} ({c.worst:+.1f}){some}")
+            cells += [] if size in mine else ["–"] * len(OBJECTIVES)
+        lines.append(f"| {prior} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\nSeeds: {', '.join(f'{size} {count}' for size, count in seeds.items())}.\n"
+
+
+def _samples_read(runs: list[dict[str, Any]], prior: str) -> int:
+    """Samples that the preparation of a prior read."""
+    return next(int(x["preparation_read"]) for x in runs[0]["rows"] if x["prior"] == prior)
 
 
 def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
@@ -316,7 +380,7 @@ def main(
             ]
             for job in jobs:
                 job.result()
-    runs = sorted((json.loads(f.read_text()) for f in out.glob("*.json")), key=lambda r: (r["parameters"], r["seed"]))
+    runs = results_in(out)
     (out / "priors.md").write_text(table(runs))
     figure(runs, out / "samples.png", against="preparation_read")
     figure(runs, out / "width.png", against="parameters")
