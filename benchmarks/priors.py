@@ -332,14 +332,23 @@ def _samples_read(runs: list[dict[str, Any]], prior: str) -> int:
     return next(int(x["preparation_read"]) for x in runs[0]["rows"] if x["prior"] == prior)
 
 
+LABELS = {"parameters": "parameters", "preparation_read": "samples read by preparation"}
+"""What the figures are against."""
+
+
 def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
-    """The digits' mean change of D_r against samples read by preparation, or against the number of parameters."""
+    """The digits' mean change of D_r: of the narrowest model against samples read by preparation, or against the width.
+
+    Changes of less than a point on a linear scale, larger ones on a logarithmic one.
+    """
     import matplotlib.pyplot as plt
 
     runs = [r for r in runs if r["size"] != FASHION]
+    if against != "parameters":
+        runs = [r for r in runs if r["size"] == runs[0]["size"]]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, objective in zip(axes, OBJECTIVES, strict=True):
-        for prior in runs[0]["sampled"]:
+        for prior in dict.fromkeys(p for _, p, _ in by_prior(runs)):
             points: dict[float, list[float]] = {}
             for r in runs:
                 rows = [x for x in r["rows"] if (x["prior"], x["objective"]) == (prior, objective)]
@@ -349,7 +358,8 @@ def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
                 points.setdefault(x, []).append(statistics.fmean(y["retained"] - y["baseline"] for y in rows))
             xs = sorted(points)
             ax.plot(xs, [statistics.fmean(points[x]) for x in xs], "o-", label=prior, alpha=0.8)
-        ax.set(xscale="log", title=objective, xlabel=against.replace("_", " "))
+        ax.set(xscale="log", title=objective, xlabel=LABELS[against])
+        ax.set_yscale("symlog", linthresh=1.0)
         ax.axhline(0.0, color="0.7", linewidth=0.8)
     axes[0].set_ylabel("change of D_r in points")
     axes[1].legend(fontsize=7)
