@@ -346,7 +346,7 @@ def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
     runs = [r for r in runs if r["size"] != FASHION]
     if against != "parameters":
         runs = [r for r in runs if r["size"] == runs[0]["size"]]
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
     for ax, objective in zip(axes, OBJECTIVES, strict=True):
         for prior in dict.fromkeys(p for _, p, _ in by_prior(runs)):
             points: dict[float, list[float]] = {}
@@ -362,8 +362,7 @@ def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
         ax.set_yscale("symlog", linthresh=1.0)
         ax.axhline(0.0, color="0.7", linewidth=0.8)
     axes[0].set_ylabel("change of D_r in points")
-    axes[1].legend(fontsize=7)
-    fig.tight_layout()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
