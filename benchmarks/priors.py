@@ -10,7 +10,8 @@ else is tuned.
   each tensor, which takes their noise out and most of their knowledge;
 - ``constant, mean precision`` and ``constant, geometric mean``: one std, from the first's;
 - ``constant per tensor``: one std per tensor, of the tensor's mean precision;
-- ``fisher``: 1/std**2 = 1/std_init**2 + evidence * diagonal empirical Fisher at the means.
+- ``fisher``: 1/std**2 = 1/std_init**2 + evidence * diagonal empirical Fisher at the means;
+- for the narrowest model ``gauss-newton`` and ``bgd`` of fewer steps as well.
 
 And how much of a Gauss-Newton std is noise, by the number of steps: between two preparations with different draws.
 
@@ -49,6 +50,14 @@ WIDTHS = {"0.2 M": (64, 4, 4), "2.7 M": (192, 6, 4), "10.7 M": (384, 6, 6)}
 """Of the digits' models: embedding dimension, blocks and heads by the number of parameters."""
 FASHION = "Fashion-MNIST"
 """The model of the experiments on it (`benchmarks.trained`), right on 90 % of the test images."""
+NARROWEST = next(iter(WIDTHS))
+SHORTER = {
+    "gauss-newton, 15 steps": ("gauss-newton", 15),
+    "gauss-newton, 50 steps": ("gauss-newton", 50),
+    "bgd, 150 steps": ("bgd", 150),
+    "bgd, 500 steps": ("bgd", 500),
+}
+"""Preparations of fewer steps, of the narrowest model alone."""
 OBJECTIVES = ("masked-teacher", "uniform-others")
 STEPS = (30, 75, 150)
 """Of the preparations whose noise is measured."""
@@ -61,6 +70,7 @@ PRIORS = (
     "constant, geometric mean",
     "constant per tensor",
     "fisher",
+    *SHORTER,
 )
 
 
@@ -105,6 +115,12 @@ def priors(
 ) -> Iterator[tuple[str, Posterior, int, float]]:
     """Name, posterior, samples read and seconds of each prior of ``names``."""
     batches = loader(data, batch_size=64, shuffle=True)
+    for name in [n for n in names if n in SHORTER]:
+        method, steps = SHORTER[name]
+        start = time.perf_counter()
+        posterior = prepare(model, batches, method=method, steps=steps, seed=seed, progress=False)
+        yield name, posterior, steps * 64 * (2 if method == "bgd" else 1), time.perf_counter() - start
+    names = [n for n in names if n not in SHORTER]
     if wanted := [n for n in names if n.startswith("bgd")]:
         start = time.perf_counter()
         posterior = prepare(model, batches, method="bgd", steps=bgd_steps, seed=seed, progress=False)
@@ -153,7 +169,7 @@ def noise(model: nn.Module, data: Images, steps: int, seed: int) -> float:
 def run(file: Path, size: str, seed: int, names: Sequence[str], bgd_steps: int, context: Context) -> None:
     """All objectives and classes for one model and the priors that ``file`` lacks; it is written after each of them."""
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"sampled": {}, "rows": []}
-    names = [n for n in names if n not in found["sampled"]]
+    names = [n for n in names if n not in found["sampled"] and (size == NARROWEST or n not in SHORTER)]
     if not names:
         return
     torch.set_num_threads(1)
@@ -313,7 +329,7 @@ def overview(runs: list[dict[str, Any]]) -> str:
     }
     head = " | ".join(f"{size}: {objective}" for size in seeds for objective in OBJECTIVES)
     lines = [f"| prior | {head} |", "|---|" + "---:|" * (len(seeds) * len(OBJECTIVES))]
-    there = list(by_prior(runs))
+    there = [(size, prior, some) for size, prior, some in by_prior(runs) if prior not in SHORTER]
     for prior in dict.fromkeys(p for _, p, _ in there):
         mine = {size: some for size, p, some in there if p == prior}
         cells = []
@@ -348,16 +364,15 @@ def figure(runs: list[dict[str, Any]], path: Path, *, against: str) -> None:
         runs = [r for r in runs if r["size"] == runs[0]["size"]]
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
     for ax, objective in zip(axes, OBJECTIVES, strict=True):
-        for prior in dict.fromkeys(p for _, p, _ in by_prior(runs)):
-            points: dict[float, list[float]] = {}
-            for r in runs:
-                rows = [x for x in r["rows"] if (x["prior"], x["objective"]) == (prior, objective)]
-                if not rows:  # of a model that was not compared with every prior
-                    continue
-                x = r["parameters"] if against == "parameters" else rows[0]["preparation_read"]
-                points.setdefault(x, []).append(statistics.fmean(y["retained"] - y["baseline"] for y in rows))
-            xs = sorted(points)
-            ax.plot(xs, [statistics.fmean(points[x]) for x in xs], "o-", label=prior, alpha=0.8)
+        points: dict[str, dict[float, list[float]]] = {}
+        for _, prior, some in by_prior(runs):
+            x = some[0]["parameters"] if against == "parameters" else _samples_read(some, prior)
+            label = SHORTER[prior][0] if prior in SHORTER else prior
+            if label == prior or against != "parameters":
+                points.setdefault(label, {}).setdefault(x, []).extend(Change.of(some, prior, objective).seeds)
+        for label, found in points.items():
+            xs = sorted(found)
+            ax.plot(xs, [statistics.fmean(found[x]) for x in xs], "o-", label=label, alpha=0.8)
         ax.set(xscale="log", title=objective, xlabel=LABELS[against])
         ax.set_yscale("symlog", linthresh=1.0)
         ax.axhline(0.0, color="0.7", linewidth=0.8)
