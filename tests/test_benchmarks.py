@@ -430,6 +430,13 @@ def test_the_table_of_priors_takes_seeds_that_lack_some(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_of_results_holds_the_overview_of_the_priors():
+    folder = ROOT / "benchmarks/results/priors"
+    runs = priors.results_in(folder)
+    assert (folder / "priors.md").read_text() == priors.table(runs)
+    assert priors.overview(runs) in (ROOT / "docs/results.md").read_text()
+
+
 def test_pooled_stds_are_of_the_mean_precision():
     stds = {"weight": torch.tensor([[1.0, 0.5], [0.25, 0.5]]), "bias": torch.tensor([1.0, 0.5])}
     posterior = Posterior({n: torch.zeros_like(s) for n, s in stds.items()}, stds)

@@ -88,6 +88,7 @@ SMALL = {
     "ssd": {"alpha": 2.0},
     "ssd-per-sample": {"alpha": 2.0},
     "distruction-auto": {},
+    "distruction-depth": {},
     "distruction-constant": {},
     "distruction-fisher": {},
 }

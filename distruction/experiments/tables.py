@@ -19,6 +19,7 @@ NAMES = {
     "delete": "DELETE",
     "distruction": "DiStruction",
     "distruction-auto": "DiStruction, Gauss-Newton",
+    "distruction-depth": "DiStruction, Gauss-Newton, depth",
     "distruction-constant": "constant std",
     "distruction-fisher": "Fisher std",
 }

@@ -33,6 +33,7 @@ _OWN = {
     "scrub+kl": scrub.WITH_KL,
     "distruction": distruction.METHOD,
     "distruction-auto": distruction.FOUND,
+    "distruction-depth": distruction.REMOVED,
     "distruction-constant": ablations.CONSTANT,
     "distruction-fisher": ablations.FISHER,
 }

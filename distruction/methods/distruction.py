@@ -3,6 +3,7 @@
 Dugue, "Machine Unlearning Without Repair using DiStruction", 2024.
 """
 
+import functools
 from typing import Any, Literal
 
 from ..data import loader
@@ -39,12 +40,13 @@ def found(
     objective: str | None = None,
     level: float | None = None,
     data_per_step: float = 100.0,
+    depth: Literal["features"] | None = None,
 ) -> ForgetReport:
     """The same from a Gauss-Newton posterior, with lambda found during the run: `distruction.forget` as it is.
 
     Args:
         objective: a name in `distruction.objectives.REGISTRY`; ``None`` is the target's.
-        target, level, data_per_step: see `distruction.forget`.
+        target, level, data_per_step, depth: see `distruction.forget`.
     """
     return forget(
         task.model,
@@ -54,6 +56,7 @@ def found(
         objective=objective,
         level=level,
         data_per_step=data_per_step,
+        depth=depth,
         seed=task.seed,
         backend=task.backend,
         progress=task.progress,
@@ -68,4 +71,15 @@ FOUND = Method(
     needs_posterior=True,
     preparation="gauss-newton",
     sweep="level",
+)
+
+REMOVED = Method(
+    "the same with ``depth='features'``, where nothing else is asked for",
+    "this library; the dispersion of features: Spotter, 2026",
+    functools.partial(found, depth="features"),
+    reads="none",
+    needs_posterior=True,
+    preparation="gauss-newton",
+    sweep="level",
+    scenarios=("full-class",),
 )
