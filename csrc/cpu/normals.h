@@ -77,8 +77,8 @@ struct Ahead {
   // The elements from `first` on that belong to one round of the generator's loop.
   inline __attribute__((always_inline)) void fetch(int first) const {
     constexpr int kLine = 16;  // of a cache
-    for (int i = 0; i < kUnit; i += kLine)
-      for (const float* const* array = begin; array != end; ++array) __builtin_prefetch(*array + first + i);
+    for (const float* const* array = begin; array != end; ++array)
+      for (int i = 0; i < kUnit; i += kLine) __builtin_prefetch(*array + first + i);
   }
 };
 
