@@ -39,7 +39,7 @@ CASES = {
 UPDATES = {"in pairs": ("accumulate, pair", "step, pair"), "by sums": ("accumulate, first sample", "step, sums")}
 """The calls of an update of two antithetic samples with a prior, BGD's default."""
 
-PARTS = {"generate": "normals", "update_piece": "update and sample", "kl_piece": "KL", "accumulate_piece": "first half"}
+PARTS = {"generate": "normals", "update_piece": "update and sample", "kl_piece": "KL", "mirror_piece": "first half"}
 """What an update's instructions are spent on, by the functions of csrc/cpu/vectorised.h."""
 
 
@@ -93,7 +93,7 @@ def parts(source: Path = ROOT) -> dict[str, float]:
                 read = ["callgrind_annotate", "--threshold=100", str(out)]
                 lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout
                 for instructions, function in re.findall(r"^ *([\d,]+) \([^)]*\) +\S*?:(.*) \[", lines, re.MULTILINE):
-                    part = next((part for name, part in PARTS.items() if f"::{name}<" in function), "rest")
+                    part = next((part for name, part in PARTS.items() if re.search(rf"::{name}[<(]", function)), "rest")
                     found[part] += sign * int(instructions.replace(",", "")) / (SIZES[1] - SIZES[0])
     return {part: round(value, 2) for part, value in found.items()}
 

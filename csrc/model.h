@@ -76,6 +76,7 @@ DISTRUCTION_FN Update update_of(
   u.max_mean_step = o.max_mean_step;
   u.max_a = o.max_a;
   u.max_std = o.max_std;
+  u.small_a = o.max_a <= 0.125f;
   u.learn_mean = o.learn_mean != 0;
   u.learn_std = o.learn_std != 0;
   return u;

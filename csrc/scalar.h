@@ -58,6 +58,7 @@ DISTRUCTION_FN int32_t as_int(uint32_t word) { return static_cast<int32_t>(word)
 DISTRUCTION_FN uint32_t as_word(int32_t value) { return static_cast<uint32_t>(value); }
 DISTRUCTION_FN float to_float(int32_t value) { return static_cast<float>(value); }
 DISTRUCTION_FN int32_t truncated(float value) { return static_cast<int32_t>(value); }
+DISTRUCTION_FN bool all(bool mask) { return mask; }
 DISTRUCTION_FN bool all_below(float value, float bound) { return value < bound; }
 DISTRUCTION_FN float square_root(float value) { return sqrtf(value); }
 DISTRUCTION_FN float reciprocal(float value) { return 1.0f / value; }

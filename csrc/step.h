@@ -23,6 +23,7 @@ struct Update {
   float grad_scale;       // multiplies the gradient: the inverse of GradScaler's scale
   float statistic_scale;  // multiplies both statistics: loss_scale / samples, and (1 - kl_weight) with a prior
   float max_mean_step, max_a, max_std;
+  bool small_a;  // max_a is so small that a series serves
   bool learn_mean, learn_std;
 };
 
@@ -62,7 +63,7 @@ DISTRUCTION_FN void update(const Update& u, F s1, F s2, F prior_mean, F prior_st
   }
   a = at_least(at_most(a, splat<F>(u.max_a)), splat<F>(-u.max_a));
   F new_std;
-  if (kShortcuts<F> && u.max_a <= 0.125f) {
+  if (kShortcuts<F> && u.small_a) {
     // The root's series; its next term is below 3e-9.
     const F a2 = a * a;
     new_std = std + std * (a2 * ((0.0625f * a2 - 0.125f) * a2 + 0.5f) - a);
@@ -73,9 +74,14 @@ DISTRUCTION_FN void update(const Update& u, F s1, F s2, F prior_mean, F prior_st
   }
   new_std = at_most(new_std, splat<F>(u.max_std));
   // x - x is zero unless x is infinite or NaN; additions leave the busier multipliers alone.
-  finite = ((s1 - s1) + (s2 - s2) + (new_mean - new_mean) + (new_std - new_std) == 0.0f) & (new_std > 0.0f);
-  if (u.learn_mean) mean = finite ? new_mean : mean;
-  if (u.learn_std) std = finite ? new_std : std;
+  finite = new_std > (s1 - s1) + (s2 - s2) + (new_mean - new_mean) + (new_std - new_std);
+  if (kShortcuts<F> && all(finite)) {
+    if (u.learn_mean) mean = new_mean;
+    if (u.learn_std) std = new_std;
+  } else {
+    if (u.learn_mean) mean = finite ? new_mean : mean;
+    if (u.learn_std) std = finite ? new_std : std;
+  }
 }
 
 // The Gauss-Newton update of one element; `grad_scale` is sqrt(evidence) / GradScaler's scale. `finite` is false where

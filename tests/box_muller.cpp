@@ -27,7 +27,7 @@ extern "C" void normals(
     memcpy(&radius_word, radius_words + i, sizeof radius_word);
     memcpy(&angle_word, angle_words + i, sizeof angle_word);
     u = uniform(radius_word);
-    box_muller(radius_word, angle_word, 1.0f, cosine, sine);
+    box_muller(radius_word, angle_word, 0u, cosine, sine);
     memcpy(uniforms + i, &u, sizeof u);
     memcpy(cosines + i, &cosine, sizeof cosine);
     memcpy(sines + i, &sine, sizeof sine);

@@ -11,7 +11,19 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import PARAMETERS
-from workloads import CODES, Model, Options, accumulate, gauss_newton, make_model, normals, sample, step, with_codes
+from workloads import (
+    CODES,
+    SIZES,
+    Model,
+    Options,
+    accumulate,
+    gauss_newton,
+    make_model,
+    normals,
+    sample,
+    step,
+    with_codes,
+)
 
 from distruction import ops
 from distruction.compression import BLOCK, LogCodes
@@ -242,6 +254,29 @@ def test_accumulate(backend, antithetic, statistics):
         assert_close([ours["m2"][i]], [exact["m2"][i]], [allowed], "m2")
         allowed = std * error_of_normals(new) + ROUNDING * (before["mean"][i].abs() + std * new.abs())
         assert_close([ours["param"][i]], [exact["param"][i]], [allowed], "param")
+
+
+@ALIGNMENTS
+@TYPES
+@pytest.mark.parametrize("sizes", [SIZES, (2**17 + 101,)], ids=["several", "large"])
+def test_the_second_sample_of_a_pair(backend, sizes, param, grad, stochastic, misaligned):
+    """It may be made of the first one; the bits are those that a draw of it has."""
+    before = make_model("cpu", sizes, param=param, grad=grad)
+    ours = before.to(backend.device, misaligned=misaligned)
+    sample(ours, (6, 0, 0), True, stochastic, backend)
+    drawn = ours.to(backend.device, misaligned=misaligned)
+    sample(drawn, (7, 0, 0), True, stochastic, backend)
+    options = Options(pair=True, antithetic=True, stochastic_rounding=stochastic, counters=(6, 0, 0))
+    assert accumulate(ours, options, backend) == [7, 1, 0]
+    for i, (mean, std) in enumerate(zip(before["mean"], before["std"], strict=True)):
+        assert torch.equal(ours["param"][i], drawn["param"][i])
+        assert torch.equal(ours["m1"][i].cpu(), before["grad"][i].float())
+        mean, std, eps = mean.double(), std.double(), normals(before, i, 7, True)
+        theta, partner = mean + std * eps, mean - std * eps
+        # Of the product std * eps, of the sample and of its mirror image: half a unit in the last place each.
+        rounding = 2.0**-24 * (std * eps.abs() + partner.abs() + theta.abs())
+        allowed = std * error_of_normals(eps) + rounding + error_of_store(theta, param, stochastic)
+        assert_close([ours["param"][i]], [theta], [1.0001 * allowed], "param")
 
 
 def check_gauss_newton(backend, before, o, misaligned=False):

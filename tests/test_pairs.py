@@ -166,3 +166,91 @@ def test_the_ops_refuse_a_pair_of_independent_draws():
     with pytest.raises(ValueError, match=r"m1 without m2 .* antithetic pair; pass m2, or antithetic=True"):
         ops.accumulate(mean, mean, state, draws)
     assert counters.tolist() == [0, 0, 0]
+
+
+def conv(dtype=torch.float32, memory_format=torch.contiguous_format):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(64, 32, 3, 3).to(dtype, memory_format=memory_format))
+    opt = BGD([p], std_init=0.1, mc_samples=2)
+    opt.train()
+    return p, opt
+
+
+def first_half(p, opt):
+    opt.zero_grad()
+    p.square().sum().backward()
+    opt.step()
+
+
+def drawn_anew(p, opt):
+    """What a resumed run would hold."""
+    other = nn.Parameter(p.detach().clone())
+    again = BGD([other], mc_samples=2)
+    again.load_state_dict(opt.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_second_sample_has_the_bits_that_a_resumed_run_draws(dtype, memory_format):
+    p, opt = conv(dtype, memory_format)
+    for _ in range(3):
+        first_half(p, opt)
+        assert torch.equal(p, drawn_anew(p, opt))
+        with opt.sampled_params():
+            pass
+        assert torch.equal(p, drawn_anew(p, opt))
+
+
+@pytest.mark.parametrize("between", ["nothing", "posterior", "backward"])
+@pytest.mark.parametrize("release", [False, True])
+def test_the_second_sample_after_somebody_else_wrote_to_the_first(between, release):
+    model = nn.Linear(40, 40)
+    opt = BGD(model.named_parameters(), std_init=0.1, mc_samples=2, release_gradients=release)
+    opt.train()
+    opt.zero_grad()
+    x = torch.ones(3, 40)
+    if between == "backward" and not release:
+        model(x).sum().backward()
+    with torch.no_grad():
+        model.weight[3:7] = 5.0
+    if between == "posterior":
+        assert (opt.posterior().means["weight"][3:7] == 5.0).all()
+        assert (model.weight[3:7] == 5.0).all()
+    if between != "backward" or release:
+        model(x).sum().backward()
+    opt.step()
+    held = model.weight.detach().clone()
+    opt.train()
+    assert torch.equal(held, model.weight)
+    assert not (held[3:7] == 5.0).any()
+    assert (opt.posterior().means["weight"][3:7] == 5.0).all()
+
+
+def test_the_second_sample_after_the_first_changed_its_type():
+    model = nn.Linear(40, 40).bfloat16()
+    opt = BGD(model.parameters(), std_init=0.1, mc_samples=2)
+    opt.train()
+    model.float()
+    model(torch.ones(3, 40)).sum().backward()
+    opt.step()
+    held = model.weight.detach().clone()
+    opt.train()
+    assert torch.equal(held, model.weight)
+
+
+def test_the_second_sample_after_a_gradient_at_a_sample_in_eval_mode():
+    p, opt = make()
+    opt.eval()
+    for _ in range(2):
+        with opt.sampled_params():
+            first = p.detach().clone()
+            loss(p).backward()
+        opt.step()
+        assert torch.equal(p, opt.state[p]["mean"])
+        with opt.sampled_params():
+            torch.testing.assert_close(p.detach() - opt.state[p]["mean"], opt.state[p]["mean"] - first)
+            opt.zero_grad()
+            loss(p).backward()
+        opt.step()
+        opt.zero_grad()

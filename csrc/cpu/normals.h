@@ -63,18 +63,33 @@ DISTRUCTION_FN void three_rounds(
     multiply_wide(h ^ (stream ^ key1[0]), kMultiplier1, h, c[1]);
     multiply_wide(h ^ (low1 ^ key0[1]), kMultiplier0, h, c[3]);
     multiply_wide(c[2], kMultiplier1, next, l);
-    c[0] = next ^ c[1] ^ key0[2];
+    c[0] = next ^ (c[1] ^ key0[2]);
     c[1] = l;
     c[2] = h ^ (low0 ^ key1[2]);
   }
 }
 
+// Float arrays that the loop after the generator reads: it leaves memory idle, so the arrays are fetched meanwhile.
+struct Ahead {
+  const float* const* begin;
+  const float* const* end;
+
+  // The elements from `first` on that belong to one round of the generator's loop.
+  inline __attribute__((always_inline)) void fetch(int first) const {
+    constexpr int kLine = 16;  // of a cache
+    for (const float* const* array = begin; array != end; ++array)
+      for (int i = 0; i < kUnit; i += kLine) __builtin_prefetch(*array + first + i);
+  }
+};
+
 // The words, the normals or both of `count` elements from generator block `block` on, rounded up to whole units. The
 // blocks share the high word of their numbers.
 template <bool with_words, bool with_normals>
 DISTRUCTION_NOINLINE void generate(
-    uint64_t block, int count, Draw draw, uint32_t stream, uint32_t* __restrict words, float* __restrict eps) {
+    uint64_t block, int count, Draw draw, uint32_t stream, uint32_t* __restrict words, float* __restrict eps,
+    Ahead ahead) {
   for (int done = 0; done < count; done += kUnit) {
+    ahead.fetch(done);
     Wide low[4], c[4][4];
     for (int g = 0; g < 4; ++g)
       low[g] = load<Wide>(kLaneBlocks.of[g % 2]) + (block + static_cast<uint64_t>(done / 4 + g / 2 * kLanes));

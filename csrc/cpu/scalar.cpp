@@ -16,7 +16,7 @@ void for_each_group(const Model& m, Range r, F f) {
 void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uint64_t seed, uint32_t* out) {
   for (int64_t i = 0; i < blocks; ++i) {
     uint32_t w[4];
-    block_words({seed, number, 1.0f}, stream, static_cast<int64_t>(block + static_cast<uint64_t>(i)), w);
+    block_words({seed, number, 0u}, stream, static_cast<int64_t>(block + static_cast<uint64_t>(i)), w);
     memcpy(out + 4 * i, w, sizeof w);
   }
 }

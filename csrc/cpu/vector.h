@@ -71,6 +71,21 @@ DISTRUCTION_FN bool all_below(Float x, float bound) {
 #endif
 }
 
+// Of a comparison, whose lanes are 0 or -1.
+DISTRUCTION_FN bool all(Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) == 0xFFFF;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) == 0xFF;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) == 0xF;
+#else
+  for (int i = 0; i < kLanes; ++i)
+    if (!mask[i]) return false;
+  return true;
+#endif
+}
+
 // One Newton step on AVX-512's 14-bit estimate is good to 1 ulp and far cheaper than a division.
 DISTRUCTION_FN Float reciprocal(Float x) {
 #if defined(__AVX512F__)
@@ -99,10 +114,14 @@ DISTRUCTION_FN Double to_double(Float x) {
 #if defined(__AVX512F__)
   const __m512 v = (__m512)x;
   return (Double)_mm512_cvtps_pd(_mm512_castps512_ps256(v)) + (Double)_mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-#endif
+#elif defined(__AVX2__)
+  const __m256 v = (__m256)x;
+  return (Double)_mm256_cvtps_pd(_mm256_castps256_ps128(v)) + (Double)_mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+#else
   HalfFloat half[2];
   memcpy(half, &x, sizeof x);
   return __builtin_convertvector(half[0], Double) + __builtin_convertvector(half[1], Double);
+#endif
 }
 
 template <class V, class T>

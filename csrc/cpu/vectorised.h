@@ -38,12 +38,24 @@ struct alignas(64) Buffers {
   uint32_t words[kPiece];
 };
 
-DISTRUCTION_NOINLINE void negate(int n, const float* __restrict x, float* __restrict out) {
-  for_each_vector(n, [=](auto access, int i) { access.store(out + i, -access.load(x + i, Float{})); });
+// The second sample of an antithetic pair from the first one.
+DISTRUCTION_FN Float mirror_image(Float theta, Float mean) { return 2.0f * mean - theta; }
+
+// A sample from the normals of its draw or, where it is the second of a pair, from those of the first one. Whoever writes
+// a sample goes through here, so that all write the same bits.
+DISTRUCTION_FN Float sample_of(Float mean, Float std, Float eps, bool second) {
+  const Float theta = mean + std * eps;
+  return second ? mirror_image(theta, mean) : theta;
 }
 
 // Elements from which on a tensor's samples bypass the caches: 512 KiB would push out what the step still needs.
 constexpr int64_t kStreamed = 1 << 17;
+
+// Where the samples of a piece go, and whether they bypass the caches and are the second ones of pairs.
+struct Target {
+  float* theta;
+  bool streamed, second;
+};
 
 // The samples of a piece on their way into the parameter.
 struct Samples {
@@ -51,28 +63,38 @@ struct Samples {
   const int64_t t;
   const Piece& p;
   Buffers& b;
+  const Draw draw;
   const uint32_t stream = static_cast<uint32_t>(m.stream[t]);
   const bool wide = m.param_type[t] == kFloat32;
+  const float* reads[7];  // of the piece
+  int count = 0;
 
-  // The normals of the piece's draw, in b.next from p.lead on.
-  void generate_normals(Draw draw) const {
-    if (stochastic())
-      generate<true, true>(p.block, p.lead + p.n, draw, stream, b.words, b.next);
-    else
-      generate<false, true>(p.block, p.lead + p.n, draw, stream, nullptr, b.next);
+  Samples(const Model& model, int64_t tensor, const Piece& piece, Buffers& buffers, Draw of)
+      : m(model), t(tensor), p(piece), b(buffers), draw(of) {
+    const auto add = [&](const void* array) { reads[count++] = static_cast<const float*>(array) + p.index; };
+    add(m.mean[t]);
+    add(m.std[t]);
+    if (m.grad && m.grad_type[t] == kFloat32) add(m.grad[t]);
+    if (m.m1) add(m.m1[t]);
+    if (m.m2) add(m.m2[t]);
+    if (m.prior_mean && m.prior_mean_type[t] == kFloat32) add(m.prior_mean[t]);
+    if (m.prior_std) add(m.prior_std[t]);
   }
-  // Those of two successive draws, the first in b.eps.
-  void generate_normals(Draw draw, Draw next) const {
-    generate<false, true>(p.block, p.lead + p.n, draw, stream, nullptr, b.eps);
-    if (draw.number == next.number && !stochastic())
-      negate(p.lead + p.n, b.eps, b.next);  // an antithetic pair
-    else
-      generate_normals(next);
+
+  // The normals that `sample_of` takes.
+  const float* normals() const { return normals({reads, reads + count}); }
+  // The same, and those of the draw before in b.eps.
+  const float* normals_after(Draw before) const {
+    const bool same = is_second_of(before) && !stochastic();
+    const float* const* const middle = reads + (same ? count : count / 2);
+    generate<false, true>(p.block, p.lead + p.n, before, stream, nullptr, b.eps, {reads, middle});
+    return same ? b.eps + p.lead : normals({middle, reads + count});
   }
-  // Where to write mean + std * eps.
-  float* theta() const { return wide ? static_cast<float*>(m.param[t]) + p.index : b.theta; }
-  bool streamed() const {
-    return wide && m.numel[t] >= kStreamed && reinterpret_cast<uintptr_t>(theta()) % sizeof(Float) == 0;
+  bool is_second_of(Draw before) const { return before.number == draw.number; }
+  Target target() const {
+    float* const theta = wide ? static_cast<float*>(m.param[t]) + p.index : b.theta;
+    const bool whole = reinterpret_cast<uintptr_t>(theta) % sizeof(Float) == 0;
+    return {theta, wide && m.numel[t] >= kStreamed && whole, draw.sign != 0};
   }
   void finish() const {
     if (!wide)
@@ -81,6 +103,14 @@ struct Samples {
   }
 
  private:
+  const float* normals(Ahead ahead) const {
+    const Draw first{draw.seed, draw.number, 0u};
+    if (stochastic())
+      generate<true, true>(p.block, p.lead + p.n, first, stream, b.words, b.next, ahead);
+    else
+      generate<false, true>(p.block, p.lead + p.n, first, stream, nullptr, b.next, ahead);
+    return b.next + p.lead;
+  }
   bool stochastic() const { return m.stochastic_rounding && m.param_type[t] == kBFloat16; }
 };
 
@@ -114,7 +144,7 @@ void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uin
   uint32_t buffer[kPiece];
   for (uint64_t left = static_cast<uint64_t>(blocks); left;) {
     const uint64_t most = kBlocks - block % kBlocks, n = most < left ? most : left;
-    generate<true, false>(block, static_cast<int>(4 * n), {seed, number, 1.0f}, stream, buffer, nullptr);
+    generate<true, false>(block, static_cast<int>(4 * n), {seed, number, 0u}, stream, buffer, nullptr, {});
     memcpy(out, buffer, n * 16);
     block += n;
     out += 4 * n;
@@ -123,10 +153,11 @@ void words(uint64_t block, int64_t blocks, uint32_t number, uint32_t stream, uin
 }
 
 DISTRUCTION_NOINLINE void sample_piece(
-    int n, const float* mean, const float* std, const float* __restrict eps, float* __restrict theta, bool streamed) {
+    int n, const float* mean, const float* std, const float* __restrict eps, Target to) {
+  float* const __restrict theta = to.theta;
   for_each_vector(n, [=](auto access, int i) {
     const Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, Float{});
-    access.store_sample(theta + i, mu + sigma * access.load(eps + i, Float{}), streamed);
+    access.store_sample(theta + i, sample_of(mu, sigma, access.load(eps + i, Float{}), to.second), to.streamed);
   });
 }
 
@@ -134,10 +165,8 @@ void sample(const Model& m, Range r, Draw draw) {
   const int64_t t = r.tensor;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
-    const Samples samples{m, t, p, b};
-    samples.generate_normals(draw);
-    sample_piece(p.n, m.mean[t] + p.index, m.std[t] + p.index, b.next + p.lead, samples.theta(),
-                 samples.streamed());
+    const Samples samples{m, t, p, b, draw};
+    sample_piece(p.n, m.mean[t] + p.index, m.std[t] + p.index, samples.normals(), samples.target());
     samples.finish();
   });
   end_of_stream();
@@ -146,8 +175,8 @@ void sample(const Model& m, Range r, Draw draw) {
 template <bool pair>
 DISTRUCTION_NOINLINE void accumulate_piece(
     int n, Accumulation a, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
-    const float* __restrict mean, const float* __restrict std, float* __restrict m1, float* __restrict m2,
-    float* __restrict theta, bool streamed) {
+    const float* __restrict mean, const float* __restrict std, float* __restrict m1, float* __restrict m2, Target to) {
+  float* const __restrict theta = to.theta;
   for_each_vector(n, [=](auto access, int i) {
     const Float mu = access.load(mean + i, Float{}), sigma = access.load(std + i, Float{});
     Float g = access.load(grad + i, Float{}) * a.grad_scale;
@@ -160,7 +189,18 @@ DISTRUCTION_NOINLINE void accumulate_piece(
       access.store(m2 + i, g_eps);
     }
     access.store(m1 + i, g);
-    access.store_sample(theta + i, mu + sigma * access.load(next + i, Float{}), streamed);
+    access.store_sample(theta + i, sample_of(mu, sigma, access.load(next + i, Float{}), to.second), to.streamed);
+  });
+}
+
+// Of a pair in float32: the first sample, which is in theta, becomes the second without any normals. Read just before, it
+// is in the caches whatever its size.
+DISTRUCTION_NOINLINE void mirror_piece(
+    int n, float grad_scale, const float* __restrict grad, const float* __restrict mean, float* __restrict m1,
+    float* __restrict theta) {
+  for_each_vector(n, [=](auto access, int i) {
+    access.store(m1 + i, access.load(grad + i, Float{}) * grad_scale);
+    access.store(theta + i, mirror_image(access.load(theta + i, Float{}), access.load(mean + i, Float{})));
   });
 }
 
@@ -169,14 +209,14 @@ void accumulate_range(const Model& m, Range r, Draw draw, Draw next, const Accum
   const int64_t t = r.tensor;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
-    const Samples samples{m, t, p, b};
-    if (pair)
-      samples.generate_normals(next);
-    else
-      samples.generate_normals(draw, next);
-    accumulate_piece<pair>(p.n, a, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, m.mean[t] + p.index,
-                           m.std[t] + p.index, m.m1[t] + p.index, pair ? nullptr : m.m2[t] + p.index, samples.theta(),
-                           samples.streamed());
+    const Samples samples{m, t, p, b, next};
+    const float *grad = gradient(m, t, p, b), *mean = m.mean[t] + p.index;
+    float* const m1 = m.m1[t] + p.index;
+    if (pair && samples.wide && samples.is_second_of(draw))
+      return mirror_piece(p.n, a.grad_scale, grad, mean, m1, samples.target().theta);
+    const float* normals = pair ? samples.normals() : samples.normals_after(draw);
+    accumulate_piece<pair>(p.n, a, grad, b.eps + p.lead, normals, mean, m.std[t] + p.index, m1,
+                           pair ? nullptr : m.m2[t] + p.index, samples.target());
     samples.finish();
   });
   end_of_stream();
@@ -207,11 +247,14 @@ DISTRUCTION_NOINLINE double kl_piece(
   return kl;
 }
 
-template <bool with_prior, Statistics statistics>
+// `usual`: the options are BGD's defaults, which the compiler then need not ask for in each round of the loop.
+template <bool with_prior, Statistics statistics, bool usual>
 DISTRUCTION_NOINLINE void update_piece(
-    int n, Update u, const float* __restrict grad, const float* __restrict eps, const float* __restrict next,
-    float* __restrict theta, bool streamed, float* __restrict mean, float* __restrict std, const float* __restrict m1,
-    const float* __restrict m2, const float* __restrict prior_mean, const float* __restrict prior_std, bool& finite) {
+    int n, Update u, const float* __restrict grad, const float* __restrict eps, const float* __restrict next, Target to,
+    float* __restrict mean, float* __restrict std, const float* __restrict m1, const float* __restrict m2,
+    const float* __restrict prior_mean, const float* __restrict prior_std, bool& finite) {
+  if (usual) u.small_a = u.learn_mean = u.learn_std = true, to.second = false;
+  float* const __restrict theta = to.theta;
   Int kept = {};
   for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
     const Float first = statistics == Statistics::kNone ? Float{} : access.load(m1 + i, Float{});
@@ -223,10 +266,10 @@ DISTRUCTION_NOINLINE void update_piece(
     const Float prior_sigma = with_prior ? access.load(prior_std + i, splat<Float>(1.0f)) : sigma;
     Int is_finite;
     update<with_prior>(u, s1, s2, prior_mu, prior_sigma, mu, sigma, is_finite);
-    kept |= access.used(~is_finite);
+    if (!all(is_finite)) kept |= access.used(~is_finite);
     if (u.learn_mean) access.store(mean + i, mu);
     if (u.learn_std) access.store(std + i, sigma);
-    access.store_sample(theta + i, mu + sigma * access.load(next + i, Float{}), streamed);
+    access.store_sample(theta + i, sample_of(mu, sigma, access.load(next + i, Float{}), to.second), to.streamed);
   });
   for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
 }
@@ -239,14 +282,17 @@ double step_range(const Model& m, Range r, Draw draw, Draw next, const Update& u
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
     const int64_t i = p.index;
-    const Samples samples{m, t, p, b};
-    samples.generate_normals(draw, next);
+    const Samples samples{m, t, p, b, next};
+    const float* normals = samples.normals_after(draw);
     float *mean = m.mean[t] + i, *std = m.std[t] + i;
     const PriorPiece at = prior_of<prior>(m, t, p, b);
-    update_piece<with_prior, statistics>(
-        p.n, u, gradient(m, t, p, b), b.eps + p.lead, b.next + p.lead, samples.theta(), samples.streamed(), mean, std,
-        statistics == Statistics::kNone ? nullptr : m.m1[t] + i,
-        statistics == Statistics::kSums ? m.m2[t] + i : nullptr, at.mean, at.std, finite);
+    const Target to = samples.target();
+    const auto update = u.small_a && u.learn_mean && u.learn_std && !to.second
+                            ? update_piece<with_prior, statistics, true>
+                            : update_piece<with_prior, statistics, false>;
+    update(p.n, u, gradient(m, t, p, b), b.eps + p.lead, normals, to, mean, std,
+           statistics == Statistics::kNone ? nullptr : m.m1[t] + i,
+           statistics == Statistics::kSums ? m.m2[t] + i : nullptr, at.mean, at.std, finite);
     // A second pass over the cached piece: one loop's chain of operations would be too long to overlap with the next's.
     if (with_prior) kl += kl_piece<false>(p.n, mean, std, at.mean, at.std, nullptr, nullptr);
     samples.finish();
@@ -263,7 +309,8 @@ double step(const Model& m, Range r, Draw draw, Draw next, const Update& u, bool
 
 DISTRUCTION_NOINLINE void gauss_newton_piece(
     int n, float grad_scale, const float* __restrict grad, const float* __restrict mean, float* __restrict std,
-    const float* __restrict next, float* __restrict theta, bool streamed, bool& finite) {
+    const float* __restrict next, Target to, bool& finite) {
+  float* const __restrict theta = to.theta;
   Int kept = {};
   for_each_vector(n, [&](auto access, int i) __attribute__((always_inline)) {
     Float sigma = access.load(std + i, Float{});
@@ -272,7 +319,7 @@ DISTRUCTION_NOINLINE void gauss_newton_piece(
     kept |= ~is_finite;
     access.store(std + i, sigma);
     const Float mu = access.load(mean + i, Float{});
-    access.store_sample(theta + i, mu + sigma * access.load(next + i, Float{}), streamed);
+    access.store_sample(theta + i, sample_of(mu, sigma, access.load(next + i, Float{}), to.second), to.streamed);
   });
   for (int i = 0; i < kLanes; ++i) finite = finite && !kept[i];
 }
@@ -281,10 +328,9 @@ void gauss_newton(const Model& m, Range r, Draw next, float grad_scale, bool& fi
   const int64_t t = r.tensor;
   for_each_piece(m, r, [&](Piece p) {
     Buffers b;
-    const Samples samples{m, t, p, b};
-    samples.generate_normals(next);
+    const Samples samples{m, t, p, b, next};
     gauss_newton_piece(p.n, grad_scale, gradient(m, t, p, b), m.mean[t] + p.index, m.std[t] + p.index,
-                       b.next + p.lead, samples.theta(), samples.streamed(), finite);
+                       samples.normals(), samples.target(), finite);
     samples.finish();
   });
   end_of_stream();

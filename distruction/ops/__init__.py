@@ -277,7 +277,8 @@ def accumulate(
 
     The first sample of an update (``counters[1]`` is 0) overwrites ``m1`` and ``m2`` instead, whatever they hold. With
     an empty list ``m2`` the update is of one antithetic pair, and ``m1`` takes its first gradient, which is all that
-    `step` needs.
+    `step` needs. ``param`` must then hold the sample of this draw, as the ops have written it: its mirror image
+    ``2 * mean - param`` may serve as the next one, ``mean - std * eps``.
     """
     _flat("accumulate", state, draws, amp, param=param, grad=grad, backend=backend)
 

@@ -29,9 +29,10 @@ class BGD(Saved):
     draws the next sample. ``eval()`` puts the means in. ``step(closure)`` works in either mode.
 
     What somebody else writes to a parameter, such as ``model.load_state_dict``, becomes its mean, elementwise, with
-    the std that it had (what is written in place through ``p.data`` in `eval` mode alone). Frozen parameters are not
-    written; one that is frozen while it holds a sample keeps it until `eval` puts its mean in. One that is unfrozen
-    takes part from the next update's first sample on: a gradient that was taken at its mean is not used.
+    the std that it had (what is written in place through ``p.data`` in `eval` mode alone; a sample changed so, and a
+    second one that mirrors it, is gone with the update). Frozen parameters are not written; one that is frozen while it
+    holds a sample keeps it until `eval` puts its mean in. One that is unfrozen takes part from the next update's first
+    sample on: a gradient that was taken at its mean is not used.
 
     Args:
         params: parameters, groups or named parameters (``model.named_parameters()``; names are needed for
@@ -245,8 +246,7 @@ class BGD(Saved):
             for p in group["params"]:
                 if p in self.state:
                     local(p).copy_(local(self.state[p]["mean"]))
-            held.sampled = False
-            held.note(group["params"])
+            held.wrote(group["params"], None)
         self._set_training(False)
         if check:
             self.raise_if_nonfinite()

@@ -142,8 +142,7 @@ class Groups(torch.optim.Optimizer):
         if len(done) < len(drawn):
             # Parameters without a gradient take part in the next draw, so that one draw number serves the group.
             self._members(index, [params[i] for i in drawn if i not in done]).sample(tensor)
-        held.drawn, held.sampled = drawn, True
-        held.note(params)
+        held.wrote(params, drawn)
 
     def _take(
         self,
@@ -164,6 +163,8 @@ class Groups(torch.optim.Optimizer):
             return None
         skips = (found_inf, found_inf) if splits is None else splits
         if splits is not None or not completes or self._sample_group is not None:
+            if mixed := [p for p in params if self._position[p] in self._held[index].mixed]:
+                self._members(index, mixed).sample(counters)
             members.accumulate(counters, ops.Amp(grad_scale, skips[0]))
         if splits is None and not completes:
             return None
@@ -208,8 +209,7 @@ class Groups(torch.optim.Optimizer):
         if drawn:
             options.check_devices(group, self.state)
             self._members(index, [params[i] for i in drawn]).sample(counters.on(params[0].device))
-        held.drawn, held.sampled = drawn, True
-        held.note(params)
+        held.wrote(params, drawn)
 
     def _check_groups(self) -> None:
         """Refuse what was written to the groups; before the first draw it may be shards, as accelerate puts there."""

@@ -18,13 +18,24 @@ class Held:
         drawn: positions of the parameters that take part in the current sample, in the group's order;
             ``None`` before the first draw, and in a copy that was made of an optimizer: all that are not frozen.
         sampled: whether those hold the sample; else, as all others, the mean.
+        mixed: positions of those that somebody else has written to since; their samples are not whole.
     """
 
     def __init__(self) -> None:
         self.drawn: list[int] | None = None
         self.sampled = False
+        self.mixed: set[int] = set()
         self._marks: list[tuple[int, int]] = []
         self._types: list[torch.dtype] = []
+
+    def wrote(self, params: Sequence[Tensor], drawn: list[int] | None) -> None:
+        """The optimizer has written all parameters: those at ``drawn`` hold the sample, or all their means."""
+        if self.mixed:
+            self.mixed = set()
+        self.sampled = drawn is not None
+        if drawn is not None:
+            self.drawn = drawn
+        self.note(params)
 
     def note(self, params: Sequence[Tensor]) -> None:
         """Remember that the parameters hold what the optimizer wrote; a compiled step leaves that to a comparison."""
@@ -51,6 +62,7 @@ class Held:
         changed = [i for i, (now, then) in enumerate(zip(found, self._marks, strict=True)) if now != then]
         converted = {i for i in changed if params[i].dtype != self._types[i]}
         if self.sampled:
+            self.mixed.update(changed)
             return [i for i in changed if i not in converted]
         for i in converted:
             if params[i] in states:

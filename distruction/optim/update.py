@@ -66,6 +66,8 @@ class Members:
     def accumulate(self, counters: Tensor, amp: ops.Amp) -> None:
         """Take the gradients into the statistics and write the next sample."""
         state, draws = self._state(*self._statistics()), self._draws(counters)
+        if not state.m2:
+            self._copy_in()  # the second sample of a pair may be made of the first
         ops.accumulate(self.outs, self._gradients(), state, draws, amp, backend=self.group["backend"])
         if not self.outs:
             advance(counters, False, amp.found_inf)
@@ -170,6 +172,11 @@ class Members:
             if len(grads) == len(self.params):
                 return grads if _are_contiguous(grads) else [g.contiguous() for g in grads]
         return self.pieces.of([_gradient(p) for p in self.params])
+
+    def _copy_in(self) -> None:
+        for held, buffer in zip(self._held, self._buffers, strict=True):
+            if buffer is not held:
+                buffer.copy_(held)
 
     def _copy_back(self) -> None:
         if self.group["at_means"]:

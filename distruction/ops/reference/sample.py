@@ -1,4 +1,8 @@
-"""Reparameterised weight samples, theta = mean + std * eps: reference implementation."""
+"""Reparameterised weight samples, theta = mean + std * eps: reference implementation.
+
+The samples of an antithetic pair are mirror images of each other at the mean. The CPU's vectorised kernels make the
+second one so, theta' = 2 * mean - theta in float32: equal to mean - std * eps within the roundings of theta and theta'.
+"""
 
 from collections.abc import Sequence
 
