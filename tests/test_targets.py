@@ -13,6 +13,7 @@ from distruction import Posterior, UsageError, forget, prepare
 from distruction.asked import labels_forgotten
 from distruction.metrics import attack_auc, log_odds
 from distruction.rehearsal import rehearse
+from distruction.request_figures import curves
 from distruction.strength import examined
 from distruction.targets import Advantage, HeldOut, held_out_quantiles
 
@@ -106,6 +107,17 @@ def test_memorised_records_end_where_unseen_ones_are(memorising):
     assert report.advantage <= report.level == -0.05 < 2 * before / 100 - 1
     assert abs(auc() - 50) < abs(before - 50)
     assert report.posterior.metadata["target"] == "unseen"
+
+
+@pytest.mark.parametrize(("level", "advantage", "lines"), [(0.01, None, 1), (-0.05, -0.06, 0)])
+def test_an_attackers_level_is_not_drawn_among_probabilities(level, advantage, lines):
+    steps = [
+        {"step": i, "loss": None, "probability": p, "kl": None, "kl_weight": None} for i, p in ((1, 0.9), (2, 0.5))
+    ]
+    ((_, figure),) = curves({"steps": steps, "level": level, "advantage": advantage})
+    (axes,) = figure.axes
+    assert len(axes.lines) == 1 + lines
+    assert [t.get_text() for t in axes.texts] == ["level 0.01"] * lines
 
 
 def test_a_rehearsal_finds_how_far_unseen_examples_follow(memorising):
