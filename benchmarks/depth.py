@@ -6,13 +6,15 @@ seed or data set: the settings of `distruction.depth` were chosen on digits with
 The attacker has all training images of digits, and 6000 of Fashion-MNIST; the test images measure.
 
 ``python -m benchmarks.depth OUT`` writes ``depth.json``, ``depth.md`` and ``depth.png``; a run that was stopped goes on
-with what is missing, and ``--store`` keeps what was trained.
+with what is missing (of a class as well), and ``--store`` keeps what was trained.
 """
 
 import copy
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,24 +37,25 @@ HOW = ("before", "retraining", "default", "depth")
 
 
 def run(
-    name: str,
     data: tuple[Images, Images],
-    seed: int,
-    label: str,
-    models: tuple[torch.nn.Module, torch.nn.Module],
+    found: dict[str, Any],
+    base: torch.nn.Module,
     posterior: Any,
-) -> dict[str, Any]:
-    """One class: the attacks on the model before, a retrained one, and both ways to forget."""
+    retrain: Callable[[], torch.nn.Module],
+) -> None:
+    """One class: what is missing of the attacks on the model before, a retrained one, and both ways to forget."""
     train_data, test_data = data
-    base, retrained = models
+    seed, label = found["seed"], found["class"]
     gone, _ = forget_split(train_data, label)
     known = train_data
     if len(known) > ATTACKER:
         known = known.subset(torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:ATTACKER])
     parts = forget_split(known, label), forget_split(test_data, label)
-    found: dict[str, Any] = {"data": name, "seed": seed, "class": label, "before": before(base, parts, seed)}
-    for how in HOW[1:]:
-        model = retrained if how == "retraining" else copy.deepcopy(base)
+    for how in (h for h in HOW if h not in found):
+        if how == "before":
+            found[how] = before(base, parts, seed)
+            continue
+        model = retrain() if how == "retraining" else copy.deepcopy(base)
         facts = {}
         if how in ("default", "depth"):
             batches = loader(gone, batch_size=64, shuffle=True)
@@ -68,7 +71,6 @@ def run(
         found[how] = facts | attacks.battery(
             model, *parts, original=None if how == "retraining" else base, draws=DRAWS, seed=seed
         )
-    return found
 
 
 def before(model: torch.nn.Module, parts: Any, seed: int) -> dict[str, float]:
@@ -170,19 +172,24 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "depth.json"
     runs: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    done = {(r["data"], r["seed"], r["class"]) for r in runs}
+    known = {(r["data"], r["seed"], r["class"]): r for r in runs}
     both = load(dataset, data)
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(store or Path(scratch), data)
         for s in seed:
-            missing = [c for c in label or both[0].classes if (dataset, s, c) not in done]
+            missing = {}
+            for c in label or both[0].classes:
+                found = known.get((dataset, s, c), {"data": dataset, "seed": s, "class": c})
+                if not found.keys() >= set(HOW):
+                    missing[c] = found
             if not missing:
                 continue
             base = trained(dataset, s, context)
             posterior = prepare(base, loader(both[0], batch_size=64, shuffle=True), seed=s, progress=False)
-            for c in missing:
-                pair = base, trained(dataset, s, context, without=c)
-                runs.append(run(dataset, both, s, c, pair, posterior))
+            for c, found in missing.items():
+                run(both, found, base, posterior, partial(trained, dataset, s, context, without=c))
+                if found not in runs:
+                    runs.append(found)
                 runs.sort(key=lambda r: (r["data"], r["seed"], r["class"]))
                 write_json(file, runs)
                 print(dataset, s, c, flush=True)

@@ -30,6 +30,7 @@ from .strength import CYCLE, DualAscent, Known, Probability, examined
 from .targets import (
     ADVANTAGE,
     CORRECTING,
+    SHIFT,
     SUB_CLASS_SPEED,
     Advantage,
     by_unseen,
@@ -263,7 +264,7 @@ def forget(
     if level is not None:
         control = DualAscent(
             looked_at,
-            level=level,
+            level=level if advantage_of is None else level + SHIFT,
             data_per_step=data_per_step,
             most=largest_ratio(posterior),
             cycle=cycle,
@@ -276,9 +277,10 @@ def forget(
     deepening = None
     if dispersed is not None:
         deepening = DepthAscent(dispersed, probability, level=cosine_level, strength=control, cycle=cycle)
-    if control is not None and advantage_of is not None and control.value <= advantage_of.chance:
+    if control is not None and advantage_of is not None and control.value - SHIFT <= advantage_of.chance:
         # What chance alone explains is no reason to change the model.
-        level = control.level = max(control.level, advantage_of.chance)
+        level = advantage_of.chance
+        control.level = level + SHIFT
     idle = control is not None and kind == "records" and control.value <= control.level
     history: list[Step] = []
     if idle:
@@ -311,7 +313,9 @@ def forget(
     if data.counts or data.text or known is not None:
         with deterministic(model), features or nullcontext():
             value = probability()
-            advantage = None if advantage_of is None else advantage_of()
+            if advantage_of is not None:
+                advantage_of()
+                advantage = advantage_of.signed
     expected = None
     if kind == "class" and damage.KEY in posterior.metadata:
         labels = sorted({*earlier, *removed})

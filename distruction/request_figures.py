@@ -28,7 +28,8 @@ def curves(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
         figure = Figure(figsize=(4, 2.6), layout="constrained")
         axes = figure.subplots()
         axes.plot(*zip(*points, strict=True), color=ACCENT, linewidth=1.6)
-        if key == "probability" and report["level"] is not None:
+        # An advantage is no probability.
+        if key == "probability" and report["level"] is not None and report["advantage"] is None:
             axes.axhline(report["level"], color=INK, linewidth=0.9, linestyle="--")
             axes.annotate(
                 f"level {report['level']:g}", (points[-1][0], report["level"]), (0, 3),

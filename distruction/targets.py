@@ -41,8 +41,10 @@ SUB_CLASS = 0.05
 """Mean probability of their labels at which the records of a sub-class count as gone."""
 SUB_CLASS_SPEED = 0.3
 """Share of the step size that a sub-class is approached with: siblings, which share its label, follow long steps."""
-ADVANTAGE = 0.06
-"""Twice the area under the attacker's curve, less 1, at which records count as unseen."""
+ADVANTAGE, SHIFT = -0.05, 0.1
+"""Twice the area under the attacker's curve, less 1, at which records count as unseen: a little past 0, since what the
+attacker is told of unseen examples is an estimate, and since one who knows each record's own odds sees more. What is
+added to it for the ascent, which goes by logarithms."""
 HELD_OUT = Role("prepare", "the held-out set", "loss_fn", whole=True)
 
 
@@ -164,7 +166,8 @@ class Advantage(Probability):
 
     2 AUC - 1, AUC being the share of pairs in which the record has the larger log-odds, ties half: among examples of
     its class, the mean over the records, or among all, whichever is larger. It is the largest advantage of a threshold
-    where the two curves differ by a shift. The unseen examples' log-odds are the kept ones, moved by their drift.
+    where the two curves differ by a shift. The unseen examples' log-odds are the kept ones, moved by their drift. A
+    call gives it with `SHIFT` added, above 0.
 
     Args:
         model, data: see `Probability`.
@@ -172,7 +175,7 @@ class Advantage(Probability):
         before: log-odds of the examples of ``data``, before: see `odds_of`.
 
     Attributes:
-        signed: 2 AUC - 1 as it was found, below 0 where the records' labels are less likely than unseen examples'.
+        signed: 2 AUC - 1 at the last call, below 0 where the records' labels are less likely than unseen examples'.
     """
 
     def __init__(self, model: nn.Module, data: ForgetSet, held_out: HeldOut, before: Tensor) -> None:
@@ -199,7 +202,7 @@ class Advantage(Probability):
             shares[rows] = _share_below(known, odds[rows])
         auc = max(shares.mean().item(), _share_below(self._held_out.everyone, odds).mean().item())
         self.signed = 2 * auc - 1
-        return max(self.signed, 1e-6)
+        return max(self.signed + SHIFT, 1e-6)
 
 
 def doubted(value: float, level: float, records: int, advantage: Advantage | None) -> bool:

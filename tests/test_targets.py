@@ -13,6 +13,7 @@ from distruction import Posterior, UsageError, forget, prepare
 from distruction.asked import labels_forgotten
 from distruction.metrics import attack_auc, log_odds
 from distruction.rehearsal import rehearse
+from distruction.request_figures import curves
 from distruction.strength import examined
 from distruction.targets import Advantage, HeldOut, held_out_quantiles
 
@@ -56,12 +57,14 @@ def test_the_advantage_is_the_area_under_the_curve(digits, drift):
         held_out = HeldOut({8: odds[digits.test_labels == 8].sort().values}, everyone.sort().values, len(odds), drift)
         # As if each record had been surer by 2.
         before = log_odds(digits.model(data.inputs).detach(), data.targets) + 2
-        found = Advantage(digits.model, data, held_out, before)()
+        advantage = Advantage(digits.model, data, held_out, before)
+        value, found = advantage(), advantage.signed
         areas = [
             mannwhitneyu(ours, known - 2 * drift).statistic / len(ours) / len(known)
             for known in (held_out.by_label[8], everyone)
         ]
         assert found == pytest.approx(2 * max(areas) - 1, abs=2e-4)
+        assert value == found + 0.1
     assert areas[0] < areas[1] == 1
 
 
@@ -101,9 +104,20 @@ def test_memorised_records_end_where_unseen_ones_are(memorising):
     report = forget(model, posterior, [records], target="unseen", **QUIET)
     assert report.reached, report.advice
     assert report.request == "records"
-    assert report.advantage <= 0.06 < 2 * before / 100 - 1
+    assert report.advantage <= report.level == -0.05 < 2 * before / 100 - 1
     assert abs(auc() - 50) < abs(before - 50)
     assert report.posterior.metadata["target"] == "unseen"
+
+
+@pytest.mark.parametrize(("level", "advantage", "lines"), [(0.01, None, 1), (-0.05, -0.06, 0)])
+def test_an_attackers_level_is_not_drawn_among_probabilities(level, advantage, lines):
+    steps = [
+        {"step": i, "loss": None, "probability": p, "kl": None, "kl_weight": None} for i, p in ((1, 0.9), (2, 0.5))
+    ]
+    ((_, figure),) = curves({"steps": steps, "level": level, "advantage": advantage})
+    (axes,) = figure.axes
+    assert len(axes.lines) == 1 + lines
+    assert [t.get_text() for t in axes.texts] == ["level 0.01"] * lines
 
 
 def test_a_rehearsal_finds_how_far_unseen_examples_follow(memorising):
