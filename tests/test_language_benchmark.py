@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from benchmarks.language import __main__ as command
-from benchmarks.language import arms, models, settings, tables, texts
+from distruction import cli
+from distruction.experiments.language import arms, models, settings, tables, texts
+from distruction.experiments.language import runs as command
 
 ROOT = Path(__file__).parents[1]
 TINY = models.Size(width=16, blocks=1, authors=4, vaults=2, gone=1, pretraining=2, epochs=1, docstrings=False)
@@ -96,6 +98,33 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
     tables.figure(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert isinstance(shop.memorised(1, without="codes"), GPT2LMHeadModel)
+
+
+def test_the_preset_of_bench_runs_all_seeds_of_all_scenarios_and_says_what_is_not_for_it(
+    shop, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "Workshop", lambda folder, text, size: (folder, text, size))
+    asked = []
+
+    def missing(shop, scenario, seed, done):
+        asked.append((shop, scenario, seed))
+        yield "before", {"perplexity": 50.0 + seed, "kept": 90.0}
+
+    monkeypatch.setattr(command, "missing", missing)
+    line = ["distruction", "bench", "--preset", "language", "--out", str(tmp_path), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    here = (tmp_path / "store", None, models.SIZES["full"])
+    assert asked == [(here, name, seed) for name in ("codes", "authors", "canaries") for seed in (1, 2, 3)]
+    assert "| before | - | - | 90.0 (90.0 to 90.0) |" in (tmp_path / "language.md").read_text()
+    assert str(tmp_path) in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*line, "--device", "cuda"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--device is for presets of classifiers" in capsys.readouterr().err
 
 
 def test_tables_are_means_of_seeds_and_differences_on_the_same_seed():
