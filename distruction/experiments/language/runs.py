@@ -133,9 +133,14 @@ class Case:
         return unlearned(arm, self.model, self.prior, self.forgotten, self.retained, follow, self.seed)
 
 
+def named(scenario: str) -> list[str]:
+    """What the table and the curves of a scenario are made of, in their order."""
+    return ["before", *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), "retraining"]
+
+
 def missing(shop: Workshop, scenario: str, seed: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The table's rows and the curves that are not there yet."""
-    names = ["before", *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), "retraining"]
+    names = named(scenario)
     if not set(names) - done:
         return
     case = Case(shop, scenario, seed)
@@ -212,8 +217,12 @@ def run(
         done = {r["name"] for r in runs if (r["scenario"], r["seed"]) == (name, seed)}
         for arm, found in missing(shop, name, seed, done):
             runs.append({"scenario": name, "seed": seed, "name": arm, **found})
-            runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"]))
-            write_json(file, facts | {"runs": runs})
-            (out / "language.md").write_text(tables.table(runs))
+            _write(out, facts, runs)
     tables.figure(runs, out / "language.png")
     return runs
+
+
+def _write(out: Path, facts: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"], named(r["scenario"]).index(r["name"])))
+    write_json(out / "language.json", facts | {"runs": runs})
+    (out / "language.md").write_text(tables.table(runs))
