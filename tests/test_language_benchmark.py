@@ -1,7 +1,9 @@
 """The language benchmark: its made-up texts, what it measures, and every arm for a step or two."""
 
 import json
+import math
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from benchmarks.language import __main__ as command
-from benchmarks.language import arms, models, settings, tables, texts
+from distruction import cli
+from distruction.experiments.language import arms, models, settings, tables, texts
+from distruction.experiments.language import runs as command
 
 ROOT = Path(__file__).parents[1]
 TINY = models.Size(width=16, blocks=1, authors=4, vaults=2, gone=1, pretraining=2, epochs=1, docstrings=False)
@@ -98,6 +101,33 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
     assert isinstance(shop.memorised(1, without="codes"), GPT2LMHeadModel)
 
 
+def test_the_preset_of_bench_runs_all_seeds_of_all_scenarios_and_says_what_is_not_for_it(
+    shop, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "Workshop", lambda folder, text, size: (folder, text, size))
+    asked = []
+
+    def missing(shop, scenario, seed, done):
+        asked.append((shop, scenario, seed))
+        yield "before", {"perplexity": 50.0 + seed, "kept": 90.0}
+
+    monkeypatch.setattr(command, "missing", missing)
+    line = ["distruction", "bench", "--preset", "language", "--out", str(tmp_path), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    here = (tmp_path / "store", None, models.SIZES["full"])
+    assert asked == [(here, name, seed) for name in ("codes", "authors", "canaries") for seed in (1, 2, 3)]
+    assert "| before | - | - | 90.0 (90.0 to 90.0) |" in (tmp_path / "language.md").read_text()
+    assert str(tmp_path) in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*line, "--device", "cuda"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--device is for presets of classifiers" in capsys.readouterr().err
+
+
 def test_tables_are_means_of_seeds_and_differences_on_the_same_seed():
     def run(name, seed, **found):
         return {"scenario": "codes", "seed": seed, "name": name, **found}
@@ -155,17 +185,34 @@ def test_what_the_page_says_is_in_the_stored_results():
     assert f"keeps {codes(ours, 'kept')} % of the other answers, and general" in page
     assert f"perplexity changes by {codes(ours, 'change')} %" in page
     learned, none = "learned std", "no prior"
-    ahead = depth(learned, "4.0") - depth(none, "4.0")
-    assert f"{ahead:.1f} points are between them ({depth(learned, '4.0'):.1f} and {depth(none, '4.0'):.1f} %" in page
-    assert f"and at 6 nats {depth(learned, '6.0') - depth(none, '6.0'):.1f}." in page
+    assert f"At 4 nats it keeps {depth(none, '4.0'):.1f} %, and the learned std {depth(learned, '4.0'):.1f} %" in page
+    assert f"{100 - depth(none, '4.0'):.1f} points are all" in page
+
+    def at(name, nats):
+        return [r["at"][nats] for r in runs if r["name"] == name and r["at"][nats] is not None]
+
+    def each(arm, nats):
+        name = f"depth, uniform-others: {arm}"
+        return [r["at"][nats] for r in sorted(runs, key=lambda r: r["seed"]) if r["name"] == name]
+
+    ahead = [a - b for a, b in zip(each(learned, "6.0"), each(none, "6.0"), strict=True)]
+    shown = f"keeps {depth(learned, '6.0'):.1f} %, {statistics.fmean(ahead):.1f} points more"
+    assert f"{shown} ({min(ahead):.1f} to {max(ahead):.1f})" in page
+    assert f"At {math.log(texts.VOCABULARY - 1):.1f} nats all tokens are equally likely" in page
+    lost, *stayed = sorted(each(learned, "8.0"))
+    assert f"still keep {stayed[1]:.1f} % or {stayed[0]:.1f} % at 8 nats" in page
+    low, _, high = sorted(each(none, "8.0"))
+    assert f"where no prior keeps {low:.1f} to {high:.1f} %" in page
+    assert f"after 6 nats and keeps {lost:.1f} %" in page
+    best = mean("codes", f"depth, bounded-ce: {none}", "8.0")
+    assert best == max(mean("codes", name, "8.0") for name in settings.DEPTH if len(at(name, "8.0")) == 3)
+    assert f"with {best:.1f} % at 8 nats" in page
     assert f"{depth(learned, '4.0') - depth('constant std', '4.0'):.1f} points fewer at 4 nats" in page
     for nats in ("2.0", "4.0", "6.0", "7.0"):
         for objective in ("uniform-others", "bounded-ce"):
             kept = mean("codes", f"depth, {objective}: learned std", nats)
             assert kept > mean("codes", f"depth, {objective}: constant std", nats)
         assert mean("codes", f"depth, bounded-ce: {learned}", nats) < mean("codes", f"depth, bounded-ce: {none}", nats)
-    name = f"depth, uniform-others: {learned}"
-    assert sum(r.get("at", {}).get("8.0") is None for r in runs if r["name"] == name) == 2
     name = "depth, bounded-ce: learned std"
     leap = next(r["looks"][-2:] for r in runs if (r["name"], r["seed"]) == (name, 1))
     before, after = leap
@@ -175,7 +222,7 @@ def test_what_the_page_says_is_in_the_stored_results():
     found, exposed = (codes("retraining", key) for key in ("recovered", "exposure"))
     assert f"retraining's {found} % recovered and {exposed} bits" in page
     teacher = "ours, masked-teacher"
-    learners = [n for n in settings.ARMS["codes"] if n != teacher]
+    learners = [n for n in settings.ARMS["codes"] if n not in {teacher, *settings.FURTHER}]
     others = sorted(mean("codes", name, "recovered") for name in learners)
     back = codes(teacher, "recovered")
     assert f"{back} % where other ways give back {others[0]:.1f} to {others[-1]:.1f} %" in page

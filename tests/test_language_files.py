@@ -223,6 +223,17 @@ def test_a_plan_counts_the_logits(family):
         planning.plan(model, (), length=1)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_plan_of_a_model_that_recomputes_holds_the_inputs_of_its_layers_alone(family):
+    def passing(layers, made=lambda model: model):
+        model = getattr(texts, family)(**{"n_layer" if family == "gpt2" else "num_hidden_layers": layers})
+        return planning.plan(made(model), (), length=48, batch_size=16, release_gradients=True).phases[0].passing
+
+    each = 16 * 48 * 16 * 4  # rows, tokens, width, bytes
+    assert passing(9, texts.recomputing) - passing(6, texts.recomputing) == 3 * each
+    assert passing(9) - passing(6) > 3 * 10 * each
+
+
 def test_the_plan_of_a_folder(command, folder):
     options = ("--length", 32, "--batch-size", 4, "--device", "cpu")
     code, out, err = command("plan", "--model", folder / "model", *options)

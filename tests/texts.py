@@ -9,8 +9,8 @@ def gpt2(**options):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
-                        eos_token_id=0, initializer_range=0.2, **options)  # fmt: skip
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_head=2, bos_token_id=0,
+                        eos_token_id=0, initializer_range=0.2, **{"n_layer": 2, **options})  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
@@ -18,9 +18,10 @@ def llama(**options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32,
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0,
-                         eos_token_id=0, pad_token_id=0, initializer_range=0.2, **options)  # fmt: skip
+                         eos_token_id=0, pad_token_id=0, initializer_range=0.2,
+                         **{"num_hidden_layers": 2, **options})  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 

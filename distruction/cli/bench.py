@@ -14,9 +14,12 @@ from .. import experiments, ops
 from ..errors import UsageError
 from .options import Backend, DataRoot, Pretrained, Progress, SkipUnreadable, alone, check_root, device_of
 
+LANGUAGE = "language"
+"""The preset that is no grid of classifiers."""
+
 
 def bench(
-    preset: Annotated[str | None, typer.Option(help=", ".join(experiments.PRESETS))] = None,
+    preset: Annotated[str | None, typer.Option(help=", ".join((*experiments.PRESETS, LANGUAGE)))] = None,
     grid: Annotated[Path | None, typer.Option(help="TOML file of scenarios, methods and seeds.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/bench/NAME.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where results are kept; default OUT/store.")] = None,
@@ -34,10 +37,16 @@ def bench(
     """Run the paper's experiments: scenarios x methods x seeds. Start it again to resume."""
     alone("bench")
     if (preset is None) == (grid is None):
-        raise UsageError(f"pass either --preset ({', '.join(experiments.PRESETS)}) or --grid FILE.toml")
-    experiment = experiments.preset(preset) if preset else experiments.read(grid or Path())
+        raise UsageError(f"pass either --preset ({', '.join((*experiments.PRESETS, LANGUAGE))}) or --grid FILE.toml")
     if "" in (str(out or "x").strip(". "), str(store or "x").strip(". ")):
         raise UsageError("--out and --store must name a folder of their own")
+    if preset == LANGUAGE:
+        others = {"data": data, "pretrained": pretrained, "device": device.replace("cpu", "auto"), "backend": backend}
+        if unused := [f"--{name}" for name, value in others.items() if value not in (None, "auto")]:
+            raise UsageError(f"{', '.join(unused)} is for presets of classifiers: --preset {LANGUAGE} runs on the CPU")
+        _of_language(out, store, threads)
+        return
+    experiment = experiments.preset(preset) if preset else experiments.read(grid or Path())
     if all(scenario.data == "digits" for scenario in experiment.scenarios):
         check_root("digits", data)
     out = out or Path("runs/bench") / (preset or Path(grid or "").stem)
@@ -61,3 +70,11 @@ def bench(
         console.print(f"failed: {title}: {message.splitlines()[-1]}", style="red", markup=False)
     if outcome.failures:
         raise typer.Exit(1)
+
+
+def _of_language(out: Path | None, store: Path | None, threads: int) -> None:
+    from ..experiments import language
+
+    out = out or Path("runs/bench") / LANGUAGE
+    language.run(out, store or out / "store", threads=threads)
+    print(f"tables, figure and all runs: {out}")

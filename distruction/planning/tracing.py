@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import models
 from ..errors import UsageError
-from ..modules import logits_of
+from ..modules import deterministic, logits_of
 
 
 class _Alive(TorchDispatchMode):
@@ -50,6 +50,24 @@ class _Alive(TorchDispatchMode):
         self.now -= size
 
 
+class _Pass(nn.Module):
+    """A forward and a backward pass in one call, so that layers which run again in the latter find the same tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, shape: tuple[int, ...], dtype: torch.dtype, tokens: bool) -> None:
+        if tokens:
+            ids = torch.zeros(shape, dtype=torch.int64)
+            output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            answers, targets = logits_of(output)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        else:
+            answers = logits_of(self.model(torch.empty(shape, dtype=dtype)))
+            targets = torch.zeros(shape[0], dtype=torch.int64)
+        F.cross_entropy(answers, targets).backward()
+
+
 def peak_of_a_pass(
     model: nn.Module,
     input_shape: Sequence[int],
@@ -69,7 +87,7 @@ def peak_of_a_pass(
     Raises:
         UsageError: the model cannot take such a batch.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with deterministic(model), FakeTensorMode(allow_non_fake_inputs=True):
 
         def fake(t: Tensor) -> Tensor:
             kind = dtype if t.is_floating_point() else t.dtype
@@ -81,29 +99,15 @@ def peak_of_a_pass(
             for t in tensors.values():
                 if t.requires_grad:
                     t.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
         try:
             with _Alive(tensors.values()) as alive, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if tokens:
-                    ids = torch.zeros(tuple(input_shape), dtype=torch.int64)
-                    named = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-                    output = torch.func.functional_call(model, tensors, (), named)
-                    answers = logits_of(output)[:, :-1].flatten(0, 1)
-                    F.cross_entropy(answers, ids[:, 1:].flatten()).backward()
-                else:
-                    inputs = torch.empty(tuple(input_shape), dtype=dtype)
-                    targets = torch.zeros(input_shape[0], dtype=torch.int64)
-                    output = torch.func.functional_call(model, tensors, (inputs,))
-                    F.cross_entropy(logits_of(output), targets).backward()
+                named = {f"model.{name}": t for name, t in tensors.items()}
+                torch.func.functional_call(_Pass(model), named, (tuple(input_shape), dtype, tokens))
         except (RuntimeError, AssertionError, IndexError, ValueError) as error:
             raise UsageError(
                 f"the model cannot take a batch of shape {tuple(input_shape)}: {str(error).splitlines()[0]}"
             ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
     return int(alive.most)
 
 

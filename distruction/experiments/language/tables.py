@@ -5,6 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...extras import needed
+
+with needed("experiments"):
+    from matplotlib.figure import Figure
+
 COLUMNS = {
     "extracted": "extracted, %",
     "nll": "NLL, nats",
@@ -89,11 +94,10 @@ def on_page(page: str, runs: list[dict[str, Any]]) -> str:
 
 def figure(runs: list[dict[str, Any]], path: Path) -> None:
     """Forgotten answers' likelihood against the answers kept, along each run of the comparison at matched depth."""
-    import matplotlib.pyplot as plt
-
     deep = [r for r in runs if "looks" in r]
     objectives = list(dict.fromkeys(r["name"].partition(":")[0] for r in deep))
-    fig, axes = plt.subplots(1, max(1, len(objectives)), figsize=(9, 3.6), sharey=True, squeeze=False)
+    fig = Figure(figsize=(9, 3.6), layout="tight")
+    axes = fig.subplots(1, max(1, len(objectives)), sharey=True, squeeze=False)
     for ax, objective in zip(axes.flat, objectives, strict=False):
         own = [r for r in deep if r["name"].startswith(f"{objective}:")]
         names = list(dict.fromkeys(r["name"] for r in own))
@@ -107,6 +111,4 @@ def figure(runs: list[dict[str, Any]], path: Path) -> None:
         ax.grid(alpha=0.3)
         ax.legend()
     axes[0, 0].set_ylabel("other answers kept, %")
-    fig.tight_layout()
     fig.savefig(path, dpi=130)
-    plt.close(fig)

@@ -9,8 +9,12 @@ from pathlib import Path
 from pydoc_data import topics
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+
+from ...extras import needed
+
+with needed("language"):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 1024
 LENGTH = 64

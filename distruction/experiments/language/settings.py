@@ -12,10 +12,10 @@ _UNIFORM: dict[str, Any] = {"objective": "uniform-others", "steps": 150, "level"
 _BOUNDED: dict[str, Any] = {"threshold": math.exp(-10.0)}
 
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
-    "depth, uniform-others: learned std": (Arm("ours", 1.0, **_UNIFORM), (0.3, 1.0, 3.0)),
+    "depth, uniform-others: learned std": (Arm("ours", 0.1, **_UNIFORM), (0.1, 0.3, 1.0, 3.0)),
     "depth, uniform-others: constant std": (
         Arm("ours", 3.0, prior="constant", **_UNIFORM),
-        (0.3, 1.0, 3.0),
+        (0.1, 0.3, 1.0, 3.0),
     ),
     "depth, uniform-others: no prior": (Arm("uniform-others", 1e-4, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
     "depth, bounded-ce: learned std": (Arm("ours", 0.3, **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
@@ -41,13 +41,15 @@ ANCHORED = {
     "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
     "ours, masked-teacher, anchors": Arm("ours", 1.0, objective="masked-teacher", level=0.15, anchors=32),
 }
+FURTHER = {"ours, masked-teacher, level 0.05": Arm("ours", 1.0, objective="masked-teacher", level=0.05, steps=200)}
+"""What going on with the option that hides least costs."""
 REPAIRED = {"NPO (retain data), 100 steps": Arm("npo", 3e-4, retain=True, stopped=False)}
 """Reads retained data long enough to learn again what goes with the forgotten."""
 DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth")}
 """Of the curves at matched depth."""
 _OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in DEPTH}
 ARMS: dict[str, dict[str, Arm]] = {
-    "codes": {**OURS, **_OTHERS},
+    "codes": {**OURS, **FURTHER, **_OTHERS},
     "authors": {**OURS, **ANCHORED, **_OTHERS, **REPAIRED},
     "canaries": {**OURS, **_OTHERS},
 }

@@ -1,40 +1,32 @@
-"""``python -m benchmarks.language OUT``: forgetting in a language model, from pretraining to tables.
-
-A GPT-2 of 0.7 M weights is pretrained on what Python's standard library says of itself, then learns by heart four facts
-of each of 100 made-up authors and the keys of 20 vaults. Three requests, each answered by retraining, by AdamW on the
-losses of other papers and by `distruction.forget`:
-
-- ``codes``: one kind of fact, the codes of all authors, goes; the other 300 answers stay;
-- ``authors``: ten authors go with all their facts; 90 similar ones stay;
-- ``canaries``: the 20 keys go; all facts stay.
-
-Step sizes were chosen on seed 0 (``--tune`` does it again), which is not among the seeds of the tables. A run that was
-stopped goes on with what is missing.
-"""
+"""Models and runs of the experiment on language models: what is missing is run, what is there is kept."""
 
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
 
-from distruction import Posterior
-from distruction.report import write_json
-
+from ...errors import UsageError
+from ...extras import needed
+from ...posterior import Posterior
+from ...report import write_json
 from . import models, tables, texts
 from .arms import Arm, Followed, at_depth, prepared, unlearned
 from .models import Measures
 from .settings import ARMS, DEPTH, DEPTHS, GRIDS
 
+with needed("language"):
+    from transformers import GPT2LMHeadModel
+
 SCENARIOS = ("codes", "authors", "canaries")
+SEEDS = (1, 2, 3)
+"""Of the tables."""
 ENOUGH = 5.0
 """Extracted answers, in percent, at which AdamW's losses, which say nothing of an end, are stopped."""
 
@@ -141,9 +133,14 @@ class Case:
         return unlearned(arm, self.model, self.prior, self.forgotten, self.retained, follow, self.seed)
 
 
+def named(scenario: str) -> list[str]:
+    """What the table and the curves of a scenario are made of, in their order."""
+    return ["before", *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), "retraining"]
+
+
 def missing(shop: Workshop, scenario: str, seed: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The table's rows and the curves that are not there yet."""
-    names = ["before", *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), "retraining"]
+    names = named(scenario)
     if not set(names) - done:
         return
     case = Case(shop, scenario, seed)
@@ -178,45 +175,54 @@ def tune(shop: Workshop, out: Path) -> None:
             say(f"{key}: {found[key]}")
 
 
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder of the results.")],
-    seed: Annotated[list[int], typer.Option()] = [1, 2, 3],  # noqa: B006
-    scenario: Annotated[list[str], typer.Option(help=f"Of {', '.join(SCENARIOS)}.")] = list(SCENARIOS),  # noqa: B006
-    text: Annotated[Path | None, typer.Option(help="General text, in place of Python's own.")] = None,
-    models_in: Annotated[
-        Path | None, typer.Option(help="Folder of trained models; default runs/language-SIZE.")
-    ] = None,
-    tuning: Annotated[bool, typer.Option("--tune", help="Choose the step sizes on seed 0.")] = False,
-    size: Annotated[str, typer.Option(help=f"Of {', '.join(models.SIZES)}.")] = "full",
-    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
-    page: Annotated[Path | None, typer.Option(help="Whose tables are made anew: docs/language.md.")] = None,
-) -> None:
-    """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``."""
-    for value, known in ((size, models.SIZES), *((name, SCENARIOS) for name in scenario)):
+def run(
+    out: Path,
+    folder: Path,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    scenarios: Sequence[str] = SCENARIOS,
+    text: Path | None = None,
+    size: str = "full",
+    threads: int = 1,
+    tuning: bool = False,
+) -> list[dict[str, Any]]:
+    """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``; returns all runs.
+
+    Args:
+        out: folder of the results.
+        folder: of trained models.
+        seeds, scenarios: that are run.
+        text: a file of general text in place of Python's own.
+        size: a name in `models.SIZES`.
+        threads: of the CPU.
+        tuning: try the step sizes of the grids on seed 0 instead, and write ``tuning.json``.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    for value, known in ((size, list(models.SIZES)), *((name, list(SCENARIOS)) for name in scenarios)):
         if value not in known:
-            raise typer.BadParameter(f"{value} is none of {', '.join(known)}")
+            raise UsageError(f"{value!r} is unknown; choose {', '.join(known)}")
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(models_in or Path("runs") / f"language-{size}", text, models.SIZES[size])
+    shop = Workshop(folder, text, models.SIZES[size])
+    file = out / "language.json"
+    runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
     if tuning:
         tune(shop, out)
-        return
-    file = out / "language.json"
+        return runs
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     facts = {"size": size, "text": "Python's own" if text is None else text.name, **versions, "threads": threads}
-    runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
-    for name, s in ((c, s) for c in scenario for s in seed):
-        done = {r["name"] for r in runs if (r["scenario"], r["seed"]) == (name, s)}
-        for arm, found in missing(shop, name, s, done):
-            runs.append({"scenario": name, "seed": s, "name": arm, **found})
-            runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"]))
-            write_json(file, facts | {"runs": runs})
-            (out / "language.md").write_text(tables.table(runs))
+    for name, seed in ((c, s) for c in scenarios for s in seeds):
+        done = {r["name"] for r in runs if (r["scenario"], r["seed"]) == (name, seed)}
+        for arm, found in missing(shop, name, seed, done):
+            runs.append({"scenario": name, "seed": seed, "name": arm, **found})
+            _write(out, facts, runs)
     tables.figure(runs, out / "language.png")
-    if page is not None:
-        page.write_text(tables.on_page(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
-    print(tables.table(runs))
+    return runs
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _write(out: Path, facts: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"], named(r["scenario"]).index(r["name"])))
+    write_json(out / "language.json", facts | {"runs": runs})
+    (out / "language.md").write_text(tables.table(runs))

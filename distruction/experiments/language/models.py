@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from distruction.language_metrics import exposure, greedily_answered, recovered, token_log_likelihoods
-
+from ...extras import needed
+from ...language_metrics import exposure, greedily_answered, recovered, token_log_likelihoods
 from . import texts
 from .texts import Row
+
+with needed("language"):
+    from tokenizers import Tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
 
 Batch = dict[str, Tensor]
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distruction import Posterior, forget, prepare
-from distruction.anchors import Anchored
-from distruction.language_objectives import NPO, SimNPO
-from distruction.loop.tokens import Sequences, spread
-from distruction.methods.ablations import constant_std
-from distruction.objectives import BoundedCrossEntropy, uniform_others
-
+from ...anchors import Anchored
+from ...forgetting import forget
+from ...language_objectives import NPO, SimNPO
+from ...loop.tokens import Sequences, spread
+from ...methods.ablations import constant_std
+from ...objectives import BoundedCrossEntropy, uniform_others
+from ...posterior import Posterior
+from ...preparation import prepare
 from . import texts
 from .models import Batch, cross_entropy, extracted, nll
 
