@@ -52,6 +52,9 @@ class Process:
         variables = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", cpp.ENVIRONMENT: instruction_set}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen([sys.executable, "-c", WORKER], cwd=root, env=os.environ | variables, **pipes)
+
+    def warm_up(self) -> None:
+        """Wait for the updates that the worker makes unasked."""
         for _ in range(2):
             self._answer()
 
@@ -76,6 +79,8 @@ def measure(before: Path, instruction_set: str, rounds: int, restarts: int) -> d
     pairs: list[list[tuple[float, float]]] = []
     for _ in range(restarts):
         old, new = Process(before, instruction_set), Process(ROOT, instruction_set)
+        for process in (old, new):
+            process.warm_up()
         pairs.append([])
         for i in range(rounds):
             seconds = {process: process.update() for process in ((old, new) if i % 2 else (new, old))}
@@ -94,8 +99,8 @@ def measure(before: Path, instruction_set: str, rounds: int, restarts: int) -> d
 
 def main(
     before: Annotated[Path, typer.Argument(help="The older checkout, built in place.")],
-    rounds: Annotated[int, typer.Option(help="Updates of each version by a process.")] = 11,
-    restarts: Annotated[int, typer.Option(help="Processes of each version, one after another.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Updates of each version by a process.")] = 21,
+    restarts: Annotated[int, typer.Option(help="Processes of each version, one after another.")] = 2,
     out: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
 ) -> None:
     """Time the C++ backend's vector instruction sets that this CPU has."""
