@@ -29,6 +29,20 @@ def test_depth_on_the_page_is_the_mean_of_the_runs():
     assert (RESULTS / "depth" / "depth.md").read_text() == depth.table(runs)
 
 
+def test_the_lower_cosine_on_the_page_is_that_of_the_runs():
+    runs = {r["class"]: r for r in json.loads((RESULTS / "depth" / "cosine-0.1" / "depth.json").read_text())}
+    text = page("how-it-works.md").split("cosine-0.1/depth.md", 1)[1].split("\n\n", 1)[0]
+    assert (RESULTS / "depth" / "cosine-0.1" / "depth.md").read_text() == depth.table(list(runs.values()))
+    sandal = runs["Sandal"]["depth"]
+    assert f"{sandal['prototype_5']:.1f} / {sandal['prototype_50']:.1f} % of the sandals" in text
+    usual = {r["class"]: r["depth"] for r in results("depth")}
+    lost = [runs["0"]["before"]["retain"] - found["retain"] for found in (runs["0"]["depth"], usual["0"])]
+    assert "the 0 lost {:.1f} points of D_r where it had lost {:.1f}".format(*lost) in text
+    for label in ("0", "1"):
+        for attack in ("prototype_5", "prototype_50"):
+            assert runs[label]["depth"][attack] > usual[label][attack]
+
+
 def test_the_means_of_depth_are_means():
     def run(data, found):
         before = {"retain": 90.0, "prototype_5": 80.0, "prototype_50": 81.0}
