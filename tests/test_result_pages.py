@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import depth, forecast
 from distruction import attacks
+from distruction.experiments import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +28,22 @@ def test_depth_on_the_page_is_the_mean_of_the_runs():
     for data in depth.by_data(runs):
         assert depth.summary(runs, data) in text
     assert (RESULTS / "depth" / "depth.md").read_text() == depth.table(runs)
+
+
+def test_attacks_on_the_page_are_those_of_the_digits():
+    """Each figure of the paragraph, in the order of the methods that it names."""
+    rows = tables.read((RESULTS / "digits" / "summary.csv").read_text())["full-class"]
+    text = page("results.md").split("full-class-attacks.md", 1)[1].split("\n\n", 1)[0]
+    for attack, methods in {
+        "prototype_5": ("distruction-auto", "delete", "amnesiac", "retrain", "distruction-depth"),
+        "few_shot_20": ("distruction-depth", "retrain", "delete"),
+        "relearn_100": ("distruction-depth", "retrain"),
+        "auc_class": ("retrain", "distruction-auto", "distruction-depth"),
+    }.items():
+        for method in methods:
+            figure = f"{rows[method][attack].mean:.1f}"
+            assert figure in text, (attack, method)
+            text = text.split(figure, 1)[1]
 
 
 def test_the_lower_cosine_on_the_page_is_that_of_the_runs():

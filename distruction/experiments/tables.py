@@ -203,7 +203,8 @@ def forms(scenario: str, table: Table) -> dict[str, tuple[str, list[list[str]]]]
     """Every table of a scenario, best entries bold, by the stem of its file: its title and its rows."""
     bold = bold_markdown
     found = {"paper": ("In the shape of the paper's table", paper_shape(scenario, table, bold))}
-    found |= {group: (title, metrics(table, group, bold)) for group, title in GROUPS.items()}
+    measured = {COLUMNS[m].group for row in table.values() for m in row if m in COLUMNS}
+    found |= {group: (title, metrics(table, group, bold)) for group, title in GROUPS.items() if group in measured}
     if "retrain" in table:
         found["gaps"] = ("Mean absolute gap to retraining", gaps(table, bold))
     return found
