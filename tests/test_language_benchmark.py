@@ -219,10 +219,25 @@ def test_what_the_page_says_is_in_the_stored_results():
     shown = f"as on seed 1 from {before['nll']:.1f} to {after['nll']:.1f} nats, where {after['kept']:.1f} % are kept"
     assert shown in page
     assert after["step"] - before["step"] == 2
+    deep = "ours, bounded-ce to 10 nats, lambda given"
+    seeds = [r["seed"] for r in runs if r["name"] == deep]
+    shown = f"end at {codes(deep, 'nll')} nats and keep {codes(deep, 'kept')} % (seed{'s' * (len(seeds) > 1)} "
+    assert f"{shown}{', '.join(map(str, seeds))})" in page
+    name = f"depth, bounded-ce: {none}"
+    there = statistics.fmean(r["at"]["8.0"] for r in runs if r["name"] == name and r["seed"] in seeds)
+    assert f"where no prior keeps {there:.1f} % at 8 nats" in page
+    assert f"{codes(deep, 'recovered')} % is recovered, with an exposure of {codes(deep, 'exposure')} bits" in page
+    change = statistics.fmean(
+        100 * (r["perplexity"] / b["perplexity"] - 1)
+        for r in runs
+        for b in runs
+        if (r["name"], b["name"], b["scenario"], b["seed"]) == (deep, "before", "codes", r["seed"])
+    )
+    assert f"a perplexity {change:.1f} % above" in page
     found, exposed = (codes("retraining", key) for key in ("recovered", "exposure"))
     assert f"retraining's {found} % recovered and {exposed} bits" in page
     teacher = "ours, masked-teacher"
-    learners = [n for n in settings.ARMS["codes"] if n not in {teacher, *settings.FURTHER}]
+    learners = [n for n in settings.ARMS["codes"] if n not in {teacher, deep}]
     others = sorted(mean("codes", name, "recovered") for name in learners)
     back = codes(teacher, "recovered")
     assert f"{back} % where other ways give back {others[0]:.1f} to {others[-1]:.1f} %" in page

@@ -34,6 +34,7 @@ class Arm:
         objective: of ours, by name.
         threshold: probability that the bounded likelihood pushes each token under.
         level: mean probability of the tokens at which ours ends.
+        tokens: weight of the objective against the posterior, in tokens, where lambda is given and not found.
         anchors: self-made ones that ours holds (`distruction.anchors`).
         retain: whether retained answers and general text are read, with a weight of 1.
         stopped: whether AdamW ends where extraction is low enough, or after all of ``steps``.
@@ -46,6 +47,7 @@ class Arm:
     objective: str = "bounded-ce"
     threshold: float = 0.1
     level: float | None = None
+    tokens: float | None = None
     anchors: int = 0
     retain: bool = False
     stopped: bool = True
@@ -112,6 +114,7 @@ def _ours(
     objective: Any = BoundedCrossEntropy(arm.threshold) if arm.objective == "bounded-ce" else arm.objective
     if arm.anchors:
         objective = Anchored(model, prior, forgotten, objective, anchors=arm.anchors, seed=seed)
+    given: dict[str, Any] = {} if arm.tokens is None else {"kl_weight": 0.5, "data_per_step": arm.tokens}
     report = forget(
         model,
         prior,
@@ -120,6 +123,7 @@ def _ours(
         level=arm.level,
         steps=arm.steps,
         lr=arm.lr,
+        **given,
         seed=seed,
         callback=lambda step: follow(model, step.step),
         progress=False,

@@ -37,19 +37,19 @@ OURS = {
     "ours, npo": Arm("ours", 1.0, objective="npo"),
     "ours, uniform-others, constant std": Arm("ours", 1.0, objective="uniform-others", prior="constant", level=0.05),
 }
+DEEP = {"ours, bounded-ce to 10 nats, lambda given": Arm("ours", 1.0, tokens=1e4, steps=60, **_BOUNDED)}
+"""Of 3, 5, 10, 30 and 100 thousand tokens 10 kept most on seed 0."""
 ANCHORED = {
     "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
     "ours, masked-teacher, anchors": Arm("ours", 1.0, objective="masked-teacher", level=0.15, anchors=32),
 }
-FURTHER = {"ours, masked-teacher, level 0.05": Arm("ours", 1.0, objective="masked-teacher", level=0.05, steps=200)}
-"""What going on with the option that hides least costs."""
 REPAIRED = {"NPO (retain data), 100 steps": Arm("npo", 3e-4, retain=True, stopped=False)}
 """Reads retained data long enough to learn again what goes with the forgotten."""
 DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth")}
 """Of the curves at matched depth."""
 _OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in DEPTH}
 ARMS: dict[str, dict[str, Arm]] = {
-    "codes": {**OURS, **FURTHER, **_OTHERS},
+    "codes": {**OURS, **DEEP, **_OTHERS},
     "authors": {**OURS, **ANCHORED, **_OTHERS, **REPAIRED},
     "canaries": {**OURS, **_OTHERS},
 }
