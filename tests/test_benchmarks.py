@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -435,6 +436,21 @@ def test_the_page_of_results_holds_the_overview_of_the_priors():
     runs = priors.results_in(folder)
     assert (folder / "priors.md").read_text() == priors.table(runs)
     assert priors.overview(runs) in (ROOT / "docs/results.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    means = {
+        prior: [
+            f"{statistics.fmean(priors.Change.of(some, name, 'uniform-others').seeds):.2f}".replace("-0.00", "0.00")
+            for size, name, some in priors.by_prior(runs)
+            if name == prior and size in priors.WIDTHS
+        ]
+        for prior in ("gauss-newton", "bgd", "constant, mean precision")
+    }
+    for prior, said in {
+        "gauss-newton": "{}, {} and {} at 0.2, 2.7 and\n10.7 M parameters with the default prior",
+        "bgd": "{} and {} with BGD's",
+        "constant, mean precision": "{}, {} and {} with one std for all",
+    }.items():
+        assert said.format(*means[prior]).replace("-", "−") in readme
 
 
 def test_pooled_stds_are_of_the_mean_precision():
