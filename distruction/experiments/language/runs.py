@@ -5,7 +5,6 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ...report import write_json
 from . import models, tables, texts
 from .arms import Arm, Followed, at_depth, prepared, unlearned
 from .models import Measures
-from .settings import ARMS, DEPTH, DEPTHS, GRIDS
+from .settings import ARMS, DEPTH, DEPTHS, GRIDS, STRENGTHS
 
 with needed("language"):
     from transformers import GPT2LMHeadModel
@@ -159,20 +158,19 @@ def missing(shop: Workshop, scenario: str, seed: int, done: set[str]) -> Iterato
 
 
 def tune(shop: Workshop, out: Path) -> None:
-    """Every step size of the grids on seed 0."""
+    """Every strength and step size of the grids on seed 0."""
     case = Case(shop, "codes", 0)
     file = out / "tuning.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    for name, (arm, rates) in GRIDS.items():
-        for lr in rates:
-            key = f"{name}, lr {lr:g}"
-            if key in found:
-                continue
-            run = partial(case.deep if name.startswith("depth") else case.forgot, replace(arm, lr=lr))
-            found[key] = run()
-            found[key].pop("looks", None)
-            write_json(file, found)
-            say(f"{key}: {found[key]}")
+    trials = {f"{n}, {v:g} tokens": replace(arm, tokens=v) for n, (arm, tried) in STRENGTHS.items() for v in tried}
+    trials |= {f"{n}, lr {v:g}": replace(arm, lr=v) for n, (arm, tried) in GRIDS.items() for v in tried}
+    for name, arm in trials.items():
+        if name in found:
+            continue
+        found[name] = (case.deep if name.startswith("depth") else case.forgot)(arm)
+        found[name].pop("looks", None)
+        write_json(file, found)
+        say(f"{name}: {found[name]}")
 
 
 def run(

@@ -1,4 +1,4 @@
-"""The arms of the tables, and the grids that their step sizes were chosen from on seed 0."""
+"""The arms of the tables, and the grids that their step sizes or strengths were chosen from on seed 0."""
 
 import math
 from typing import Any
@@ -37,8 +37,18 @@ OURS = {
     "ours, npo": Arm("ours", 1.0, objective="npo"),
     "ours, uniform-others, constant std": Arm("ours", 1.0, objective="uniform-others", prior="constant", level=0.05),
 }
-DEEP = {"ours, bounded-ce to 10 nats, lambda given": Arm("ours", 1.0, tokens=1e4, steps=60, **_BOUNDED)}
-"""Of 3, 5, 10, 30 and 100 thousand tokens 10 kept most on seed 0."""
+STRENGTHS: dict[str, tuple[Arm, tuple[float, ...]]] = {
+    "ours, bounded-ce to 10 nats, lambda given": (
+        Arm("ours", 1.0, tokens=1e4, steps=60, **_BOUNDED),
+        (3e3, 5e3, 1e4, 3e4, 1e5),
+    ),
+    "ours, bounded-ce to 10 nats, lambda given, constant std": (
+        Arm("ours", 1.0, tokens=5e3, steps=60, prior="constant", **_BOUNDED),
+        (3e3, 5e3, 1e4, 3e4, 1e5),
+    ),
+}
+"""The same of a given strength, in tokens."""
+DEEP = {name: arm for name, (arm, _) in STRENGTHS.items()}
 ANCHORED = {
     "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
     "ours, masked-teacher, anchors": Arm("ours", 1.0, objective="masked-teacher", level=0.15, anchors=32),
