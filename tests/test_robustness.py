@@ -119,6 +119,14 @@ def test_what_a_killed_writer_left_goes_with_the_next_run(tmp_path):
 # --- interrupted --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of SIGINT, which a background job of a shell is started without."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
 def interrupted_at_every_line(run):
     """Call ``run`` with Ctrl-C before its first line of Python, then before its second, ..., until it ends without.
 
@@ -159,6 +167,7 @@ def write_entry(path, text):
     Store(path.parent).save(path.name, {"a": 1}, text, {"a": lambda name: name.write_text(text)})
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("write", [write_file, write_folder, write_entry])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_ctrl_c_at_any_moment_leaves_the_old_or_the_new(tmp_path, write, earlier, monkeypatch):
@@ -188,6 +197,7 @@ def test_ctrl_c_at_any_moment_leaves_the_old_or_the_new(tmp_path, write, earlier
     assert content() == "new"
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_comes_at_once():
     reached = []
 
@@ -203,6 +213,7 @@ def test_a_second_ctrl_c_comes_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_not_held_back_in_the_part_that_lets_it_through():
     reached = []
 
