@@ -46,9 +46,11 @@ STRENGTHS: dict[str, tuple[Arm, tuple[float, ...]]] = {
         Arm("ours", 1.0, tokens=5e3, steps=60, prior="constant", **_BOUNDED),
         (3e3, 5e3, 1e4, 3e4, 1e5),
     ),
+    "ours, rmu, lambda given": (Arm("ours", 1.0, objective="rmu", tokens=1e2, steps=60), (1e2, 3e2, 1e3, 1e4, 1e5)),
 }
 """The same of a given strength, in tokens."""
-DEEP = {name: arm for name, (arm, _) in STRENGTHS.items()}
+OF_CODES = {"ours, simnpo": Arm("ours", 1.0, objective="simnpo"), **{name: arm for name, (arm, _) in STRENGTHS.items()}}
+"""Ways to forget that were tried on the codes alone."""
 ANCHORED = {
     "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
     "ours, masked-teacher, anchors": Arm("ours", 1.0, objective="masked-teacher", level=0.15, anchors=32),
@@ -59,7 +61,7 @@ DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth
 """Of the curves at matched depth."""
 _OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in DEPTH}
 ARMS: dict[str, dict[str, Arm]] = {
-    "codes": {**OURS, **DEEP, **_OTHERS},
+    "codes": {**OURS, **OF_CODES, **_OTHERS},
     "authors": {**OURS, **ANCHORED, **_OTHERS, **REPAIRED},
     "canaries": {**OURS, **_OTHERS},
 }
