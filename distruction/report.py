@@ -43,14 +43,15 @@ def folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
             draft.replace(path)
             return
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.replaced-"))
-        path.replace(aside / path.name)
+        old = path.replace(aside / path.name)
         try:
             draft.replace(path)
-        except OSError:
-            (aside / path.name).replace(path)
+        except BaseException:
+            # Where even this fails the old folder stays aside: it may be the only one there is.
+            old.replace(path)
+            aside.rmdir()
             raise
-        finally:
-            shutil.rmtree(aside)
+        shutil.rmtree(aside)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -254,6 +254,28 @@ def test_what_ignores_ctrl_c_goes_on_ignoring_it(tmp_path):
     assert (tmp_path / "a").read_text() == "new"
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_a_folder_that_cannot_be_replaced_is_not_lost(tmp_path, monkeypatch, back):
+    """A second Ctrl-C while the new folder takes the old one's place, and then nothing can be renamed any more."""
+    path, move = tmp_path / "result", Path.replace
+    write_folder(path, "old")
+
+    def replace(self, target):
+        if self.suffix == ".tmp":
+            raise KeyboardInterrupt
+        if not back and Path(target) == path:
+            raise OSError(errno.EIO, "the disk fails")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt if back else OSError):
+        write_folder(path, "new")
+    (left,) = tmp_path.rglob("a")
+    assert left.read_text() == "old"
+    assert (left.parent == path) == back
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_a_killed_writer_of_a_folder_left_goes_with_the_next(tmp_path):
     draft = tmp_path / ".result.x1y2.tmp"
     draft.mkdir()
