@@ -101,6 +101,13 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
     assert isinstance(shop.memorised(1, without="codes"), GPT2LMHeadModel)
 
 
+def test_an_arm_without_a_prior_ends_where_few_are_extracted_or_at_its_depth(shop, monkeypatch):
+    monkeypatch.setattr(models, "CODES", 1)
+    case = command.Case(shop, "codes", 1)
+    arm = arms.Arm("ascent", 1e-4, steps=3)
+    assert [case.forgot(replace(arm, nats=nats))["steps"] for nats in (None, 0.1, 1e9)] == [1, 1, 3]
+
+
 def test_the_preset_of_bench_runs_all_seeds_of_all_scenarios_and_says_what_is_not_for_it(
     shop, tmp_path, monkeypatch, capsys
 ):
@@ -169,6 +176,15 @@ def test_the_strengths_in_use_kept_most_on_seed_0():
     for name, (arm, tried) in settings.STRENGTHS.items():
         kept = {tokens: found[f"{name}, {tokens:g} tokens"]["kept"] for tokens in tried}
         assert arm.tokens == max(kept, key=kept.get)
+
+
+def test_the_step_size_in_use_without_a_prior_kept_most_of_those_that_go_deep_on_seed_0():
+    found = json.loads((ROOT / "benchmarks/results/language/tuning.json").read_text())
+    name = "no prior, bounded-ce to 10 nats"
+    arm, tried = settings.GRIDS[name]
+    trials = {lr: found[f"{name}, lr {lr:g}"] for lr in tried}
+    kept = {lr: trial["kept"] for lr, trial in trials.items() if trial["nll"] >= arm.nats}
+    assert arm.lr == max(kept, key=kept.get)
 
 
 def test_what_the_page_says_is_in_the_stored_results():

@@ -38,6 +38,7 @@ class Arm:
         anchors: self-made ones that ours holds (`distruction.anchors`).
         retain: whether retained answers and general text are read, with a weight of 1.
         stopped: whether AdamW ends where extraction is low enough, or after all of ``steps``.
+        nats: per token of the forgotten answers, at which AdamW ends in its place.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Arm:
     anchors: int = 0
     retain: bool = False
     stopped: bool = True
+    nats: float | None = None
 
 
 @dataclass

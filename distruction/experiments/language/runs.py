@@ -118,7 +118,12 @@ class Case:
     def forgot(self, arm: Arm) -> dict[str, Any]:
         """An arm of the table, with all measures."""
         stopped = arm.kind != "ours" and arm.stopped
-        follow = self.follow(lambda look: stopped and look["extracted"] <= ENOUGH, every=1 if stopped else arm.steps)
+
+        def ends(look: dict[str, float]) -> bool:
+            enough = look["extracted"] <= ENOUGH if arm.nats is None else look["nll"] >= arm.nats
+            return stopped and enough
+
+        follow = self.follow(ends, every=1 if stopped else arm.steps)
         model, facts = self._run(arm, follow)
         return {**facts, **self.measures.quickly(model), **self.measures.slowly(model)}
 

@@ -10,6 +10,7 @@ DEPTHS = (2.0, 4.0, 6.0, 7.0, 8.0)
 _OURS: dict[str, Any] = {"steps": 100, "level": 0.001}
 _UNIFORM: dict[str, Any] = {"objective": "uniform-others", "steps": 150, "level": 0.0001}
 _BOUNDED: dict[str, Any] = {"threshold": math.exp(-10.0)}
+_TO_10_NATS = "no prior, bounded-ce to 10 nats"
 
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
     "depth, uniform-others: learned std": (Arm("ours", 0.1, **_UNIFORM), (0.1, 0.3, 1.0, 3.0)),
@@ -21,6 +22,10 @@ GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
     "depth, bounded-ce: learned std": (Arm("ours", 0.3, **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
     "depth, bounded-ce: constant std": (Arm("ours", 1.0, prior="constant", **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
     "depth, bounded-ce: no prior": (Arm("bounded", 3e-5, **_BOUNDED, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
+    _TO_10_NATS: (
+        Arm("bounded", 3e-5, **_BOUNDED, steps=150, nats=10.0),
+        (1e-5, 3e-5, 1e-4, 3e-4),
+    ),
     "GA": (Arm("ascent", 3e-4), (3e-5, 1e-4, 3e-4)),
     "NPO": (Arm("npo", 3e-4), (3e-5, 1e-4, 3e-4)),
     "SimNPO": (Arm("simnpo", 3e-4), (3e-5, 1e-4, 3e-4)),
@@ -49,7 +54,11 @@ STRENGTHS: dict[str, tuple[Arm, tuple[float, ...]]] = {
     "ours, rmu, lambda given": (Arm("ours", 1.0, objective="rmu", tokens=1e2, steps=60), (1e2, 3e2, 1e3, 1e4, 1e5)),
 }
 """The same of a given strength, in tokens."""
-OF_CODES = {"ours, simnpo": Arm("ours", 1.0, objective="simnpo"), **{name: arm for name, (arm, _) in STRENGTHS.items()}}
+OF_CODES = {
+    "ours, simnpo": Arm("ours", 1.0, objective="simnpo"),
+    **{name: arm for name, (arm, _) in STRENGTHS.items()},
+    _TO_10_NATS: GRIDS[_TO_10_NATS][0],
+}
 """Ways to forget that were tried on the codes alone."""
 ANCHORED = {
     "ours, uniform-others, anchors": Arm("ours", 1.0, objective="uniform-others", level=0.05, anchors=32),
@@ -59,7 +68,7 @@ REPAIRED = {"NPO (retain data), 100 steps": Arm("npo", 3e-4, retain=True, stoppe
 """Reads retained data long enough to learn again what goes with the forgotten."""
 DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth")}
 """Of the curves at matched depth."""
-_OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in DEPTH}
+_OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in {*DEPTH, _TO_10_NATS}}
 ARMS: dict[str, dict[str, Arm]] = {
     "codes": {**OURS, **OF_CODES, **_OTHERS},
     "authors": {**OURS, **ANCHORED, **_OTHERS, **REPAIRED},
