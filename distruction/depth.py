@@ -13,8 +13,10 @@ is found as R is, so that c, *at the means*, ends at its level:
 
 not raised while c is falling by itself, at rates that follow the step size down in each cycle. The two constraints pull
 at the same weights, so that all goes more slowly than for the logits alone: longer cycles, smaller steps. They must not
-contradict each other: an objective that says which class an example is to become, as the old model's next guess, draws
-together the many that have one guess. Hence ``unlikelihood`` here by default, which asks for any other class.
+contradict each other: an objective that says how likely each class is to become, as the old model's next guesses, draws
+together the many that have the same ones. And what is dispersed must end where the other classes are, not between them,
+which is a place of its own again. Hence ``plausible-others`` here by default: any one class that the old model finds
+plausible.
 """
 
 import math
@@ -29,7 +31,7 @@ from .loop import Step, cosine
 from .optim import BGD
 from .strength import STEPS_BETWEEN_LOOKS, DualAscent, Probability
 
-OBJECTIVE = "unlikelihood"
+OBJECTIVE = "plausible-others"
 """U where none is named."""
 COSINE = 0.25
 """Mean cosine at which the features of a class count as dispersed."""

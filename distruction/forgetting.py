@@ -103,10 +103,10 @@ def forget(
             records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier; ``None`` is ``masked-teacher``, with ``depth``
-            ``unlikelihood``, for ``target="corrected"`` ``near-teacher``. The named ones are for classes, of examples
-            or of pixels (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for several
-            labels and values there is `distruction.task_objectives`. With a callable and a given ``kl_weight`` targets
-            may be anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
+            ``plausible-others``, for ``target="corrected"`` ``near-teacher``. The named ones are for classes, of
+            examples or of pixels (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for
+            several labels and values there is `distruction.task_objectives`. With a callable and a given ``kl_weight``
+            targets may be anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.
         adapter: says what a batch is (`distruction.adapters`).
         steps: updates; with ``kl_weight="auto"`` the most of them. ``None``: 150, or at most 400.
         kl_weight: lambda in [0, 1]: larger keeps more of the model and forgets less. ``auto`` finds it.

@@ -165,6 +165,10 @@ class Distillation:
 
     def __call__(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
         """The loss of a batch."""
+        return self.weight * divergence(logits, self.taught(logits, targets, inputs), self.temperature)
+
+    def taught(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """The teacher's log-probabilities, (batch, classes); -inf is a class that it leaves out."""
         left = others(logits, targets, self.forgotten)
         with torch.no_grad():
             taught = logits_of(self.teacher(inputs))
@@ -172,8 +176,7 @@ class Distillation:
                 taught = taught.masked_fill(~left, -torch.inf)
             elif self.forgotten:
                 taught = taught.index_fill(-1, torch.tensor(self.forgotten, device=taught.device), -torch.inf)
-            taught = F.log_softmax(taught / self.temperature, dim=-1)
-        return self.weight * divergence(logits, taught, self.temperature)
+            return F.log_softmax(taught / self.temperature, dim=-1)
 
 
 class MaskedTeacher(Distillation):
@@ -189,6 +192,24 @@ class MaskedTeacher(Distillation):
 
     def __init__(self, teacher: Callable[[Tensor], Any], forgotten: Labels = ()) -> None:
         super().__init__(teacher, mask_true=True, forgotten=forgotten)
+
+
+class PlausibleOthers(MaskedTeacher):
+    """-log sum_c t_c p_c: the model and the masked teacher t of `MaskedTeacher`, each drawing a class, agree.
+
+    It is least where all of p is on one class: each example is to be taken for *one* of those that the teacher finds
+    plausible, rather than for their mixture, by which a few examples would find the forgotten class again; and which
+    one is left open the more, the less the teacher minds. With a teacher that minds nothing it is `unlikelihood`. This
+    is the likelihood of labels of which a prior is known (Jin, Ghahramani, "Learning with Multiple Labels", 2002).
+
+    Args:
+        teacher, forgotten: as of `MaskedTeacher`.
+    """
+
+    def __call__(self, logits: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        """The loss of a batch."""
+        taught = self.taught(logits, targets, inputs)
+        return -(F.log_softmax(logits, dim=-1) + taught).logsumexp(dim=-1).mean()
 
 
 @dataclass(frozen=True)
@@ -225,13 +246,18 @@ _OWN = {
         lambda model, posterior, forgotten: MaskedTeacher(NearMeans(model, posterior), forgotten),
         teaches=True,
     ),
+    "plausible-others": Entry(
+        "any one class that the model from before finds plausible, the true one left out (default in depth)",
+        lambda model, posterior, forgotten: PlausibleOthers(AtMeans(model, posterior), forgotten),
+        teaches=True,
+    ),
     "uniform-others": Entry("uniform over the other classes", _plain(uniform_others)),
     "uniform": Entry("uniform over all classes: highest entropy", _plain(uniform)),
     "bounded-ce": Entry(
         "negated cross entropy until p(true) <= 0.1",
         lambda model, posterior, forgotten: BoundedCrossEntropy(forgotten=forgotten),
     ),
-    "unlikelihood": Entry("-log(1 - p(true)): any other class may come (default in depth)", _plain(unlikelihood)),
+    "unlikelihood": Entry("-log(1 - p(true)): any other class may come", _plain(unlikelihood)),
     "random-labels": Entry("cross entropy to random other labels", _plain(random_labels)),
     "bad-teacher": Entry(
         "the model with random weights teaches",
@@ -262,7 +288,8 @@ def register(
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        REGISTRY.add(name, Entry(summary, function if of_model else _plain(function), copies, teaches))
+        make = function if of_model else _plain(function)
+        REGISTRY.add(name, Entry(summary, make, copies=copies, teaches=teaches))
         return function
 
     return add

@@ -27,7 +27,7 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score
 from torch import nn
 
-from distruction import UsageError, experiments, scenarios
+from distruction import UsageError, experiments, methods, scenarios
 from distruction.data import load
 from distruction.experiments import grid, jobs, materials, measure, results, runner, tables
 from distruction.experiments.materials import Context
@@ -206,6 +206,15 @@ def test_settings_are_chosen_without_the_test_set(tmp_path, monkeypatch):
     # Without it the facts, and so the entries of older stores, are what they were.
     plain = jobs.cells(grid.parse(TINY, "tiny"), context)[0].facts["model"]["data"]
     assert set(plain) == {"name", "sha256"}
+
+
+def test_nothing_stored_is_taken_for_a_method_of_another_revision(tmp_path, monkeypatch):
+    cells = jobs.cells(grid.parse(TINY, "t"), Context(tmp_path))
+    known = methods.get
+    monkeypatch.setattr(methods, "get", lambda n: replace(known(n), revision=7) if n == "finetune" else known(n))
+    fresh = [c for c in jobs.cells(grid.parse(TINY, "t"), Context(tmp_path)) if c.id not in {c.id for c in cells}]
+    assert len(fresh) == 4
+    assert {(c.facts["method"], c.facts["revision"]) for c in fresh} == {("finetune", 7)}
 
 
 def test_unsir_has_no_random_cells(tmp_path):

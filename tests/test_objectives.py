@@ -71,6 +71,31 @@ def test_unlikelihood_is_of_the_other_classes_together(forgotten):
     torch.testing.assert_close(torch.autograd.grad(loss, certain)[0], torch.tensor([[1.0, -0.5, -0.5]]))
 
 
+@pytest.mark.parametrize("forgotten", [[], [1, 3]])
+def test_plausible_others_is_that_two_draws_agree(forgotten):
+    """Against sums over classes, and its gradient p - p(class | agreement) in closed form."""
+    logits, labels = logits_and_labels()
+    taught, _ = logits_and_labels(seed=1)
+    logits.requires_grad_(True)
+    loss = objectives.PlausibleOthers(lambda inputs: taught, forgotten)(logits, labels, torch.empty(6))
+    left = torch.ones(6, CLASSES, dtype=torch.float64)
+    for row, y in zip(left, labels.tolist(), strict=True):
+        row[[y, *forgotten]] = 0
+    t = torch.distributions.Categorical(taught.softmax(dim=1) * left).probs
+    p = torch.distributions.Categorical(logits=logits.detach()).probs
+    agreed = (t * p).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(loss.detach(), -agreed.log().mean(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], (p - t * p / agreed) / 6, rtol=1e-10, atol=1e-14)
+
+
+def test_plausible_others_of_a_teacher_that_minds_nothing_is_unlikelihood():
+    logits, labels = logits_and_labels()
+    flat = objectives.PlausibleOthers(torch.zeros_like, [1])(logits, labels, logits)
+    n = torch.where(labels == 1, 4.0, 3.0).double()  # classes that are left
+    expected = objectives.unlikelihood(logits, labels, forgotten=[1]) + n.log().mean()
+    torch.testing.assert_close(flat, expected, rtol=1e-12, atol=0)
+
+
 def test_the_teacher_near_an_example_is_the_mean_over_its_noise():
     """Of one logit that is linear in the input: E[sigmoid(w x + w s eps)], by quadrature."""
     model = nn.Linear(1, 2, bias=False)

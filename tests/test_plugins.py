@@ -80,6 +80,7 @@ with warnings.catch_warnings(record=True) as caught:
     distruction.forget(model, posterior, loader, objective="tiny-squares", kl_weight=0.1, steps=2, progress=False)
 print(sorted(str(w.message) for w in caught if "is left out" in str(w.message)))
 print(objectives.resolve("tiny-teacher", model, posterior)(torch.ones(2, 3), None).item())
+print(*(getattr(objectives.entry("tiny-teacher"), flag) for flag in ("teaches", "copies", "of_texts")))
 try:
     objectives.entry("tiny-broken")
 except distruction.UsageError as error:
@@ -105,13 +106,14 @@ def test_a_package_that_is_installed_adds_an_objective_a_method_and_a_metric(tmp
     environment = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run([sys.executable, "-c", USE], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    left_out, teacher, broken, method, column = done.stdout.splitlines()
+    left_out, teacher, flags, broken, method, column = done.stdout.splitlines()
     why = "ModuleNotFoundError: No module named 'no_such_package_anywhere'; repair or uninstall the package tiny-plugin"
     assert f"the objective 'tiny-broken' is left out: {why}" in left_out
     assert "tiny_plugin registers no objective 'tiny-absent'" in left_out
     assert "'uniform' is the name of one of the library's own" in left_out
     assert left_out.count("is left out") == 3
     assert teacher == "2.0"  # weight and bias
+    assert flags == "True False False"
     assert broken == f"the objective 'tiny-broken' cannot be used: {why}"
     assert method == "True tiny-shrink"
     assert column == "Column(heading='norm', meaning='of the weights', better='low', group='accuracy', digits=3)"

@@ -137,6 +137,8 @@ def _cell(
         model["data"]["validation"] = grid.validation
     split = {"scenario": scenario.name, "target": target, "count": scenario.count}
     facts: dict[str, Any] = {"model": model, "split": split, "method": method, "settings": dict(settings)}
+    if revision := methods.get(method).revision:
+        facts["revision"] = revision
     facts["retrained"] = {"model": model, "split": split}
     if methods.get(method).needs_posterior:
         facts["posterior"] = _posterior(grid, model, methods.get(method).preparation)

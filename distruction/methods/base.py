@@ -146,6 +146,7 @@ class Method:
         ablation: whether it is run only where a grid names it.
         sweep: its main hyper-parameter, for trade-off curves; empty where there is none.
         scenarios: where it is defined.
+        revision: raised when its result changes for the same settings, so that no stored one is taken.
     """
 
     summary: str
@@ -157,6 +158,7 @@ class Method:
     ablation: bool = False
     sweep: str = ""
     scenarios: tuple[str, ...] = field(default=("full-class", "sub-class", "random"))
+    revision: int = 0
 
 
 def fit(

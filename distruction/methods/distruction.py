@@ -82,4 +82,5 @@ REMOVED = Method(
     preparation="gauss-newton",
     sweep="level",
     scenarios=("full-class",),
+    revision=1,
 )
