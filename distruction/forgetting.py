@@ -103,7 +103,7 @@ def forget(
             records, which are wrong (`distruction.targets`).
         objective: U, a name in `distruction.objectives.REGISTRY` or a callable (logits, targets) -> mean loss, which
             must itself leave out what was forgotten earlier; ``None`` is ``masked-teacher``, with ``depth``
-            ``plausible-others``, for ``target="corrected"`` ``near-teacher``. The named ones are for classes, of
+            ``plausible-others``, for ``target="corrected"`` ``plausible-near``. The named ones are for classes, of
             examples or of pixels (logits (batch, classes, ...), labels (batch, ...), -100 where nothing is to go); for
             several labels and values there is `distruction.task_objectives`. With a callable and a given ``kl_weight``
             targets may be anything; ``auto`` goes by its ``known(outputs, targets)``, in [0, 1], where it has one.

@@ -241,14 +241,14 @@ _OWN = {
         lambda model, posterior, forgotten: MaskedTeacher(AtMeans(model, posterior), forgotten),
         teaches=True,
     ),
-    "near-teacher": Entry(
-        "the same by its answers to noisy copies of the example (default for wrong labels)",
-        lambda model, posterior, forgotten: MaskedTeacher(NearMeans(model, posterior), forgotten),
-        teaches=True,
-    ),
     "plausible-others": Entry(
         "any one class that the model from before finds plausible, the true one left out (default in depth)",
         lambda model, posterior, forgotten: PlausibleOthers(AtMeans(model, posterior), forgotten),
+        teaches=True,
+    ),
+    "plausible-near": Entry(
+        "the same of noisy copies of the example (default for wrong labels)",
+        lambda model, posterior, forgotten: PlausibleOthers(NearMeans(model, posterior), forgotten),
         teaches=True,
     ),
     "uniform-others": Entry("uniform over the other classes", _plain(uniform_others)),

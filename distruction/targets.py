@@ -35,7 +35,7 @@ FEWEST = 10
 """Examples that a class needs for quantiles of its own; the others go by all classes together."""
 CORRECTED = 0.05
 """Mean probability of the given labels at which records count as corrected."""
-CORRECTING = "near-teacher"
+CORRECTING = "plausible-near"
 """The objective for ``corrected`` where none is named."""
 SUB_CLASS = 0.05
 """Mean probability of their labels at which the records of a sub-class count as gone."""
