@@ -1,10 +1,10 @@
 """Strength that is found, beside strength set by hand: what it costs that nobody has to choose lambda.
 
 The experiments' three scenarios (`distruction bench`), from their Gauss-Newton posteriors: the target as it is, and the
-same objective with each lambda and step size of a grid. The best of the grid is chosen *on what is reported*, afterwards
-and for each model by itself: it keeps most D_r of those whose D_f is within `NEAR` points of the goal. So it is no method
-that anybody could use, but a bound of all that set lambda by hand. Goals: no image of the class, the sub-class's level,
-and for random records what retraining gives.
+same objective with each lambda and step size of a grid. The best of the grid is chosen *on what is reported*,
+afterwards and for each model by itself: it keeps most D_r of those whose D_f is within `NEAR` points of the goal. It is
+no method that anybody could use, but a bound of all that set lambda by hand. Goals: no image of the class, the level of
+a sub-class, and for random records what retraining gives.
 
 ``python -m benchmarks.strength OUT --store STORE`` writes ``strength.json`` and ``strength.md``; a run that was stopped
 goes on. Fashion-MNIST: ``--dataset fashion --data ROOT``.

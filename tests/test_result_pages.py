@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import depth, forecast
+from benchmarks import depth, forecast, strength
 from distruction import attacks
 from distruction.experiments import tables
 
@@ -104,3 +104,15 @@ def test_every_attack_is_defined_with_its_trap():
         _, definition, trap = named[name]
         assert len(definition) > 40, name
         assert len(trap.strip(" |")) > 40, name
+
+
+def test_the_best_by_hand_keeps_most_of_those_that_reach_the_goal():
+    tried = {
+        "none": {"D_r": 99.0, "D_f": 40.0},
+        "near": {"D_r": 97.0, "D_f": 9.0},
+        "far below": {"D_r": 98.0, "D_f": 0.0},
+    }
+    assert strength.best(tried, 5.0, below=True) == "far below"
+    assert strength.best(tried, 5.5, below=False) == "near"
+    assert strength.best(tried, 60.0, below=False) is None
+    assert strength.best(tried, -20.0, below=True) is None
