@@ -42,7 +42,7 @@ def run(
     base: torch.nn.Module,
     posterior: Any,
     retrain: Callable[[], torch.nn.Module],
-    cosine_level: float | None = None,
+    **asked: Any,
 ) -> None:
     """One class: what is missing of the attacks on the model before, a retrained one, and both ways to forget."""
     train_data, test_data = data
@@ -61,16 +61,15 @@ def run(
         if how in ("default", "depth"):
             batches = loader(gone, batch_size=64, shuffle=True)
             depth: Literal["features"] | None = "features" if how == "depth" else None
-            level = cosine_level if how == "depth" else None
             report = forget(
                 model,
                 posterior,
                 batches,
                 request="class",
                 depth=depth,
-                cosine_level=level,
                 seed=seed,
                 progress=False,
+                **(asked if how == "depth" else {}),
             )
             facts = {
                 "reached": report.reached,
@@ -178,6 +177,7 @@ def main(
     label: Annotated[list[str] | None, typer.Option("--class", help="All, where none is given.")] = None,
     store: Annotated[Path | None, typer.Option(help="Keeps trained models, as that of the experiments.")] = None,
     cosine_level: Annotated[float | None, typer.Option(help="Of depth, in place of its default.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Of depth, in place of its default.")] = None,
 ) -> None:
     """Run what is missing and write the tables."""
     torch.set_num_threads(1)
@@ -199,7 +199,8 @@ def main(
             base = trained(dataset, s, context)
             posterior = prepare(base, loader(both[0], batch_size=64, shuffle=True), seed=s, progress=False)
             for c, found in missing.items():
-                run(both, found, base, posterior, partial(trained, dataset, s, context, without=c), cosine_level)
+                retrain = partial(trained, dataset, s, context, without=c)
+                run(both, found, base, posterior, retrain, cosine_level=cosine_level, objective=objective)
                 if found not in runs:
                     runs.append(found)
                 runs.sort(key=lambda r: (r["data"], r["seed"], r["class"]))
