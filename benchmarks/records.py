@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 NETWORKS = {"digits": MODEL, "fashion-mnist": {**MODEL, "name": "vit-micro-conv", "img_size": 28}}
-LAMBDAS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+LAMBDAS = (0.003, 0.01, 0.03, 0.1)
 LEFT = 10.0
 """Percent of the wrong labels that a lambda may leave."""
 

@@ -29,14 +29,14 @@ from .errors import UsageError
 from .features import Features, mean_cosine
 from .loop import Step, cosine
 from .optim import BGD
-from .strength import STEPS_BETWEEN_LOOKS, DualAscent, Probability
+from .strength import LONG_CYCLE, STEPS_BETWEEN_LOOKS, DualAscent, Probability
 
 OBJECTIVE = "plausible-others"
 """U where none is named."""
 COSINE = 0.25
 """Mean cosine at which the features of a class count as dispersed."""
-CYCLE, SPEED, PACE = 100, 0.5, 0.25
-"""Steps in which the step size decays to zero, its factor at their start, and the ascents' least one."""
+SPEED, PACE = 0.5, 0.25
+"""Factor of the step size at the start of a cycle, and the ascents' least one."""
 MARGIN, SCALE, FALLING, CLIP = 0.05, 0.1, 0.02, 2.0
 """The ascent aims so far under the level; the difference that counts as 1; by what c falls where it falls by itself."""
 RATE = 0.03
@@ -102,7 +102,7 @@ class DepthAscent:
         *,
         level: float,
         strength: DualAscent | None,
-        cycle: int = CYCLE,
+        cycle: int = LONG_CYCLE,
     ) -> None:
         self._objective, self._probability, self._strength = objective, probability, strength
         self.level, self._aim, self._cycle = level, level - MARGIN, cycle

@@ -12,7 +12,6 @@ from torch import nn
 from . import damage, distributed, objectives
 from .adapters import Adapter, adapted
 from .asked import check_previous, check_strength, kind_of, labels_forgotten, largest_ratio, level_of, require_classes
-from .depth import CYCLE as DEEP_CYCLE
 from .depth import OBJECTIVE as DEEP_OBJECTIVE
 from .depth import PACE as DEEP_PACE
 from .depth import SPEED, DepthAscent, Dispersed, cosine_asked
@@ -26,12 +25,12 @@ from .loop.tokens import require_causal
 from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
-from .strength import CYCLE, DualAscent, Known, Probability, examined
+from .strength import CYCLE, LONG_CYCLE, DualAscent, Known, Probability, examined
 from .targets import (
     ADVANTAGE,
     CORRECTING,
+    SETTLING,
     SHIFT,
-    SUB_CLASS_SPEED,
     Advantage,
     by_unseen,
     doubted,
@@ -121,7 +120,7 @@ def forget(
         classifier: name of the layer that gives the logits, for ``depth``; ``None`` looks for it.
         data_per_step: weight of the mean of U, in data points (see `BGD`); with ``auto`` to start from.
         lr: step size of the mean at the start; it decays to 0 along a cosine, with ``auto`` in each cycle of 50 steps
-            (with ``depth`` it starts at half of it, in cycles of 100; for a sub-class at 0.3 of it).
+            (of 100 with ``depth``, where it starts at half of it, and for a sub-class or wrong labels).
         mc_samples: 0: U is taken at the means and the stds, which scale the steps, are kept. From 1 on as in the paper:
             E_q[U] by so many samples, each with a forward and a backward pass (even numbers use antithetic pairs), and
             the stds learned with the means.
@@ -189,8 +188,9 @@ def forget(
         )
     if steps is None:
         steps = MOST_STEPS if automatic else STEPS
-    cycle = min(CYCLE if depth is None else DEEP_CYCLE, steps) if automatic else steps
-    speed = lr * (SUB_CLASS_SPEED if target == "sub-class" else 1.0 if depth is None else SPEED)
+    settling = target in SETTLING
+    cycle = min(LONG_CYCLE if settling or depth is not None else CYCLE, steps) if automatic else steps
+    speed = lr * (1.0 if depth is None else SPEED)
     settings = {
         "objective": objectives.name_of(objective),
         "steps": steps,
@@ -268,7 +268,7 @@ def forget(
             data_per_step=data_per_step,
             most=largest_ratio(posterior),
             cycle=cycle,
-            gently=kind == "records",
+            gently=kind == "records" and not settling,
             least_pace=1.0 if depth is None else DEEP_PACE,
         )
         if point.load(model) is None:

@@ -41,8 +41,8 @@ from .sharding import reshard
 EXAMPLES = 256
 """Of the forget set, at most, at which v is looked at."""
 STEPS_BETWEEN_LOOKS = 3
-CYCLE = 50
-"""Steps in which the step size decays to zero."""
+CYCLE, LONG_CYCLE = 50, 100
+"""Steps in which the step size decays to zero; the longer ones are for what pulls in two directions at once."""
 MARGIN = 0.7
 """What the ascent aims at, as a share of the odds of the level: v ends within about a third of it."""
 FALLING, FALLING_GENTLY = 0.8, 0.98

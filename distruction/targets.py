@@ -39,8 +39,9 @@ CORRECTING = "plausible-near"
 """The objective for ``corrected`` where none is named."""
 SUB_CLASS = 0.05
 """Mean probability of their labels at which the records of a sub-class count as gone."""
-SUB_CLASS_SPEED = 0.3
-"""Share of the step size that a sub-class is approached with: siblings, which share its label, follow long steps."""
+SETTLING = ("sub-class", "corrected")
+"""Targets at which a run ends with a cycle of steps that decay to zero, and not wherever the level first holds: what
+their records say goes although their labels live on, and the means that longer steps leave keep less of the others."""
 ADVANTAGE, SHIFT = -0.05, 0.1
 """Twice the area under the attacker's curve, less 1, at which records count as unseen: a little past 0, since what the
 attacker is told of unseen examples is an estimate, and since one who knows each record's own odds sees more. What is

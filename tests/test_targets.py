@@ -15,6 +15,7 @@ from distruction.metrics import attack_auc, log_odds
 from distruction.rehearsal import rehearse
 from distruction.request_figures import curves
 from distruction.strength import examined
+from distruction.strength import LONG_CYCLE
 from distruction.targets import Advantage, HeldOut, held_out_quantiles
 
 
@@ -157,6 +158,8 @@ def test_wrong_labels_go(memorising):
     assert report.reached, report.advice
     assert report.probability <= 0.05
     assert (model(x[:30]).argmax(1) == y[:30]).double().mean() <= 0.05
+    # It ends with steps that have decayed, and is not left where a long one first reaches the level.
+    assert len(report.history) % LONG_CYCLE == 0
 
 
 @pytest.mark.parametrize("knows_unseen", [False, True])
