@@ -14,8 +14,7 @@ from distruction.asked import labels_forgotten
 from distruction.metrics import attack_auc, log_odds
 from distruction.rehearsal import rehearse
 from distruction.request_figures import curves
-from distruction.strength import examined
-from distruction.strength import LONG_CYCLE
+from distruction.strength import LONG_CYCLE, examined
 from distruction.targets import Advantage, HeldOut, held_out_quantiles
 
 
