@@ -127,3 +127,23 @@ def test_the_best_by_hand_keeps_most_of_those_that_reach_the_goal():
     assert strength.best(tried, 5.5, below=False) == "near"
     assert strength.best(tried, 60.0, below=False) is None
     assert strength.best(tried, -20.0, below=True) is None
+
+
+def test_the_strength_that_is_found_is_near_the_best_by_hand():
+    runs, text = results("strength"), page("results.md")
+    assert (RESULTS / "strength" / "strength.md").read_text() == strength.table(runs)
+    assert strength.table(runs) in text
+    worst = 0.0
+    for kind in dict.fromkeys((r["data"], r["scenario"]) for r in runs):
+        mine = [r for r in runs if (r["data"], r["scenario"]) == kind]
+        assert len(mine) == 3
+        over = statistics.fmean(r["found"]["D_f"] - r["goal"] for r in mine)
+        assert (abs(over) if kind[1] == "random" else over) <= 5
+        behind = [r["found"]["D_r"] - r["tried"][r["best"]]["D_r"] for r in mine if r["best"]]
+        worst = min([worst, statistics.fmean(behind)] if behind else [worst])
+    assert f"D_r is at most {-worst:.1f} points behind" in text
+    records = [r for r in runs if r["scenario"] == "random"]
+    under = [r["goal"] - x["D_f"] for r in records for x in r["tried"].values()]
+    near = sum(abs(u) <= strength.NEAR for u in under)
+    assert f"For random records {near} of the {len(under)} runs by hand" in text
+    assert f"up to {max(under):.0f} points worse" in text
