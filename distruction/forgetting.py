@@ -25,12 +25,13 @@ from .loop.tokens import require_causal
 from .modules import deterministic, learnable, require_trainable
 from .optim import BGD
 from .posterior import Posterior
-from .strength import CYCLE, LONG_CYCLE, DualAscent, Known, Probability, examined
+from .strength import CYCLE, LONG_CYCLE, MARGIN, DualAscent, Known, Probability, examined
 from .targets import (
     ADVANTAGE,
     CORRECTING,
     SETTLING,
     SHIFT,
+    SUB_CLASS_MARGIN,
     Advantage,
     by_unseen,
     doubted,
@@ -269,6 +270,7 @@ def forget(
             most=largest_ratio(posterior),
             cycle=cycle,
             gently=kind == "records" and not settling,
+            margin=SUB_CLASS_MARGIN if target == "sub-class" else MARGIN,
             least_pace=1.0 if depth is None else DEEP_PACE,
         )
         if point.load(model) is None:

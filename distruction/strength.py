@@ -279,6 +279,7 @@ class DualAscent:
         data_per_step: weight of the objective in data points to start from, with lambda = 1/2.
         most: upper bound of R, in data points.
         cycle: steps in which the step size decays to zero.
+        margin: what the ascent aims at, as a share of the odds of the level.
         gently: start from the smallest R, aim at the level itself and end as soon as it holds: what is not asked for is
             left undone.
         least_pace: below 1 the rates follow the step size down in each cycle, to this factor: what the steps cannot
@@ -299,12 +300,13 @@ class DualAscent:
         data_per_step: float,
         most: float,
         cycle: int = CYCLE,
+        margin: float = MARGIN,
         gently: bool = False,
         least_pace: float = 1.0,
     ) -> None:
         self._least_pace = least_pace
         self._probability, self.level, self._cycle, self._gently = probability, level, cycle, gently
-        odds = (1.0 if gently else MARGIN) * level / (1 - level)
+        odds = (1.0 if gently else margin) * level / (1 - level)
         self._aim = odds / (1 + odds)
         self._falling = FALLING_GENTLY if gently else FALLING
         self._data_per_step = data_per_step

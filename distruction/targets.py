@@ -39,6 +39,9 @@ CORRECTING = "plausible-near"
 """The objective for ``corrected`` where none is named."""
 SUB_CLASS = 0.05
 """Mean probability of their labels at which the records of a sub-class count as gone."""
+SUB_CLASS_MARGIN = 0.85
+"""What a sub-class's ascent aims at, as a share of the odds of the level: in long cycles it ends within an eighth of
+its aim, and what goes further takes siblings along."""
 SETTLING = ("sub-class", "corrected")
 """Targets at which a run ends with a cycle of steps that decay to zero, and not wherever the level first holds: what
 their records say goes although their labels live on, and the means that longer steps leave keep less of the others."""

@@ -71,7 +71,7 @@ FOUND = Method(
     needs_posterior=True,
     preparation="gauss-newton",
     sweep="level",
-    revision=1,
+    revision=2,
 )
 
 REMOVED = Method(
