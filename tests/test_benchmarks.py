@@ -447,10 +447,12 @@ def test_the_page_of_results_holds_the_overview_of_the_priors():
     }
     for prior, said in {
         "gauss-newton": "{}, {} and {} at 0.2, 2.7 and\n10.7 M parameters with the default prior",
-        "bgd": "{} and {} with BGD's",
+        "bgd": "{}, {} and {} with BGD's",
         "constant, mean precision": "{}, {} and {} with one std for all",
     }.items():
         assert said.format(*means[prior]).replace("-", "−") in readme
+    (widest,) = (r for r in runs if r["size"] == "10.7 M")
+    assert f"right on {widest['sampled']['bgd']:.1f} % only" in (ROOT / "docs/results.md").read_text()
 
 
 def test_pooled_stds_are_of_the_mean_precision():
