@@ -30,11 +30,11 @@ from distruction.experiments.materials import Context, fresh, make_split
 from distruction.experiments.store import Store
 from distruction.experiments.work import ensure
 from distruction.metrics import accuracy, predict
+from distruction.objectives import DEFAULT
 from distruction.report import write_json
 from distruction.scenarios import Split
 from distruction.targets import SUB_CLASS
 
-OBJECTIVE = "masked-teacher"
 LAMBDAS = (0.003, 0.01, 0.03, 0.1, 0.3)
 STEP_SIZES = (1.0, 0.3)
 NEAR = 5.0
@@ -61,7 +61,7 @@ def run(cell: Job, context: Context) -> dict[str, Any]:
     def forgotten(**asked: Any) -> dict[str, float]:
         model = loaded("model")
         batches = loader(split.forget, batch_size=64, shuffle=True)
-        report = forget(model, prior, batches, objective=OBJECTIVE, seed=seed, progress=False, **asked)
+        report = forget(model, prior, batches, objective=DEFAULT, seed=seed, progress=False, **asked)
         return {**measured(model, split), "steps": len(report.history)}
 
     retraining = measured(loaded("retrained"), split)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import depth, forecast, strength
+from benchmarks import depth, forecast, records, strength
 from distruction import attacks
 from distruction.experiments import tables
 
@@ -129,6 +129,16 @@ def test_the_best_by_hand_keeps_most_of_those_that_reach_the_goal():
     assert strength.best(tried, 5.5, below=False) == "near"
     assert strength.best(tried, 60.0, below=False) is None
     assert strength.best(tried, -20.0, below=True) is None
+
+
+def test_the_best_lambda_leaves_few_of_the_wrong_labels():
+    tried = {
+        "0.1": {"D_r": 99.0, "given label": 10.5},
+        "0.03": {"D_r": 97.0, "given label": 10.0},
+        "0.01": {"D_r": 96.0, "given label": 0.0},
+    }
+    assert records.best(tried) == tried["0.03"]
+    assert records.best({"0.1": tried["0.1"]}) == tried["0.1"]
 
 
 def test_the_strength_that_is_found_is_near_the_best_by_hand():

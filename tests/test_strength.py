@@ -172,12 +172,14 @@ class Group:
         self.param_groups = [{}]
 
 
+@pytest.mark.parametrize("margin", [0.7, 0.85])
 @pytest.mark.parametrize("least_pace", [1.0, 0.3, 0.0])
-def test_the_ascent_is_its_formula(least_pace):
+def test_the_ascent_is_its_formula(least_pace, margin):
     # Looked at after steps 3, 6, ...: it stands still, falls by itself, stands still again, is under the aim.
     values = [1.0, 0.5, 0.45, 0.02, 0.001, 1e-9]
-    aim = 0.7 * 0.01 / 0.99 / (1 + 0.7 * 0.01 / 0.99)
-    control = DualAscent(Told(*values), level=0.01, data_per_step=100.0, most=1e12, least_pace=least_pace)
+    aim = margin * 0.01 / 0.99 / (1 + margin * 0.01 / 0.99)
+    settings = {"least_pace": least_pace, "margin": margin}
+    control = DualAscent(Told(*values), level=0.01, data_per_step=100.0, most=1e12, **settings)
     expected, optimizer, history = math.log(100), Group(), []
     for step in range(1, 21):
         control.before_step(optimizer, history)

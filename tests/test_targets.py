@@ -14,7 +14,7 @@ from distruction.asked import labels_forgotten
 from distruction.metrics import attack_auc, log_odds
 from distruction.rehearsal import rehearse
 from distruction.request_figures import curves
-from distruction.strength import LONG_CYCLE, examined
+from distruction.strength import CYCLE, LONG_CYCLE, examined
 from distruction.targets import Advantage, HeldOut, held_out_quantiles
 
 
@@ -195,6 +195,7 @@ def test_a_sub_class_goes_and_more_of_its_siblings_keep_the_label():
         model = copy.deepcopy(pairs.model)
         report = forget(model, pairs.posterior, pairs.of(pairs.digits == 4), target=target, **QUIET)
         assert report.reached, report.advice
+        assert len(report.history) % (LONG_CYCLE if target == "sub-class" else CYCLE) == 0
         with torch.no_grad():
             x, y = pairs.data[fours]
             assert model(x).softmax(1)[torch.arange(len(y)), y].mean() <= 0.05
