@@ -29,7 +29,7 @@ from torch import nn
 
 from distruction import UsageError, experiments, methods, scenarios
 from distruction.data import load
-from distruction.experiments import grid, jobs, materials, measure, results, runner, tables
+from distruction.experiments import grid, jobs, materials, measure, results, runner, tables, workers
 from distruction.experiments.materials import Context
 from distruction.experiments.results import Summary, summarise
 from distruction.experiments.store import Store
@@ -350,7 +350,7 @@ class Workers:
     def __exit__(self, *error):
         pass
 
-    def submit(self, job, context):
+    def submit(self, function, job, context):
         assert len(self.running) < self.size
         self.running.append((job, Future()))
         self.starts[job.facts["method"]] += 1
@@ -375,14 +375,14 @@ def test_a_death_is_charged_to_the_job_that_runs_alone(tmp_path, monkeypatch, si
     made = []
     monkeypatch.setattr(Workers, "starts", Counter(), raising=False)
     monkeypatch.setattr(Workers, "killers", {"3", "6"}, raising=False)
-    monkeypatch.setattr(runner, "_Pool", lambda *given: made.append(Workers(*given)) or made[-1])
-    monkeypatch.setattr(runner, "wait", lambda *given, **more: made[-1].wait(*given, **more))
+    monkeypatch.setattr(runner, "Pool", lambda *given: made.append(Workers(*given)) or made[-1])
+    monkeypatch.setattr(workers, "wait", lambda *given, **more: made[-1].wait(*given, **more))
     model = {"seed": 0, "data": {"name": "digits"}}
     cells = [Cell("cell", {"method": str(i), "model": model}) for i in range(9)]
     outcome = runner.run(cells, Context(tmp_path), devices=["cpu"] * size, threads=1, progress=False)
     assert sorted(title for title, _ in outcome.failures.values()) == ["cell digits 3 seed 0", "cell digits 6 seed 0"]
     assert outcome.done == 7
-    assert max(Workers.starts.values()) <= runner.ATTEMPTS + 1
+    assert max(Workers.starts.values()) <= workers.ATTEMPTS + 1
 
 
 class Cell(jobs.Job):

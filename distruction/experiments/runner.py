@@ -1,38 +1,25 @@
 """Run jobs in worker processes, in the order that their needs allow, and record what failed."""
 
 import contextlib
-import multiprocessing
-import os
-import threading
 import traceback
-import warnings
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from graphlib import TopologicalSorter
-from multiprocessing.connection import wait as wait_for_handle
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ..errors import DataWarning, UsageError
+from ..errors import UsageError
 from ..extras import needed
 from .jobs import Job
 from .materials import Context
 from .store import Store
 from .work import execute
+from .workers import Pool, device, done
 
 with needed("experiments"):
     from filelock import FileLock, Timeout
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-ATTEMPTS = 2
-"""Times that a job's worker process may die under it alone. A death takes the neighbours' jobs with it, so that only a
-job that ran alone is charged with it."""
 
 
 @dataclass
@@ -105,10 +92,6 @@ def run(cells: Sequence[Job], context: Context, *, devices: Sequence[str], threa
     store.sweep_drafts()
     todo, needs, reused = missing(cells, store)
     outcome = Outcome(reused=reused)
-    sorter = TopologicalSorter(needs)
-    sorter.prepare()
-    deaths: dict[str, int] = defaultdict(int)
-    alone = False
     seconds: dict[str, list[float]] = defaultdict(list)
     left = dict(todo)
     columns = (
@@ -118,35 +101,18 @@ def run(cells: Sequence[Job], context: Context, *, devices: Sequence[str], threa
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with _Pool(devices, threads) as pool, Progress(*columns, disable=not progress) as bar:
+    with Pool(devices, threads) as pool, Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("bench", total=len(todo) + reused, completed=reused, left="")
-        running: dict[Future[float], str] = {}
-        ready: deque[str] = deque()
-        suspects: deque[str] = deque()
-        while sorter.is_active():
-            ready.extend(sorter.get_ready())
-            # Jobs that were interrupted by a death run one at a time, so that the next one has a culprit.
-            queue, room = (suspects, 1) if suspects else (ready, len(devices))
-            while queue and len(running) < room:
-                name = queue.popleft()
-                running[pool.submit(todo[name], context)] = name
-                alone = queue is suspects or len(devices) == 1
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(future)
-                error = future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    deaths[name] += alone
-                    if deaths[name] < ATTEMPTS:
-                        suspects.append(name)
-                        continue
-                if error is None:
-                    sorter.done(name)
-                    outcome.done += 1
-                    seconds[_sort(left.pop(name))].append(future.result())
-                else:
-                    outcome.failures[name] = (todo[name].title, "".join(traceback.format_exception(error)).strip())
+
+        def start(name: str) -> Future[float]:
+            return pool.submit(_work, todo[name], context)
+
+        for name, future in done(needs, start, len(devices)):
+            if error := future.exception():
+                outcome.failures[name] = (todo[name].title, "".join(traceback.format_exception(error)).strip())
+            else:
+                outcome.done += 1
+                seconds[_sort(left.pop(name))].append(future.result())
             bar.update(
                 task,
                 completed=outcome.done + reused,
@@ -158,62 +124,8 @@ def run(cells: Sequence[Job], context: Context, *, devices: Sequence[str], threa
     return outcome
 
 
-class _Pool:
-    """Worker processes, one for each device; a pool that broke is replaced at the next submission."""
-
-    def __init__(self, devices: Sequence[str], threads: int) -> None:
-        self.devices = devices
-        self.threads = threads
-        self.executor = self._start()
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.executor.shutdown(wait=error[0] is None, cancel_futures=True)
-
-    def _start(self) -> ProcessPoolExecutor:
-        # Forking a process that has started threads or CUDA is not safe.
-        spawn = multiprocessing.get_context("spawn")
-        devices = spawn.SimpleQueue()
-        for device in self.devices:
-            devices.put(device)
-        return ProcessPoolExecutor(
-            len(self.devices), mp_context=spawn, initializer=_initialise, initargs=(devices, self.threads)
-        )
-
-    def submit(self, job: Job, context: Context) -> Future[float]:
-        """Queue a job."""
-        try:
-            return self.executor.submit(_work, job, context)
-        except BrokenProcessPool:
-            self.executor.shutdown()
-            self.executor = self._start()
-            return self.executor.submit(_work, job, context)
-
-
-_device = "cpu"
-
-
-def _initialise(devices: Any, threads: int) -> None:
-    global _device
-    _device = devices.get()
-    torch.set_num_threads(threads)
-    # The process that started the workers has said it.
-    warnings.simplefilter("ignore", DataWarning)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        wait_for_handle([parent.sentinel])
-        os._exit(1)
-
-    # A pool's workers outlive a parent that was killed.
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def _work(job: Job, context: Context) -> float:
-    return execute(job, replace(context, device=_device))
+    return execute(job, replace(context, device=device()))
 
 
 def _sort(job: Job) -> str:
