@@ -23,12 +23,15 @@ from .interrupts import held
 _KEY = "distruction"
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object], *, mode: int = 0o666) -> None:
     """Let ``write`` fill a file in a temporary folder beside ``path``, sync it, and rename it to ``path``.
 
     A process that is killed at any moment leaves the old file or the new one, and at worst the folder, which
     `remove_leftovers` deletes. Ctrl-C waits until the file is there, a second one until the folder is deleted.
     (A folder, because writers such as safetensors have temporary files of their own.)
+
+    Args:
+        mode: of the file, less what the umask takes, before it has its name.
     """
     path = Path(path)
     with held(), draft_folder(path) as folder:
@@ -36,9 +39,14 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None])
         write(name)
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, mode & ~_umask())
         os.replace(name, path)
     _sync_folder(path.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_atomically` of ``text``, in UTF-8."""
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from .data import Images
 from .errors import UsageError
 from .extras import needed
-from .files import draft_folder, remove_leftovers, write_atomically
+from .files import draft_folder, remove_leftovers, write_text
 from .interrupts import held
 
 with needed("cli"):
@@ -56,12 +56,7 @@ def folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-
-    def write(name: str) -> None:
-        Path(name).write_text(text)
-
-    write_atomically(path, write)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> Table:

@@ -18,7 +18,7 @@ from . import report
 from .doctor import versions
 from .errors import UsageError
 from .extras import needed
-from .files import write_atomically
+from .files import write_text
 from .forget_report import ForgetReport
 from .loop import FORGET_SET, Batches
 from .loop.batches import Batching, call
@@ -262,11 +262,7 @@ def write_page(path: Path, collected: Mapping[str, Any] | None, receipt: Mapping
 
     drawn = [] if collected is None else [pages.svg(figure, title) for title, figure in curves(collected)]
     text = pages.render("request.html", report=collected, receipt=receipt, curves=drawn)
-
-    def fill(name: str) -> None:
-        Path(name).write_text(text, encoding="utf-8")
-
-    write_atomically(path, fill)
+    write_text(path, text)
 
 
 def _finite(value: Any) -> Any:

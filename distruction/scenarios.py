@@ -14,14 +14,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .data import Images
 from .errors import UsageError
-from .files import write_atomically
+from .files import write_text
 from .seeds import seed_of
 
 NAMES = ("full-class", "sub-class", "random")
@@ -94,12 +93,7 @@ def random(train: Images, test: Images, count: int, seed: int) -> Split:
 
 def write_indices(path: str | os.PathLike[str], split: Split, facts: Mapping[str, str | int]) -> None:
     """Write the forget set's positions in the training set, and ``facts`` about them, as JSON, atomically."""
-    text = json.dumps({**facts, "indices": split.indices.tolist()}) + "\n"
-
-    def write(name: str) -> None:
-        Path(name).write_text(text)
-
-    write_atomically(path, write)
+    write_text(path, json.dumps({**facts, "indices": split.indices.tolist()}) + "\n")
 
 
 def _split(train: Images, test: Images, forget: Tensor, held_out: Tensor) -> Split:

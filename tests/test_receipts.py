@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import sys
 
 import pytest
@@ -405,3 +406,17 @@ def test_an_image_is_shown_to_have_been_in_the_set_by_a_proof_alone(tmp_path, ca
     assert "data:image" not in (tmp_path / "page.html").read_text()
     (tmp_path / "photos" / "3" / "0.png").unlink()
     assert run(*receipt, "--secret", tmp_path / "r.secret.json", "--model", tmp_path / "u", *words) == 3
+
+
+def test_nobody_else_can_read_a_secret_from_the_moment_it_has_its_name(tmp_path, monkeypatch):
+    from distruction.receipts.receipt import write_secret
+
+    modes, rename = [], os.replace
+
+    def watched(old, new):
+        modes.append(stat.S_IMODE(os.stat(old).st_mode))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_secret(tmp_path / "secret.json", bytes(32), "0" * 64)
+    assert modes == [0o600] == [stat.S_IMODE((tmp_path / "secret.json").stat().st_mode)]

@@ -207,15 +207,11 @@ def write(path: Path, receipt: Mapping[str, Any]) -> None:
 def write_secret(path: Path, secret: bytes, root: str) -> None:
     """Write the secret of a receipt's tree, for its owner's eyes alone."""
     text = canonical.encode({"format": SECRET_FORMAT, "root": root, "secret": secret.hex()}) + b"\n"
-    _write(path, text)
-    path.chmod(0o600)
+    _write(path, text, mode=0o600)
 
 
-def _write(path: Path, content: bytes) -> None:
-    def fill(name: str) -> None:
-        Path(name).write_bytes(content)
-
-    write_atomically(path, fill)
+def _write(path: Path, content: bytes, mode: int = 0o666) -> None:
+    write_atomically(path, lambda name: Path(name).write_bytes(content), mode=mode)
 
 
 def read_secret(path: Path, receipt: Mapping[str, Any]) -> bytes:
