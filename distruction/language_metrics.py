@@ -31,11 +31,7 @@ def token_log_likelihoods(model: nn.Module, batches: Iterable[Mapping[str, Tenso
     Args:
         batches: mappings with ``input_ids`` and ``labels`` (rows, length), -100 where nothing is asked for.
     """
-    found: list[Tensor] = []
-    for here, logits in _answers(model, batches):
-        log_p = -F.cross_entropy(logits.double(), here.tokens, reduction="none").cpu()
-        found += log_p.split(torch.bincount(here.texts.cpu()).tolist())
-    return found
+    return [t for here, logits in _answers(model, batches) for t in _log_likelihoods(here, logits)]
 
 
 def _answers(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Sequences, Tensor]]:
@@ -63,11 +59,29 @@ def greedily_answered(model: nn.Module, batches: Iterable[Mapping[str, Tensor]])
     Args:
         batches: see `token_log_likelihoods`.
     """
-    found = [torch.empty(0, dtype=torch.bool)]
+    found = [_answered(here, logits) for here, logits in _answers(model, batches)]
+    return torch.cat([torch.empty(0, dtype=torch.bool), *found])
+
+
+@torch.no_grad()
+def read_answers(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """`greedily_answered` and `token_log_likelihoods` of the same batches, from one forward pass of each."""
+    answered = [torch.empty(0, dtype=torch.bool)]
+    likelihoods: list[Tensor] = []
     for here, logits in _answers(model, batches):
-        misses = here.per_text((logits.argmax(dim=-1) != here.tokens).long())
-        found.append((misses == 0).cpu())
-    return torch.cat(found)
+        answered.append(_answered(here, logits))
+        likelihoods += _log_likelihoods(here, logits)
+    return torch.cat(answered), likelihoods
+
+
+def _answered(here: Sequences, logits: Tensor) -> Tensor:
+    misses = here.per_text((logits.argmax(dim=-1) != here.tokens).long())
+    return (misses == 0).cpu()
+
+
+def _log_likelihoods(here: Sequences, logits: Tensor) -> list[Tensor]:
+    log_p = -F.cross_entropy(logits.double(), here.tokens, reduction="none").cpu()
+    return list(torch.split(log_p, torch.bincount(here.texts.cpu()).tolist()))
 
 
 @torch.no_grad()

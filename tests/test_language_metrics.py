@@ -43,6 +43,10 @@ def test_greedy_answers_of_batches_are_those_of_single_texts():
     assert expected[2]
     for form in (texts.padded(rows), texts.padded(rows, left=True), texts.packed(rows)):
         assert language_metrics.greedily_answered(model, [form]).tolist() == expected
+        answered, likelihoods = language_metrics.read_answers(model, [form, form])
+        assert answered.tolist() == expected * 2
+        alone = language_metrics.token_log_likelihoods(model, [form]) * 2
+        assert all(torch.equal(a, b) for a, b in zip(likelihoods, alone, strict=True))
     assert math.isnan(language_metrics.extracted(model, [], []))
 
 

@@ -116,10 +116,8 @@ def evaluate(model: str, *, data: Path | None, device: str, images: dict[str, An
     _only(**images)
     source = open_language_model(model, device=device_of(device))
     batches = list(_texts(source, data, batch_size))
-    row = {
-        "perplexity": language_metrics.perplexity(language_metrics.token_log_likelihoods(source.network, batches)),
-        "answered": 100.0 * language_metrics.greedily_answered(source.network, batches).double().mean().item(),
-    }
+    answered, likelihoods = language_metrics.read_answers(source.network, batches)
+    row = {"perplexity": language_metrics.perplexity(likelihoods), "answered": 100.0 * answered.double().mean().item()}
     columns = {"perplexity": "perplexity", "answered": "given by greedy decoding, %"}
     Console().print(table(str(data), {model: row}, columns))
 
