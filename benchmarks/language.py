@@ -24,13 +24,22 @@ def main(
     ] = None,
     tuning: Annotated[bool, typer.Option("--tune", help="Try the step sizes on seed 0.")] = False,
     size: Annotated[str, typer.Option(help=f"Of {', '.join(models.SIZES)}.")] = "full",
-    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes; 0: one per CPU core.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="CPU threads of each process.")] = 1,
     page: Annotated[Path | None, typer.Option(help="Whose tables are made anew: docs/language.md.")] = None,
 ) -> None:
     """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``."""
     folder = models_in or Path("runs") / f"language-{size}"
     runs = language.run(
-        out, folder, seeds=seed, scenarios=scenario, text=text, size=size, threads=threads, tuning=tuning
+        out,
+        folder,
+        seeds=seed,
+        scenarios=scenario,
+        text=text,
+        size=size,
+        workers=workers,
+        threads=threads,
+        tuning=tuning,
     )
     if page is not None:
         page.write_text(tables.on_page(page.read_text(encoding="utf-8"), runs), encoding="utf-8")

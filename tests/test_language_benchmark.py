@@ -12,7 +12,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from distruction import cli
-from distruction.experiments.language import arms, models, settings, tables, texts
+from distruction.errors import UsageError
+from distruction.experiments import runner
+from distruction.experiments.language import arms, models, settings, tables, texts, workshop
 from distruction.experiments.language import runs as command
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +27,7 @@ def shop(tmp_path_factory):
     (folder / "general.txt").write_text(
         "\n\n".join(f"Paragraph {i} of a text without any meaning." for i in range(900))
     )
-    return command.Workshop(folder / "models", folder / "general.txt", TINY)
+    return workshop.Workshop(folder / "models", folder / "general.txt", TINY)
 
 
 def test_authors_have_facts_of_their_own_and_are_the_same_for_a_seed():
@@ -75,10 +77,11 @@ def test_the_loss_is_hugging_faces(shop):
     )
 
 
-def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypatch):
-    def short(named):
-        return {name: replace(arm, steps=2) for name, arm in named.items()}
+def short(named):
+    return {name: replace(arm, steps=2) for name, arm in named.items()}
 
+
+def test_every_arm_runs_and_is_in_the_tables(shop, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "CODES", 1)
     monkeypatch.setattr(
         command,
@@ -86,13 +89,13 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
         {"codes": short(settings.ARMS["codes"]), "authors": short(settings.ANCHORED | settings.REPAIRED)},
     )
     monkeypatch.setattr(command, "DEPTH", short(settings.DEPTH))
-    monkeypatch.setattr(command, "prepared", lambda *a: arms.prepared(*a, steps=2))
+    monkeypatch.setattr(workshop, "prepared", lambda *a: arms.prepared(*a, steps=2))
     runs = []
     for scenario in ("codes", "authors"):
-        for name, found in command.missing(shop, scenario, 1, set()):
-            runs.append({"scenario": scenario, "seed": 1, "name": name, **json.loads(json.dumps(found))})
+        for job in reversed(command.rows(scenario, 1)):
+            found = json.loads(json.dumps(job.do(shop)))
+            runs.append({"scenario": scenario, "seed": 1, "name": job.name, **found})
     done = {r["name"] for r in runs if r["scenario"] == "codes"}
-    assert not list(command.missing(shop, "codes", 1, done))
     assert done == {"before", "retraining", *settings.ARMS["codes"], *settings.DEPTH}
     shown = tables.table(runs)
     assert all(name.removeprefix("depth, ") in shown for name in done)
@@ -101,9 +104,75 @@ def test_every_arm_runs_and_a_second_run_finds_all_done(shop, tmp_path, monkeypa
     assert isinstance(shop.memorised(1, without="codes"), GPT2LMHeadModel)
 
 
+def test_several_workers_find_what_one_finds_and_do_what_is_missing_alone(shop, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SIZES, "tiny", TINY)
+    ours = short({"ours": settings.OURS["ours, uniform-others"], "GA": arms.Arm("ascent", 1e-4)})
+    monkeypatch.setattr(command, "ARMS", {"codes": ours})
+    monkeypatch.setattr(command, "DEPTH", {})
+
+    def run(workers, **more):
+        return command.run(
+            tmp_path / "out",
+            tmp_path / "models",
+            seeds=[1, 2],
+            scenarios=["codes"],
+            text=shop.folder.parent / "general.txt",
+            size="tiny",
+            workers=workers,
+            **more,
+        )
+
+    whole = run(2)
+    assert [(r["seed"], r["name"]) for r in whole] == [
+        (seed, name) for seed in (1, 2) for name in ("before", "ours", "GA", "retraining")
+    ]
+    file = tmp_path / "out/language.json"
+    stored = json.loads(file.read_text())
+    assert stored["runs"] == whole
+    left_out = {(1, "ours"), (2, "retraining")}
+    stored["runs"] = [r for r in whole if (r["seed"], r["name"]) not in left_out]
+    file.write_text(json.dumps(stored))
+    again = run(1)
+    for before, after in zip(whole, again, strict=True):
+        same = before.keys() - ({"seconds"} if (before["seed"], before["name"]) in left_out else set())
+        assert {k: before[k] for k in same} == {k: after[k] for k in same}
+    with runner.alone(tmp_path / "out"), pytest.raises(UsageError, match="another bench"):
+        run(1)
+    monkeypatch.setitem(models.SIZES, "tiny", replace(TINY, width=8))
+    assert run(1) == again  # nothing is missing
+    with pytest.raises(UsageError, match="of size 'tiny', not 'full'"):
+        command.run(tmp_path / "out", tmp_path / "models", text=shop.folder.parent / "general.txt")
+    with pytest.raises(UsageError, match=r"of text 'general\.txt', not"):
+        command.run(tmp_path / "out", tmp_path / "models", size="tiny")
+
+
+def test_models_come_before_what_reads_them():
+    jobs = [job for scenario in ("codes", "authors") for seed in (1, 2) for job in command.rows(scenario, seed)]
+    needs = command.with_models(jobs)
+    place = {job: i for i, job in enumerate(needs)}
+    assert len(needs) == len(jobs) + 3  # pretraining, and a model for each seed
+    assert all(place[need] < place[job] for job in needs for need in needs[job])
+    assert not command.with_models([])
+
+
+def test_a_model_whose_writing_was_cut_short_is_trained_again(shop, monkeypatch):
+    write = GPT2LMHeadModel.save_pretrained
+
+    def killed(model, folder, **more):
+        model.config.save_pretrained(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        shop.memorised(5)
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", write)
+    first, second = shop.memorised(5).state_dict(), shop.memorised(5).state_dict()
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
 def test_an_arm_without_a_prior_ends_where_few_are_extracted_or_at_its_depth(shop, monkeypatch):
     monkeypatch.setattr(models, "CODES", 1)
-    case = command.Case(shop, "codes", 1)
+    case = workshop.Case(shop, "codes", 1)
     arm = arms.Arm("ascent", 1e-4, steps=3)
     assert [case.forgot(replace(arm, nats=nats))["steps"] for nats in (None, 0.1, 1e9)] == [1, 1, 3]
 
@@ -111,21 +180,22 @@ def test_an_arm_without_a_prior_ends_where_few_are_extracted_or_at_its_depth(sho
 def test_the_preset_of_bench_runs_all_seeds_of_all_scenarios_and_says_what_is_not_for_it(
     shop, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command, "Workshop", lambda folder, text, size: (folder, text, size))
     asked = []
 
-    def missing(shop, scenario, seed, done):
-        asked.append((shop, scenario, seed))
-        yield "before", {"perplexity": 50.0 + seed, "kept": 90.0}
+    def measured(place, jobs, workers, threads):
+        asked.append((place, workers, threads, list(dict.fromkeys((job.scenario, job.seed) for job in jobs))))
+        for job in jobs:
+            if job.name == "before":
+                yield job, {"perplexity": 50.0 + job.seed, "kept": 90.0}
 
-    monkeypatch.setattr(command, "missing", missing)
-    line = ["distruction", "bench", "--preset", "language", "--out", str(tmp_path), "--threads", "1"]
+    monkeypatch.setattr(command, "measured", measured)
+    line = ["distruction", "bench", "--preset", "language", "--out", str(tmp_path), "--workers", "3"]
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code
     here = (tmp_path / "store", None, models.SIZES["full"])
-    assert asked == [(here, name, seed) for name in ("codes", "authors", "canaries") for seed in (1, 2, 3)]
+    assert asked == [(here, 3, 1, [(name, seed) for name in ("codes", "authors", "canaries") for seed in (1, 2, 3)])]
     assert "| before | - | - | 90.0 (90.0 to 90.0) |" in (tmp_path / "language.md").read_text()
     assert str(tmp_path) in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*line, "--device", "cuda"])
@@ -157,6 +227,8 @@ def test_tables_are_means_of_seeds_and_differences_on_the_same_seed():
     assert "| half | - | - | 7.0 [1 of 2] | 5.0 [1 of 2] | - | - | - |" in shown
     assert "| u: learned std | 98.0 (96.0 to 100.0) | 90.0 [1 of 2] |" in shown
     assert "| u: than no prior | -1.0 (-3.0 to 1.0) | 20.0 [1 of 2] |" in shown
+    # The model before may be measured last.
+    assert "| ours | - | - | 90.0 [1 of 2] | - | - | - | 3.0 [1 of 2] |" in tables.table([runs[2], runs[4]])
 
 
 def test_the_page_shows_the_stored_results():

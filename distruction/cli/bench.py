@@ -44,7 +44,7 @@ def bench(
         others = {"data": data, "pretrained": pretrained, "device": device.replace("cpu", "auto"), "backend": backend}
         if unused := [f"--{name}" for name, value in others.items() if value not in (None, "auto")]:
             raise UsageError(f"{', '.join(unused)} is for presets of classifiers: --preset {LANGUAGE} runs on the CPU")
-        _of_language(out, store, threads)
+        _of_language(out, store, workers, threads)
         return
     experiment = experiments.preset(preset) if preset else experiments.read(grid or Path())
     if all(scenario.data == "digits" for scenario in experiment.scenarios):
@@ -72,9 +72,9 @@ def bench(
         raise typer.Exit(1)
 
 
-def _of_language(out: Path | None, store: Path | None, threads: int) -> None:
+def _of_language(out: Path | None, store: Path | None, workers: int, threads: int) -> None:
     from ..experiments import language
 
     out = out or Path("runs/bench") / LANGUAGE
-    language.run(out, store or out / "store", threads=threads)
+    language.run(out, store or out / "store", workers=workers, threads=threads)
     print(f"tables, figure and all runs: {out}")

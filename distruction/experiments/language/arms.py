@@ -19,7 +19,7 @@ from ...objectives import BoundedCrossEntropy, uniform_others
 from ...posterior import Posterior
 from ...preparation import prepare
 from . import texts
-from .models import Batch, cross_entropy, extracted, nll
+from .models import Batch, asked, cross_entropy, extracted
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Followed:
     """What is seen on the way, every few steps.
 
     Args:
-        gone, kept: batches that are looked at.
+        gone, kept: batches that are looked at; without ``kept`` the forgotten ones alone.
         stop: given the last look, whether to end there.
         every: steps between two looks.
     """
@@ -75,8 +75,9 @@ class Followed:
         """Look if it is time; whether to end."""
         if step % self.every:
             return False
-        look = {"step": step, "nll": nll(model, self.gone), "extracted": extracted(model, self.gone)}
-        look["kept"] = extracted(model, self.kept)
+        look = {"step": step, **asked(model, self.gone)}
+        if self.kept:
+            look["kept"] = extracted(model, self.kept)
         self.looks.append(look)
         return self.stop(look)
 

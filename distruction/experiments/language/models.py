@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...extras import needed
-from ...language_metrics import exposure, greedily_answered, recovered, token_log_likelihoods
+from ...language_metrics import exposure, greedily_answered, read_answers, recovered, token_log_likelihoods
 from . import texts
 from .texts import Row
 
@@ -161,6 +161,12 @@ def extracted(model: nn.Module, batches: Iterable[Batch]) -> float:
     return 100.0 * greedily_answered(model, batches).double().mean().item()
 
 
+def asked(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """`extracted` and `nll` of the same answers."""
+    answered, likelihoods = read_answers(model, batches)
+    return {"extracted": 100.0 * answered.double().mean().item(), "nll": -torch.cat(likelihoods).mean().item()}
+
+
 def nll(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Nats per token of the answers."""
     return -torch.cat(token_log_likelihoods(model, batches)).mean().item()
@@ -187,8 +193,7 @@ class Measures:
         """Extraction and likelihood."""
         gone, kept = (texts.batches(self.tokens, rows, 100) for rows in (self.gone, self.kept))
         return {
-            "extracted": extracted(model, gone),
-            "nll": nll(model, gone),
+            **asked(model, gone),
             "kept": extracted(model, kept),
             "perplexity": math.exp(nll(model, [texts.general_batch(p) for p in self.held_out.split(40)])),
         }

@@ -1,181 +1,130 @@
-"""Models and runs of the experiment on language models: what is missing is run, what is there is kept."""
+"""The experiment on language models: what is missing is run, in several processes; what is there is kept."""
 
+import functools
 import json
+import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ...errors import UsageError
 from ...extras import needed
-from ...posterior import Posterior
+from ...files import write_text
 from ...report import write_json
-from . import models, tables, texts
-from .arms import Arm, Followed, at_depth, prepared, unlearned
-from .models import Measures
-from .settings import ARMS, DEPTH, DEPTHS, GRIDS, STRENGTHS
+from ..runner import alone
+from ..workers import Pool, done
+from . import models, tables
+from .arms import Arm
+from .settings import ARMS, DEPTH, GRIDS, STRENGTHS
+from .workshop import BEFORE, RETRAINING, Case, Workshop, say
 
 with needed("language"):
-    from transformers import GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
 
 SCENARIOS = ("codes", "authors", "canaries")
 SEEDS = (1, 2, 3)
 """Of the tables."""
-ENOUGH = 5.0
-"""Extracted answers, in percent, at which AdamW's losses, which say nothing of an end, are stopped."""
+
+Place = tuple[Path, Path | None, models.Size]
+"""What a `Workshop` is made of."""
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+@dataclass(frozen=True)
+class Job:
+    """A part of the experiment that a worker does.
 
-
-class Workshop:
-    """Texts and trained models of the seeds, kept in a folder.
-
-    Args:
-        folder: of the models.
-        text: a file of general text in place of Python's own.
-        size: of everything.
+    Attributes:
+        seed: of the models; without one the part is pretraining.
+        scenario, name: of the row or the curve; without them the part is the model that knows all rows, prepared.
+        arm: that forgets; without one the row is of the model before or of the retrained one.
     """
 
-    def __init__(self, folder: Path, text: Path | None, size: models.Size) -> None:
-        self.folder, self.size = folder, size
-        folder.mkdir(parents=True, exist_ok=True)
-        general = texts.general_text(text, docstrings=size.docstrings)
-        shapes = [f"{r.question}{r.answer}" for r in texts.authors(100, 10**6)]
-        self.tokens = texts.tokenizer(general + shapes)
-        pieces = texts.pieces(self.tokens, general)
-        self.held_out, self.general = pieces[: models.HELD_OUT], pieces[models.HELD_OUT :]
-        say(f"{len(self.general)} pieces of {texts.LENGTH} tokens of general text")
+    seed: int | None = None
+    scenario: str = ""
+    name: str = ""
+    arm: Arm | None = None
 
-    def rows(self, seed: int) -> list[texts.Row]:
-        """All that a model of this seed is to know by heart."""
-        return texts.authors(self.size.authors, seed) + texts.canaries(self.size.vaults, seed)
+    def needs(self) -> tuple["Job", ...]:
+        """Parts whose models this one reads."""
+        if self.seed is None:
+            return ()
+        return (Job(self.seed),) if self.name else (Job(),)
 
-    def base(self) -> nn.Module:
-        """The pretrained model, the same for all seeds."""
-        return self._kept("base", lambda: models.pretrain(self.size, self.general, 0, say))
-
-    def memorised(self, seed: int, without: str = "") -> nn.Module:
-        """The model that knows all rows by heart, or all but those of a scenario."""
-        rows = [r for r in self.rows(seed) if not (without and self.is_gone(without, r))]
-        batches = texts.batches(self.tokens, rows, end=True)
-        name = f"seed-{seed}" + (f"-without-{without}" if without else "")
-        return self._kept(name, lambda: models.memorise(self.size, self.base(), batches, self.general, seed, say))
-
-    def prior(self, seed: int, model: nn.Module) -> Posterior:
-        """The posterior of `memorised`."""
-        file = self.folder / f"seed-{seed}.safetensors"
-        if not file.exists():
-            say("preparing")
-            batches = texts.batches(self.tokens, self.rows(seed), end=True)
-            prepared(model, batches, self.general, seed).save(file)
-        return Posterior.load(file, model=model)
-
-    def is_gone(self, scenario: str, row: texts.Row) -> bool:
-        """Whether a scenario's request is for this row."""
-        if scenario == "authors":
-            return row.kind != "canary" and row.owner < self.size.gone
-        return row.kind == {"codes": "code", "canaries": "canary"}[scenario]
-
-    def is_kept(self, scenario: str, row: texts.Row) -> bool:
-        """Whether it is among the answers that should stay: the authors' others, where codes go."""
-        return not self.is_gone(scenario, row) and not (scenario == "codes" and row.kind == "canary")
-
-    def _kept(self, name: str, make: Any) -> nn.Module:
-        if not (self.folder / name / "config.json").exists():
-            say(f"training {name}")
-            make().save_pretrained(self.folder / name)
-        model: nn.Module = GPT2LMHeadModel.from_pretrained(self.folder / name)
-        return model.eval()
-
-
-class Case:
-    """One scenario of one seed."""
-
-    def __init__(self, shop: Workshop, scenario: str, seed: int) -> None:
-        rows = shop.rows(seed)
-        self.seed = seed
-        gone = [r for r in rows if shop.is_gone(scenario, r)]
-        self.measures = Measures(shop.tokens, gone, [r for r in rows if shop.is_kept(scenario, r)], shop.held_out)
-        self.model = shop.memorised(seed)
-        self.prior = shop.prior(seed, self.model)
-        self.forgotten = texts.batches(shop.tokens, gone)
-        kept = [r for r in rows if not shop.is_gone(scenario, r)]
-        self.retained: tuple[list[Any], Tensor] = texts.batches(shop.tokens, kept, end=True), shop.general
-
-    def follow(self, stop: Any, every: int = 1) -> Followed:
-        """What looks at a run on its way."""
-        gone, kept = (texts.batches(self.measures.tokens, r, 100) for r in (self.measures.gone, self.measures.kept))
-        return Followed(gone, kept, stop, every)
-
-    def forgot(self, arm: Arm) -> dict[str, Any]:
-        """An arm of the table, with all measures."""
-        stopped = arm.kind != "ours" and arm.stopped
-
-        def ends(look: dict[str, float]) -> bool:
-            enough = look["extracted"] <= ENOUGH if arm.nats is None else look["nll"] >= arm.nats
-            return stopped and enough
-
-        follow = self.follow(ends, every=1 if stopped else arm.steps)
-        model, facts = self._run(arm, follow)
-        return {**facts, **self.measures.quickly(model), **self.measures.slowly(model)}
-
-    def deep(self, arm: Arm) -> dict[str, Any]:
-        """An arm on its way to the depth at which arms are compared, and a little further."""
-        follow = self.follow(lambda look: look["nll"] >= max(DEPTHS), every=2)
-        _, facts = self._run(arm, follow)
-        return {**facts, "looks": follow.looks, "at": {str(d): at_depth(follow.looks, d) for d in DEPTHS}}
-
-    def _run(self, arm: Arm, follow: Followed) -> tuple[nn.Module, dict[str, Any]]:
-        return unlearned(arm, self.model, self.prior, self.forgotten, self.retained, follow, self.seed)
+    def do(self, shop: Workshop) -> dict[str, Any]:
+        """What was measured; nothing of models."""
+        if self.seed is None:
+            shop.base()
+            return {}
+        if not self.name:
+            shop.prior(self.seed, shop.memorised(self.seed))
+            return {}
+        return Case(shop, self.scenario, self.seed).measured(self.name, self.arm)
 
 
 def named(scenario: str) -> list[str]:
     """What the table and the curves of a scenario are made of, in their order."""
-    return ["before", *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), "retraining"]
+    return [BEFORE, *ARMS[scenario], *(DEPTH if scenario == "codes" else ()), RETRAINING]
 
 
-def missing(shop: Workshop, scenario: str, seed: int, done: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The table's rows and the curves that are not there yet."""
-    names = named(scenario)
-    if not set(names) - done:
-        return
-    case = Case(shop, scenario, seed)
-    for name in (n for n in names if n not in done):
-        start = time.perf_counter()
-        if name in ("before", "retraining"):
-            model = case.model if name == "before" else shop.memorised(seed, without=scenario)
-            found = {**case.measures.quickly(model), **case.measures.slowly(model)}
-        elif name in ARMS[scenario]:
-            found = case.forgot(ARMS[scenario][name])
-        else:
-            found = case.deep(DEPTH[name])
+def rows(scenario: str, seed: int) -> list[Job]:
+    """All rows and curves, from the end of the table: what takes longest comes first, so that workers end together."""
+    return [Job(seed, scenario, n, {**DEPTH, **ARMS[scenario]}.get(n)) for n in reversed(named(scenario))]
+
+
+def with_models(jobs: Collection[Job]) -> dict[Job, tuple[Job, ...]]:
+    """Jobs and the models that they need, with what each needs: models first."""
+    own = dict.fromkeys(model for job in jobs for model in job.needs())
+    return {job: job.needs() for job in (*([Job()] if own else []), *own, *jobs)}
+
+
+def measured(place: Place, jobs: Collection[Job], workers: int, threads: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Do the jobs, and the models that they need, and yield each that measures something when it is done."""
+    with Pool(["cpu"] * workers, threads) as pool:
+
+        def start(job: Job) -> Future[dict[str, Any]]:
+            return pool.submit(_work, place, job)
+
+        for job, future in done(with_models(jobs), start, workers):
+            found = future.result()
+            if job.name:
+                yield job, found
+
+
+def _work(place: Place, job: Job) -> dict[str, Any]:
+    start = time.perf_counter()
+    found = job.do(_workshop(place))
+    if job.name:
         shown = found.get("at") or {k: round(v, 2) for k, v in found.items() if isinstance(v, float)}
-        say(f"seed {seed}, {scenario}, {name}: {shown} ({time.perf_counter() - start:.0f} s)")
-        yield name, found
+        say(f"seed {job.seed}, {job.scenario}, {job.name}: {shown} ({time.perf_counter() - start:.0f} s)")
+    return found
 
 
-def tune(shop: Workshop, out: Path) -> None:
-    """Every strength and step size of the grids on seed 0."""
-    case = Case(shop, "codes", 0)
+@functools.lru_cache(maxsize=1)
+def _workshop(place: Place) -> Workshop:
+    disable_progress_bar()  # of reading and writing models, in this process
+    return Workshop(*place)
+
+
+def trials() -> dict[str, Arm]:
+    """Every strength and step size of the grids."""
+    tried = {f"{n}, {v:g} tokens": replace(arm, tokens=v) for n, (arm, grid) in STRENGTHS.items() for v in grid}
+    return tried | {f"{n}, lr {v:g}": replace(arm, lr=v) for n, (arm, grid) in GRIDS.items() for v in grid}
+
+
+def tune(place: Place, out: Path, workers: int, threads: int) -> None:
+    """Every trial that is not in ``tuning.json`` yet, on seed 0."""
     file = out / "tuning.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    trials = {f"{n}, {v:g} tokens": replace(arm, tokens=v) for n, (arm, tried) in STRENGTHS.items() for v in tried}
-    trials |= {f"{n}, lr {v:g}": replace(arm, lr=v) for n, (arm, tried) in GRIDS.items() for v in tried}
-    for name, arm in trials.items():
-        if name in found:
-            continue
-        found[name] = (case.deep if name.startswith("depth") else case.forgot)(arm)
-        found[name].pop("looks", None)
-        write_json(file, found)
-        say(f"{name}: {found[name]}")
+    jobs = [Job(0, "codes", name, arm) for name, arm in trials().items() if name not in found]
+    for job, result in measured(place, jobs, workers, threads):
+        found[job.name] = {k: v for k, v in result.items() if k != "looks"}
+        write_json(file, {name: found[name] for name in trials() if name in found})
 
 
 def run(
@@ -186,10 +135,13 @@ def run(
     scenarios: Sequence[str] = SCENARIOS,
     text: Path | None = None,
     size: str = "full",
+    workers: int = 0,
     threads: int = 1,
     tuning: bool = False,
 ) -> list[dict[str, Any]]:
     """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``; returns all runs.
+
+    Results do not depend on ``workers``.
 
     Args:
         out: folder of the results.
@@ -197,35 +149,41 @@ def run(
         seeds, scenarios: that are run.
         text: a file of general text in place of Python's own.
         size: a name in `models.SIZES`.
-        threads: of the CPU.
+        workers: processes; 0 for one per CPU core.
+        threads: CPU threads of each.
         tuning: try the step sizes of the grids on seed 0 instead, and write ``tuning.json``.
 
     Raises:
-        UsageError: a name is unknown.
+        UsageError: a name is unknown, another process writes to ``out``, or ``out`` holds another experiment's runs.
     """
     for value, known in ((size, list(models.SIZES)), *((name, list(SCENARIOS)) for name in scenarios)):
         if value not in known:
             raise UsageError(f"{value!r} is unknown; choose {', '.join(known)}")
-    torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(folder, text, models.SIZES[size])
-    file = out / "language.json"
-    runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
-    if tuning:
-        tune(shop, out)
-        return runs
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    facts = {"size": size, "text": "Python's own" if text is None else text.name, **versions, "threads": threads}
-    for name, seed in ((c, s) for c in scenarios for s in seeds):
-        done = {r["name"] for r in runs if (r["scenario"], r["seed"]) == (name, seed)}
-        for arm, found in missing(shop, name, seed, done):
-            runs.append({"scenario": name, "seed": seed, "name": arm, **found})
+    workers = workers or os.cpu_count() or 1
+    place = folder, text, models.SIZES[size]
+    with alone(out):
+        file = out / "language.json"
+        stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        runs: list[dict[str, Any]] = stored.get("runs", [])
+        if tuning:
+            tune(place, out, workers, threads)
+            return runs
+        told = {"size": size, "text": "Python's own" if text is None else text.name}
+        for key, value in told.items():
+            if stored.get(key, value) != value:
+                raise UsageError(f"{file} is of {key} {stored[key]!r}, not {value!r}; choose another folder")
+        facts = told | {"python": platform.python_version(), "torch": torch.__version__, "threads": threads}
+        there = {(r["seed"], r["scenario"], r["name"]) for r in runs}
+        wanted = [job for name in scenarios for seed in seeds for job in rows(name, seed)]
+        jobs = [job for job in wanted if (job.seed, job.scenario, job.name) not in there]
+        for job, found in measured(place, jobs, workers, threads):
+            runs.append({"scenario": job.scenario, "seed": job.seed, "name": job.name, **found})
             _write(out, facts, runs)
-    tables.figure(runs, out / "language.png")
-    return runs
+        tables.figure(runs, out / "language.png")
+        return runs
 
 
-def _write(out: Path, facts: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+def _write(out: Path, facts: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
     runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"], named(r["scenario"]).index(r["name"])))
-    write_json(out / "language.json", facts | {"runs": runs})
-    (out / "language.md").write_text(tables.table(runs))
+    write_json(out / "language.json", {**facts, "runs": runs})
+    write_text(out / "language.md", tables.table(runs))

@@ -12,6 +12,12 @@ _UNIFORM: dict[str, Any] = {"objective": "uniform-others", "steps": 150, "level"
 _BOUNDED: dict[str, Any] = {"threshold": math.exp(-10.0)}
 _TO_10_NATS = "no prior, bounded-ce to 10 nats"
 
+
+def is_curve(name: str) -> bool:
+    """Whether an arm of this name is followed to a depth and compared there, and is no row of a table."""
+    return name.startswith("depth, ")
+
+
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
     "depth, uniform-others: learned std": (Arm("ours", 0.1, **_UNIFORM), (0.1, 0.3, 1.0, 3.0)),
     "depth, uniform-others: constant std": (
@@ -66,7 +72,7 @@ ANCHORED = {
 }
 REPAIRED = {"NPO (retain data), 100 steps": Arm("npo", 3e-4, retain=True, stopped=False)}
 """Reads retained data long enough to learn again what goes with the forgotten."""
-DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if name.startswith("depth")}
+DEPTH = {name: arm for name, (arm, _) in GRIDS.items() if is_curve(name)}
 """Of the curves at matched depth."""
 _OTHERS = {k: arm for k, (arm, _) in GRIDS.items() if k not in {*DEPTH, _TO_10_NATS}}
 ARMS: dict[str, dict[str, Arm]] = {

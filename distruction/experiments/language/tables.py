@@ -1,11 +1,12 @@
 """Tables and the figure of the runs."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...extras import needed
+from ...files import write_atomically
 
 with needed("experiments"):
     from matplotlib.figure import Figure
@@ -26,11 +27,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = []
     before = {(r["scenario"], r["seed"]): r["perplexity"] for r in runs if r["name"] == "before"}
     for scenario in dict.fromkeys(r["scenario"] for r in runs):
-        own = [
-            r | {"change": 100 * (r["perplexity"] / before[r["scenario"], r["seed"]] - 1)}
-            for r in runs
-            if r["scenario"] == scenario and "perplexity" in r
-        ]
+        own = [_with_change(r, before) for r in runs if r["scenario"] == scenario and "perplexity" in r]
         seeds = sorted({r["seed"] for r in own})
         lines += [f"**{scenario}, {_named(seeds)}**", "", *_head("", COLUMNS.values())]
         for name in dict.fromkeys(r["name"] for r in own):
@@ -41,6 +38,11 @@ def table(runs: list[dict[str, Any]]) -> str:
     if deep:
         lines += _at_depth(deep)
     return "\n".join(lines)
+
+
+def _with_change(run: dict[str, Any], before: Mapping[tuple[str, int], float]) -> dict[str, Any]:
+    own = before.get((run["scenario"], run["seed"]))  # not there yet, while workers are busy
+    return run if own is None else run | {"change": 100 * (run["perplexity"] / own - 1)}
 
 
 def _named(seeds: list[int]) -> str:
@@ -111,4 +113,4 @@ def figure(runs: list[dict[str, Any]], path: Path) -> None:
         ax.grid(alpha=0.3)
         ax.legend()
     axes[0, 0].set_ylabel("other answers kept, %")
-    fig.savefig(path, dpi=130)
+    write_atomically(path, lambda name: fig.savefig(name, dpi=130))
