@@ -10,6 +10,7 @@ import typer
 
 from distruction.experiments import language
 from distruction.experiments.language import models, tables
+from distruction.files import write_text
 
 
 def main(
@@ -42,7 +43,7 @@ def main(
         tuning=tuning,
     )
     if page is not None:
-        page.write_text(tables.on_page(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
+        write_text(page, tables.on_page(page.read_text(encoding="utf-8"), runs))
     print(tables.table(runs))
 
 

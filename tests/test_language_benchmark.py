@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from distruction import cli
-from distruction.errors import UsageError
+from distruction.errors import DistructionError, UsageError
 from distruction.experiments import runner
 from distruction.experiments.language import arms, models, settings, tables, texts, workshop
 from distruction.experiments.language import runs as command
@@ -106,29 +106,26 @@ def test_every_arm_runs_and_is_in_the_tables(shop, tmp_path, monkeypatch):
 
 def test_several_workers_find_what_one_finds_and_do_what_is_missing_alone(shop, tmp_path, monkeypatch):
     monkeypatch.setitem(models.SIZES, "tiny", TINY)
-    ours = short({"ours": settings.OURS["ours, uniform-others"], "GA": arms.Arm("ascent", 1e-4)})
-    monkeypatch.setattr(command, "ARMS", {"codes": ours})
+    good = short({"ours": settings.OURS["ours, uniform-others"], "GA": arms.Arm("ascent", 1e-4)})
+    monkeypatch.setattr(command, "ARMS", {"codes": {"bad": arms.Arm("nothing", 1e-4), **good}})
     monkeypatch.setattr(command, "DEPTH", {})
+    text = tmp_path / "general.txt"
+    text.write_bytes((shop.folder.parent / text.name).read_bytes())
 
     def run(workers, **more):
-        return command.run(
-            tmp_path / "out",
-            tmp_path / "models",
-            seeds=[1, 2],
-            scenarios=["codes"],
-            text=shop.folder.parent / "general.txt",
-            size="tiny",
-            workers=workers,
-            **more,
-        )
+        given = {"text": text, "size": "tiny", **more}
+        out, models = tmp_path / "out", tmp_path / "models"
+        return command.run(out, models, seeds=[1, 2], scenarios=["codes"], workers=workers, **given)
 
-    whole = run(2)
-    assert [(r["seed"], r["name"]) for r in whole] == [
-        (seed, name) for seed in (1, 2) for name in ("before", "ours", "GA", "retraining")
-    ]
+    with pytest.raises(DistructionError, match=r"seed 1, codes, bad \(.*seed 2, codes, bad \(|seed 2.*seed 1"):
+        run(2)
     file = tmp_path / "out/language.json"
     stored = json.loads(file.read_text())
-    assert stored["runs"] == whole
+    whole = stored["runs"]
+    names = ["before", "ours", "GA", "retraining"]  # all others are done
+    assert [(r["seed"], r["name"]) for r in whole] == [(seed, name) for seed in (1, 2) for name in names]
+    assert "| GA |" in (tmp_path / "out/language.md").read_text()
+    monkeypatch.setattr(command, "ARMS", {"codes": good})
     left_out = {(1, "ours"), (2, "retraining")}
     stored["runs"] = [r for r in whole if (r["seed"], r["name"]) not in left_out]
     file.write_text(json.dumps(stored))
@@ -136,14 +133,23 @@ def test_several_workers_find_what_one_finds_and_do_what_is_missing_alone(shop, 
     for before, after in zip(whole, again, strict=True):
         same = before.keys() - ({"seconds"} if (before["seed"], before["name"]) in left_out else set())
         assert {k: before[k] for k in same} == {k: after[k] for k in same}
-    with runner.alone(tmp_path / "out"), pytest.raises(UsageError, match="another bench"):
+    assert json.loads(file.read_text())["runs"] == again == run(1)  # nothing is missing
+
+    for folder in ("out", "models"):
+        with runner.alone(tmp_path / folder), pytest.raises(UsageError, match="another bench"):
+            run(1)
+    with pytest.raises(UsageError, match=r"of threads 1, not 2; choose another folder"):
+        run(1, threads=2)
+    monkeypatch.setitem(models.SIZES, "small", TINY)
+    with pytest.raises(UsageError, match=r"of size 'tiny', not 'small'"):
+        run(1, size="small")
+    text.write_text("Another text of the same name.")
+    with pytest.raises(UsageError, match=r"language.json is of text 'general\.txt, sha256"):
         run(1)
-    monkeypatch.setitem(models.SIZES, "tiny", replace(TINY, width=8))
-    assert run(1) == again  # nothing is missing
-    with pytest.raises(UsageError, match="of size 'tiny', not 'full'"):
-        command.run(tmp_path / "out", tmp_path / "models", text=shop.folder.parent / "general.txt")
-    with pytest.raises(UsageError, match=r"of text 'general\.txt', not"):
-        command.run(tmp_path / "out", tmp_path / "models", size="tiny")
+    file.unlink()
+    with pytest.raises(UsageError, match=r"made_of.json is of text 'general\.txt, sha256"):
+        run(1, tuning=True)
+    assert not file.exists()
 
 
 def test_models_come_before_what_reads_them():

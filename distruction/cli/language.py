@@ -115,7 +115,7 @@ def evaluate(model: str, *, data: Path | None, device: str, images: dict[str, An
     """Perplexity of the tokens that the texts ask for, and the share of answers that greedy decoding gives."""
     _only(**images)
     source = open_language_model(model, device=device_of(device))
-    batches = list(_texts(source, data, batch_size))
+    batches = _texts(source, data, batch_size)
     answered, likelihoods = language_metrics.read_answers(source.network, batches)
     row = {"perplexity": language_metrics.perplexity(likelihoods), "answered": 100.0 * answered.double().mean().item()}
     columns = {"perplexity": "perplexity", "answered": "given by greedy decoding, %"}

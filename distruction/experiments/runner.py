@@ -49,7 +49,7 @@ def alone(root: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UsageError(f"another bench is running in {root}; wait for it or choose another --out") from error
+        raise UsageError(f"another bench is running in {root}; wait for it or choose another folder") from error
     try:
         yield
     finally:

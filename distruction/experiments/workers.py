@@ -29,8 +29,8 @@ def done(
 ) -> Iterator[tuple[Key, Future[Result]]]:
     """Start every job once all that it needs ended well, and yield each with its future when it has ended.
 
-    Jobs that are ready start in the order of ``needs``. One that needs a job that failed is never started; one whose
-    process died is started again, at most `ATTEMPTS` times alone.
+    Jobs start in the order in which they became ready, those that did so together in that of ``needs``. One that needs
+    a job that failed is never started; one whose process died is started again, at most `ATTEMPTS` times alone.
 
     Args:
         needs: job to the jobs that it needs, all of which are keys too.
@@ -84,7 +84,8 @@ class Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.executor.shutdown(wait=error[0] is None, cancel_futures=True)
+        # Nobody may write what workers write before these have ended, whatever the error.
+        self.executor.shutdown(cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:
         # Forking a process that has started threads or CUDA is not safe.

@@ -19,7 +19,7 @@ from ...objectives import BoundedCrossEntropy, uniform_others
 from ...posterior import Posterior
 from ...preparation import prepare
 from . import texts
-from .models import Batch, asked, cross_entropy, extracted
+from .models import Batch, cross_entropy, extracted, extracted_and_nll
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Followed:
         """Look if it is time; whether to end."""
         if step % self.every:
             return False
-        look = {"step": step, **asked(model, self.gone)}
+        look = {"step": step, **extracted_and_nll(model, self.gone)}
         if self.kept:
             look["kept"] = extracted(model, self.kept)
         self.looks.append(look)

@@ -161,8 +161,8 @@ def extracted(model: nn.Module, batches: Iterable[Batch]) -> float:
     return 100.0 * greedily_answered(model, batches).double().mean().item()
 
 
-def asked(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """`extracted` and `nll` of the same answers."""
+def extracted_and_nll(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """`extracted` and `nll` of the same answers, by these names."""
     answered, likelihoods = read_answers(model, batches)
     return {"extracted": 100.0 * answered.double().mean().item(), "nll": -torch.cat(likelihoods).mean().item()}
 
@@ -193,7 +193,7 @@ class Measures:
         """Extraction and likelihood."""
         gone, kept = (texts.batches(self.tokens, rows, 100) for rows in (self.gone, self.kept))
         return {
-            **asked(model, gone),
+            **extracted_and_nll(model, gone),
             "kept": extracted(model, kept),
             "perplexity": math.exp(nll(model, [texts.general_batch(p) for p in self.held_out.split(40)])),
         }

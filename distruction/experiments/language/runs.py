@@ -1,10 +1,13 @@
 """The experiment on language models: what is missing is run, in several processes; what is there is kept."""
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 import platform
 import time
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ...errors import UsageError
+from ...errors import DistructionError, UsageError
 from ...extras import needed
 from ...files import write_text
 from ...report import write_json
@@ -50,6 +53,13 @@ class Job:
     name: str = ""
     arm: Arm | None = None
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        if self.seed is None:
+            return "pretraining"
+        return ", ".join(filter(None, [f"seed {self.seed}", self.scenario, self.name or "its model"]))
+
     def needs(self) -> tuple["Job", ...]:
         """Parts whose models this one reads."""
         if self.seed is None:
@@ -84,16 +94,29 @@ def with_models(jobs: Collection[Job]) -> dict[Job, tuple[Job, ...]]:
 
 
 def measured(place: Place, jobs: Collection[Job], workers: int, threads: int) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Do the jobs, and the models that they need, and yield each that measures something when it is done."""
+    """Do the jobs, and the models that they need, and yield each that measures something when it is done.
+
+    Raises:
+        DistructionError: jobs failed; all others, but for those that need them, are done.
+    """
+    failed = []
     with Pool(["cpu"] * workers, threads) as pool:
 
         def start(job: Job) -> Future[dict[str, Any]]:
             return pool.submit(_work, place, job)
 
         for job, future in done(with_models(jobs), start, workers):
-            found = future.result()
-            if job.name:
-                yield job, found
+            error = future.exception()
+            if error is None:
+                if job.name:
+                    yield job, future.result()
+            elif isinstance(error, Exception):
+                say(f"{job.title} failed: {''.join(traceback.format_exception(error)).strip()}")
+                failed.append(f"{job.title} ({error})")
+            else:
+                raise error
+    if failed:
+        raise DistructionError(f"failed, and what needs them was not run: {'; '.join(failed)}. What is done is kept.")
 
 
 def _work(place: Place, job: Job) -> dict[str, Any]:
@@ -101,7 +124,7 @@ def _work(place: Place, job: Job) -> dict[str, Any]:
     found = job.do(_workshop(place))
     if job.name:
         shown = found.get("at") or {k: round(v, 2) for k, v in found.items() if isinstance(v, float)}
-        say(f"seed {job.seed}, {job.scenario}, {job.name}: {shown} ({time.perf_counter() - start:.0f} s)")
+        say(f"{job.title}: {shown} ({time.perf_counter() - start:.0f} s)")
     return found
 
 
@@ -120,11 +143,12 @@ def trials() -> dict[str, Arm]:
 def tune(place: Place, out: Path, workers: int, threads: int) -> None:
     """Every trial that is not in ``tuning.json`` yet, on seed 0."""
     file = out / "tuning.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found = _stored(file)
     jobs = [Job(0, "codes", name, arm) for name, arm in trials().items() if name not in found]
     for job, result in measured(place, jobs, workers, threads):
         found[job.name] = {k: v for k, v in result.items() if k != "looks"}
-        write_json(file, {name: found[name] for name in trials() if name in found})
+        ordered = {name: found[name] for name in trials() if name in found}
+        write_json(file, ordered | found)
 
 
 def run(
@@ -141,7 +165,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Run what is missing and write ``language.json``, ``language.md`` and ``language.png``; returns all runs.
 
-    Results do not depend on ``workers``.
+    Results, but for ``seconds``, do not depend on ``workers``.
 
     Args:
         out: folder of the results.
@@ -154,36 +178,63 @@ def run(
         tuning: try the step sizes of the grids on seed 0 instead, and write ``tuning.json``.
 
     Raises:
-        UsageError: a name is unknown, another process writes to ``out``, or ``out`` holds another experiment's runs.
+        UsageError: a name is unknown, another process writes to a folder, or one is of another size or other texts, or
+            of other ``threads``, with which models are others.
+        DistructionError: see `measured`.
     """
     for value, known in ((size, list(models.SIZES)), *((name, list(SCENARIOS)) for name in scenarios)):
         if value not in known:
             raise UsageError(f"{value!r} is unknown; choose {', '.join(known)}")
     workers = workers or os.cpu_count() or 1
     place = folder, text, models.SIZES[size]
-    with alone(out):
-        file = out / "language.json"
-        stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        runs: list[dict[str, Any]] = stored.get("runs", [])
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    facts = {"size": size, "text": _name(text), **versions, "threads": threads}
+    with contextlib.ExitStack() as locks:
+        for path in {out.resolve(), folder.resolve()}:
+            locks.enter_context(alone(path))
+        stored, made_of = _stored(out / "language.json"), folder / "made_of.json"
+        for file, found in ((out / "language.json", stored), (made_of, _stored(made_of))):
+            _check_same(file, found, facts)
+        if not made_of.exists():
+            write_json(made_of, facts)
         if tuning:
             tune(place, out, workers, threads)
-            return runs
-        told = {"size": size, "text": "Python's own" if text is None else text.name}
-        for key, value in told.items():
-            if stored.get(key, value) != value:
-                raise UsageError(f"{file} is of {key} {stored[key]!r}, not {value!r}; choose another folder")
-        facts = told | {"python": platform.python_version(), "torch": torch.__version__, "threads": threads}
+            return list(stored.get("runs", []))
+        runs: list[dict[str, Any]] = stored.get("runs", [])
         there = {(r["seed"], r["scenario"], r["name"]) for r in runs}
         wanted = [job for name in scenarios for seed in seeds for job in rows(name, seed)]
         jobs = [job for job in wanted if (job.seed, job.scenario, job.name) not in there]
-        for job, found in measured(place, jobs, workers, threads):
-            runs.append({"scenario": job.scenario, "seed": job.seed, "name": job.name, **found})
-            _write(out, facts, runs)
+        try:
+            for job, found in measured(place, jobs, workers, threads):
+                runs.append({"scenario": job.scenario, "seed": job.seed, "name": job.name, **found})
+                runs.sort(key=_place)
+                write_json(out / "language.json", {**facts, "runs": runs})
+        finally:
+            write_text(out / "language.md", tables.table(runs))
         tables.figure(runs, out / "language.png")
         return runs
 
 
-def _write(out: Path, facts: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
-    runs.sort(key=lambda r: (SCENARIOS.index(r["scenario"]), r["seed"], named(r["scenario"]).index(r["name"])))
-    write_json(out / "language.json", {**facts, "runs": runs})
-    write_text(out / "language.md", tables.table(runs))
+def _place(run: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Where a run stands among all others."""
+    return SCENARIOS.index(run["scenario"]), run["seed"], named(run["scenario"]).index(run["name"])
+
+
+def _name(text: Path | None) -> str:
+    """Of the general text: Python's own differs from one version to the next."""
+    if text is None:
+        return "Python's own"
+    return f"{text.name}, sha256 {hashlib.sha256(text.read_bytes()).hexdigest()}"
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
+def _check_same(file: Path, found: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Models and results of other settings are not gone on with."""
+    compared = ["size", "text", "threads", *(["python"] if facts["text"] == _name(None) else [])]
+    for name in compared:
+        if found.get(name, facts[name]) != facts[name]:
+            raise UsageError(f"{file} is of {name} {found[name]!r}, not {facts[name]!r}; choose another folder")

@@ -82,7 +82,7 @@ class Workshop:
         return not self.is_gone(scenario, row) and not (scenario == "codes" and row.kind == "canary")
 
     def _kept(self, name: str, make: Callable[[Callable[[str], None]], Any]) -> nn.Module:
-        if not (self.folder / name).exists():
+        if not (self.folder / name / "model.safetensors").exists():
             say(f"{name}: training")
             made = make(lambda text: say(f"{name}: {text}"))
             with folder(self.folder / name, overwrite=True) as draft:
