@@ -1,5 +1,6 @@
 """The benchmarks: the harness's arithmetic, and that the peers do the work that they are compared by."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -18,8 +19,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks import contestants, gpu, harness, memory, models, our_ops, priors, profile, tables
-from distruction import Posterior, methods, scenarios
+from benchmarks import contestants, gpu, harness, memory, models, our_ops, priors, profile, tables, tune
+from distruction import Posterior, experiments, methods, scenarios
+from distruction.experiments import runner
 from distruction.experiments.grid import tomllib
 from distruction.ops import backends
 
@@ -57,6 +59,101 @@ def test_tuning_gives_every_method_eight_trials_of_settings_that_it_has(plan):
         for method, options in plan.get(name, {}).items():
             methods.check(method, options)
             assert math.prod(map(len, options.values())) == 8
+
+
+def test_trials_are_of_the_plans_classes_on_held_out_data_and_written_best_first(tmp_path, monkeypatch):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'preset = "digits"\ntarget = { full-class = "8", sub-class = "3" }\nseed = 3\n'
+        "[trials]\nssd = { alpha = [1.0, 2.0, 3.0] }\n[random]\nssd = { alpha = [0.5, 1.0, 2.0] }\n"
+    )
+    numbers = {  # retraining first
+        "full-class": [(99, 0), (99.5, 6), (80, 4.9), (85, 0)],
+        "sub-class": [(99, 50), (90, 30), (70, 5.1), (60, 6)],
+        "random": [(98, 90, 50), (98, 90, 80), (90, 82, 50), (98, 95, 50)],
+    }
+
+    def collected(cells, store):
+        found = []
+        for job in cells:
+            scenario = job.facts["split"]["scenario"]
+            own = numbers[scenario][sum(c.scenario == scenario for c in found)]
+            measured = dict(zip(tune.GAPS, own, strict=False))
+            found.append(
+                SimpleNamespace(
+                    scenario=scenario, method=job.facts["method"], settings=job.facts["settings"], numbers=measured
+                )
+            )
+        return found
+
+    asked = []
+    monkeypatch.setattr(runner, "run", lambda cells, *given, **more: asked.extend(cells) or runner.Outcome())
+    monkeypatch.setattr(tune, "collect", collected)
+    tune.main(plan, tmp_path / "out")
+    assert {(j.facts["split"]["scenario"], j.facts["split"]["target"]) for j in asked} == {
+        ("full-class", "8"),
+        ("sub-class", "3"),
+        ("random", ""),
+    }
+    assert {j.facts["model"]["data"]["validation"] for j in asked} == {0.2}
+    assert {j.facts["model"]["seed"] for j in asked} == {3}
+    assert all(j.facts["measure"]["brief"] == (j.facts["split"]["scenario"] != "random") for j in asked)
+    found = json.loads((tmp_path / "out/trials.json").read_text())
+    order = {s: [t["settings"]["alpha"] for t in found if (t["scenario"], t["method"]) == (s, "ssd")] for s in numbers}
+    # D_r among those of D_f <= 5; else the lowest D_f; nearest to retraining.
+    assert order == {"full-class": [3.0, 2.0, 1.0], "sub-class": [2.0, 3.0, 1.0], "random": [2.0, 1.0, 0.5]}
+
+
+def test_the_settings_of_fashion_are_those_of_its_best_trials():
+    trials = json.loads((ROOT / "benchmarks/results/tuning/fashion.json").read_text())
+    grid = experiments.preset("fashion")
+    tuned = set(grid.methods) - {"baseline", "retrain", "distruction-auto"}
+    for scenario in ("full-class", "sub-class"):
+        for name in tuned:
+            own = [t for t in trials if (t["scenario"], t["method"]) == (scenario, name)]
+            assert len(own) == 8
+            if forgot := [t for t in own if t["forget"] <= 5.0]:
+                best = max(forgot, key=lambda t: t["retain"])
+            else:
+                best = min(own, key=lambda t: t["forget"])
+            assert grid.settings_of(name, scenario) == best["settings"]
+
+
+def test_what_the_page_says_of_fashions_methods_is_in_the_files():
+    page = " ".join((ROOT / "docs/results.md").read_text().split())
+    with open(ROOT / "benchmarks/results/fashion/summary.csv", newline="") as file:
+        mean = {(r["scenario"], r["method"], r["metric"]): float(r["mean"]) for r in csv.DictReader(file)}
+    trials = json.loads((ROOT / "benchmarks/results/tuning/fashion.json").read_text())
+    best = {
+        name: next(t for t in trials if (t["scenario"], t["method"]) == ("full-class", name))
+        for name in ("teacher", "scrub", "ssd")
+    }
+
+    def behind(scenario, name, other):
+        return mean[scenario, other, "retain"] - mean[scenario, name, "retain"]
+
+    ours = "distruction-auto"
+    less, published, delete, amnesiac = (
+        abs(behind("full-class", ours, name)) for name in ("retrain", "distruction", "delete", "amnesiac")
+    )
+    assert (
+        f"keeps {less:.1f} points less D_r than retraining, {published:.1f} more than DiStruction as published" in page
+    )
+    assert (
+        f"tuned and {delete:.1f} more than DELETE. Amnesiac, which reads all retain data, keeps {amnesiac:.1f} more"
+        in page
+    )
+    bags = [best[name]["forget"] for name in ("teacher", "scrub")]
+    sandals = [mean["full-class", name, "forget"] for name in ("teacher", "scrub")]
+    assert "leave {:.1f} and {:.1f} % of bags leave {:.0f} and {:.0f} % of sandals".format(*bags, *sandals) in page
+    kept = mean["full-class", "ssd", "retain"]
+    assert f"D_r is {best['ssd']['retain']:.1f} without bags, keep {kept:.1f} without sandals" in page
+    lost = [behind("sub-class", name, "baseline") for name in (ours, "distruction", "delete")]
+    assert "pays: {:.0f} points of D_r, DiStruction as published {:.0f} and DELETE {:.0f}".format(*lost) in page
+    assert f"reaches it, for {behind('sub-class', 'amnesiac', 'baseline'):.1f} points" in page
+    assert mean["sub-class", "amnesiac", "forget"] <= 5.0
+    destroyed = [t for t in trials if (t["scenario"], t["method"]) == ("sub-class", "ssd") and t["forget"] < 90.0]
+    assert max(t["retain"] for t in destroyed) < 20.0
 
 
 @pytest.fixture

@@ -59,8 +59,13 @@ class Job:
             yield Job("shadow", facts)
 
 
-def cells(grid: Grid, context: Context) -> list[Job]:
+def cells(grid: Grid, context: Context, *, brief: bool = False) -> list[Job]:
     """The cells of a grid, those of its sweep included, each once.
+
+    Args:
+        grid: scenarios, methods and seeds.
+        context: the data's folder.
+        brief: measure D_r and D_f alone, as everywhere in a sweep.
 
     Raises:
         UsageError: a data set is missing, a class or the model is unknown, or the pretrained weights cannot be used.
@@ -78,7 +83,8 @@ def cells(grid: Grid, context: Context) -> list[Job]:
                 if scenario.name not in methods.get(name).scenarios:
                     continue
                 for seed in grid.seeds:
-                    cell = _cell(grid, context, scenario, target, name, grid.settings_of(name, scenario.name), seed)
+                    settings = grid.settings_of(name, scenario.name)
+                    cell = _cell(grid, context, scenario, target, name, settings, seed, brief=brief)
                     found[cell.id] = cell
     for cell in sweep_cells(grid, context):
         found.setdefault(cell.id, cell)
