@@ -90,7 +90,8 @@ def main(
             print(f"\n[method.{method}.{name}]  # best of {len(ranked)}")
             for c in ranked:
                 shown = {m: c.numbers[m] for m in GAPS if m in c.numbers}
-                print(f"# {dict(c.settings)} { ({k: round(v, 1) for k, v in shown.items()}) }")
+                rounded = {m: round(value, 1) for m, value in shown.items()}
+                print(f"# {dict(c.settings)} {rounded}")
                 found.append({"scenario": name, "method": method, "settings": dict(c.settings), **shown})
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "trials.json", found)
