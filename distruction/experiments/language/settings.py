@@ -19,25 +19,25 @@ def is_curve(name: str) -> bool:
 
 
 GRIDS: dict[str, tuple[Arm, tuple[float, ...]]] = {
-    "depth, uniform-others: learned std": (Arm("ours", 0.1, **_UNIFORM), (0.1, 0.3, 1.0, 3.0)),
+    "depth, uniform-others: learned std": (Arm("ours", 3.0, **_UNIFORM), (0.1, 0.3, 1.0, 3.0)),
     "depth, uniform-others: constant std": (
         Arm("ours", 3.0, prior="constant", **_UNIFORM),
         (0.1, 0.3, 1.0, 3.0),
     ),
     "depth, uniform-others: no prior": (Arm("uniform-others", 1e-4, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
-    "depth, bounded-ce: learned std": (Arm("ours", 0.3, **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
+    "depth, bounded-ce: learned std": (Arm("ours", 1.0, **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
     "depth, bounded-ce: constant std": (Arm("ours", 1.0, prior="constant", **_BOUNDED, **_OURS), (0.3, 1.0, 3.0)),
-    "depth, bounded-ce: no prior": (Arm("bounded", 3e-5, **_BOUNDED, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
+    "depth, bounded-ce: no prior": (Arm("bounded", 1e-5, **_BOUNDED, steps=150), (1e-5, 3e-5, 1e-4, 3e-4)),
     _TO_10_NATS: (
         Arm("bounded", 3e-5, **_BOUNDED, steps=150, nats=10.0),
         (1e-5, 3e-5, 1e-4, 3e-4),
     ),
-    "GA": (Arm("ascent", 3e-4), (3e-5, 1e-4, 3e-4)),
-    "NPO": (Arm("npo", 3e-4), (3e-5, 1e-4, 3e-4)),
-    "SimNPO": (Arm("simnpo", 3e-4), (3e-5, 1e-4, 3e-4)),
-    "no prior, bounded-ce": (Arm("bounded", 3e-4), (3e-5, 1e-4, 3e-4)),
+    "GA": (Arm("ascent", 3e-5), (3e-5, 1e-4, 3e-4)),
+    "NPO": (Arm("npo", 3e-5), (3e-5, 1e-4, 3e-4)),
+    "SimNPO": (Arm("simnpo", 3e-5), (3e-5, 1e-4, 3e-4)),
+    "no prior, bounded-ce": (Arm("bounded", 3e-5), (3e-5, 1e-4, 3e-4)),
     "GradDiff (retain data)": (Arm("ascent", 3e-4, retain=True), (1e-4, 3e-4, 1e-3)),
-    "NPO (retain data)": (Arm("npo", 3e-4, retain=True), (1e-4, 3e-4, 1e-3)),
+    "NPO (retain data)": (Arm("npo", 1e-4, retain=True), (1e-4, 3e-4, 1e-3)),
 }
 """What `--tune` tries on seed 0; each arm stands here with the step size that is used."""
 
@@ -50,11 +50,11 @@ OURS = {
 }
 STRENGTHS: dict[str, tuple[Arm, tuple[float, ...]]] = {
     "ours, bounded-ce to 10 nats, lambda given": (
-        Arm("ours", 1.0, tokens=1e4, steps=60, **_BOUNDED),
+        Arm("ours", 1.0, tokens=3e3, steps=60, **_BOUNDED),
         (3e3, 5e3, 1e4, 3e4, 1e5),
     ),
     "ours, bounded-ce to 10 nats, lambda given, constant std": (
-        Arm("ours", 1.0, tokens=5e3, steps=60, prior="constant", **_BOUNDED),
+        Arm("ours", 1.0, tokens=1e4, steps=60, prior="constant", **_BOUNDED),
         (3e3, 5e3, 1e4, 3e4, 1e5),
     ),
     "ours, rmu, lambda given": (Arm("ours", 1.0, objective="rmu", tokens=1e2, steps=60), (1e2, 3e2, 1e3, 1e4, 1e5)),
